@@ -1,0 +1,1 @@
+"""Benchmarks, peers and judges, imported as ``hcma_fast.bench``."""

@@ -1,0 +1,1 @@
+"""Export of every HCMA graph to compiled engines, imported as ``hcma_fast.export``."""

@@ -1,0 +1,1 @@
+"""The ``hcma-fast`` command."""

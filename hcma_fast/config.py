@@ -1,0 +1,76 @@
+"""Configuration: constants, presets and the settings that a checkpoint carries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+MAX_OBJECTS = 30
+"""Boxes an image may have; layouts are padded to this many (GLIGEN's limit)."""
+
+TOKEN_LENGTH = 77
+"""Tokens of CLIP's text encoder, start and end token included."""
+
+PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
+"""Checkpoints that are embedded in the package."""
+
+BACKENDS = ("eager", "onnxruntime")
+"""Backends that the pipeline runs on: torch eager is the reference."""
+
+RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AlignerConfig(_Frozen):
+    """Shape of the aligner: ViT and the two heads (paper section 3.3; defaults are the paper's)."""
+
+    latent_channels: int = 4
+    latent_size: int = Field(64, description="side of the latent that the positions are learned for")
+    patch_size: int = 4
+    token_width: int = Field(64, description="d_k, width of a projected patch")
+    width: int = Field(512, description="d_v, width of the ViT")
+    depth: int = 6
+    heads: int = 8
+    text_width: int = Field(768, description="d_t = d_l, width of the text embedding")
+    region: RegionMode = "coverage+fourier"
+    time_conditioning: Literal["none", "adaln"] = "none"
+
+    @model_validator(mode="after")
+    def _check(self) -> AlignerConfig:
+        if self.latent_size % self.patch_size:
+            raise ValueError("latent_size must be a multiple of patch_size")
+        if self.width % self.heads:
+            raise ValueError("width must be a multiple of heads")
+        return self
+
+    @property
+    def grid(self) -> int:
+        """Cells along a side of the region map."""
+        return self.latent_size // self.patch_size
+
+
+class AlignmentSettings(_Frozen):
+    """How far and when the latent is moved (Eq. 8): eta_t = eta0 * sqrt(1 - abar_t) in the window.
+
+    ``window`` holds shares of the steps, [start, end). ``normalized`` makes eta_t the step length as a
+    share of the latent's norm. ``grounding_beta`` is the share of the steps with gated attention.
+    """
+
+    eta0: float = Field(1.0, ge=0)
+    window: tuple[float, float] = (0.0, 1.0)
+    lambda_global: float = Field(1.0, ge=0)
+    lambda_local: float = Field(1.0, ge=0)
+    normalized: bool = False
+    grounding_beta: float = Field(1.0, ge=0, le=1)
+    guidance_scale: float = Field(7.5, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> AlignmentSettings:
+        if not 0 <= self.window[0] <= self.window[1] <= 1:
+            raise ValueError("window must hold two shares of the steps, 0 <= start <= end <= 1")
+        return self

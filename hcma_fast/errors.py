@@ -1,0 +1,58 @@
+"""Errors of hcma-fast: each says what was wrong, with which value, and what to do about it."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+
+class HcmaError(Exception):
+    """Base of every error that hcma-fast raises on purpose.
+
+    Args:
+        what: what is wrong, one clause.
+        value: the offending value, shown verbatim when given.
+        remedy: what the user can do.
+    """
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, what: str, *, value: object = None, remedy: str) -> None:
+        self.what, self.value, self.remedy = what, value, remedy
+        shown = "" if value is None else f" (got {value!r})"
+        super().__init__(f"{what}{shown}. {remedy}")
+
+
+class UsageError(HcmaError):
+    """A wrong option or combination of options (exit code 2)."""
+
+    exit_code = 2
+
+
+class InputError(HcmaError, ValueError):
+    """A bad layout, prompt or input file (exit code 3)."""
+
+    exit_code = 3
+
+
+class WeightsError(HcmaError):
+    """A missing, corrupt or refused checkpoint (exit code 3)."""
+
+    exit_code = 3
+
+
+class BackendError(HcmaError):
+    """A backend that is missing or does not support what was asked (exit code 4)."""
+
+    exit_code = 4
+
+
+class DeviceMemoryError(HcmaError):
+    """Out of memory on host or device (exit code 5)."""
+
+    exit_code = 5
+
+
+class EngineError(HcmaError):
+    """A stale, incomplete or tampered engine folder (exit code 6)."""
+
+    exit_code = 6

@@ -1,0 +1,1 @@
+"""Networks of HCMA and their weights."""

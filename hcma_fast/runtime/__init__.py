@@ -1,0 +1,1 @@
+"""Engines, sampler and pipeline."""

@@ -1,0 +1,132 @@
+"""Noise schedule and the PLMS coefficient table, computed once on the host in float64.
+
+PLMS is pseudo linear multistep sampling (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on
+Manifolds", arXiv:2202.09778, Eq. 9 and 12), as Stable Diffusion v1 runs it: S steps, S + 1 evaluations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import UsageError
+
+TRAIN_STEPS = 1000
+STEPS_OFFSET = 1
+_BETA_START, _BETA_END = 0.00085, 0.012
+
+#: Adams-Bashforth weights of [current, previous, 2 back, 3 back] by the length of the history
+_MULTISTEP = (
+    (1.0, 0.0, 0.0, 0.0),
+    (3 / 2, -1 / 2, 0.0, 0.0),
+    (23 / 12, -16 / 12, 5 / 12, 0.0),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+
+
+def alphas_cumprod() -> Tensor:
+    """abar_t of Stable Diffusion's scaled-linear schedule, (1000,) float64, decreasing."""
+    betas = torch.linspace(_BETA_START**0.5, _BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1 - betas, dim=0)
+
+
+def add_noise(z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+    """q_sample (DDPM, Eq. 4): sqrt(abar_t) z0 + sqrt(1 - abar_t) noise.
+
+    Args:
+        z0: (B, C, h, w) scaled latent; noise: same shape; timesteps: (B,) int64 in [0, 1000).
+    """
+    alphas = alphas_cumprod().to(z0.device)[timesteps].view(-1, 1, 1, 1)
+    return alphas.sqrt().to(z0.dtype) * z0 + (1 - alphas).sqrt().to(z0.dtype) * noise
+
+
+@dataclass(frozen=True)
+class PLMSTable:
+    """Everything that PLMS needs per evaluation k of K = steps + 1, as host tensors.
+
+    z_next = sample_scale[k] * z_ref + noise_scale[k] * sum_j history_weights[k, j] * eps_j with eps_0 the
+    current noise prediction, eps_1 the previous one in the history, and so on. ``z_ref`` is the current
+    latent, but at the corrector (evaluation 1) the one that evaluation 0 started from.
+    """
+
+    timesteps: Tensor
+    """(K,) int64"""
+    step_index: Tensor
+    """(K,) int64, the PLMS step that an evaluation belongs to; 0, 0, 1, 2 ..."""
+    history_weights: Tensor
+    """(K, 4) float64"""
+    sample_scale: Tensor
+    """(K,) float64"""
+    noise_scale: Tensor
+    """(K,) float64"""
+    uses_stored_sample: Tensor
+    """(K,) bool, the corrector only"""
+    pushes_history: Tensor
+    """(K,) bool, all but the corrector"""
+    aligns: Tensor
+    """(K,) bool, all but the corrector: the alignment runs once per PLMS step"""
+
+    def __len__(self) -> int:
+        return len(self.timesteps)
+
+
+def plms_table(num_inference_steps: int) -> PLMSTable:
+    """The PLMS table for ``num_inference_steps`` steps.
+
+    Raises:
+        UsageError: fewer than 2 or more than 999 steps.
+    """
+    if not 2 <= num_inference_steps < TRAIN_STEPS:
+        raise UsageError(
+            "the number of inference steps must lie between 2 and 999",
+            value=num_inference_steps,
+            remedy="The paper uses 50; 20 gives a quick preview.",
+        )
+    stride = TRAIN_STEPS // num_inference_steps
+    descending = [i * stride + STEPS_OFFSET for i in reversed(range(num_inference_steps))]
+    times = [descending[0], descending[1], *descending[1:]]
+    count = len(times)
+    alphas = alphas_cumprod()
+
+    def abar(timestep: int) -> Tensor:
+        return alphas[max(timestep, 0)]
+
+    weights = torch.zeros(count, 4, dtype=torch.float64)
+    sample_scale = torch.zeros(count, dtype=torch.float64)
+    noise_scale = torch.zeros(count, dtype=torch.float64)
+    for k, time in enumerate(times):
+        # the corrector repeats step 0, from the same latent and time, with the mean of both predictions
+        start = times[0] if k == 1 else time
+        now, later = abar(start), abar(start - stride)
+        sample_scale[k] = (later / now).sqrt()
+        denominator = now * (1 - later).sqrt() + (now * (1 - now) * later).sqrt()
+        noise_scale[k] = -(later - now) / denominator
+        weights[k] = torch.tensor(
+            (0.5, 0.5, 0.0, 0.0) if k == 1 else _MULTISTEP[min(max(k - 1, 0), 3)], dtype=torch.float64
+        )
+    corrector = torch.arange(count) == 1
+    return PLMSTable(
+        timesteps=torch.tensor(times),
+        step_index=(torch.arange(count) - 1).clamp(min=0),
+        history_weights=weights,
+        sample_scale=sample_scale,
+        noise_scale=noise_scale,
+        uses_stored_sample=corrector,
+        pushes_history=~corrector,
+        aligns=~corrector,
+    )
+
+
+def eta_table(num_inference_steps: int, settings: AlignmentSettings) -> Tensor:
+    """Alignment rate per evaluation, (K,) float64: eta0 sqrt(1 - abar_t) inside the window, else 0.
+
+    The window [start, end) holds shares of the steps; the corrector never aligns.
+    """
+    table = plms_table(num_inference_steps)
+    share = table.step_index.double() / num_inference_steps
+    inside = (share >= settings.window[0]) & (share < settings.window[1]) & table.aligns
+    rates = settings.eta0 * (1 - alphas_cumprod()[table.timesteps]).sqrt()
+    return torch.where(inside, rates, torch.zeros_like(rates))

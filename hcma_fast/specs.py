@@ -1,0 +1,121 @@
+"""Signatures of the six graphs: names, shapes and dtypes, shared by export, engines and tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+
+GraphName = Literal[
+    "text_encoder", "grounding", "align", "unet_grounded", "unet_plain", "vae_decoder"
+]
+GRAPH_NAMES: tuple[GraphName, ...] = (
+    "text_encoder",
+    "grounding",
+    "align",
+    "unet_grounded",
+    "unet_plain",
+    "vae_decoder",
+)
+BATCH = "batch"
+DType = Literal["float32", "float16", "bfloat16", "int64"]
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its name, shape (``"batch"`` is symbolic, other entries fixed) and dtype."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: DType = "float32"
+
+
+@dataclass(frozen=True)
+class IOSpec:
+    """Inputs and outputs of one graph, in call order."""
+
+    graph: GraphName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        return tuple(t.name for t in self.outputs)
+
+
+def _tensor(name: str, *shape: int | str, dtype: DType = "float32") -> TensorSpec:
+    return TensorSpec(name, (BATCH, *shape), dtype)
+
+
+def graph_specs(
+    *,
+    latent_height: int,
+    latent_width: int,
+    text_width: int,
+    patch_size: int,
+    vae_factor: int,
+    latent_channels: int = 4,
+    time_conditioned: bool = False,
+) -> dict[GraphName, IOSpec]:
+    """The six signatures for one latent size (design.md section 4)."""
+    latent = (latent_channels, latent_height, latent_width)
+    cells = (latent_height // patch_size) * (latent_width // patch_size)
+    caption = _tensor("caption_embedding", text_width)
+    labels = _tensor("label_embeddings", MAX_OBJECTS, text_width)
+    mask = _tensor("region_mask", MAX_OBJECTS)
+    regions = _tensor("regions", MAX_OBJECTS, cells)
+    grounding_tokens = _tensor("grounding_tokens", MAX_OBJECTS, text_width)
+    timestep = _tensor("timestep", dtype="int64")
+    unet = (
+        _tensor("sample", *latent),
+        timestep,
+        _tensor("encoder_hidden_states", TOKEN_LENGTH, text_width),
+    )
+    noise = (_tensor("noise_pred", *latent),)
+    align = (
+        _tensor("z", *latent),
+        caption,
+        labels,
+        regions,
+        mask,
+        _tensor("eta"),
+        TensorSpec("lambdas", (2,)),
+        *((timestep,) if time_conditioned else ()),
+    )
+    specs = (
+        IOSpec(
+            "text_encoder",
+            (_tensor("input_ids", TOKEN_LENGTH, dtype="int64"),),
+            (
+                _tensor("last_hidden_state", TOKEN_LENGTH, text_width),
+                _tensor("pooler_output", text_width),
+            ),
+        ),
+        IOSpec(
+            "grounding",
+            (_tensor("boxes", MAX_OBJECTS, 4), mask, labels),
+            (grounding_tokens, regions),
+        ),
+        IOSpec(
+            "align",
+            align,
+            (
+                _tensor("z_aligned", *latent),
+                _tensor("loss_global"),
+                _tensor("loss_local", MAX_OBJECTS),
+            ),
+        ),
+        IOSpec("unet_grounded", (*unet, grounding_tokens), noise),
+        IOSpec("unet_plain", unet, noise),
+        IOSpec(
+            "vae_decoder",
+            (_tensor("z", *latent),),
+            (_tensor("image", 3, latent_height * vae_factor, latent_width * vae_factor),),
+        ),
+    )
+    return {spec.graph: spec for spec in specs}

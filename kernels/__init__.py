@@ -1,0 +1,1 @@
+"""Triton kernels of hcma-fast, imported as ``hcma_fast.kernels``. Keep this file a docstring."""

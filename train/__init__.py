@@ -1,0 +1,1 @@
+"""Data, training loops and checkpoints, imported as ``hcma_fast.train``."""

@@ -1,0 +1,55 @@
+"""Training states: written whole or not at all, and read without running code."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hcma_fast.errors import WeightsError
+
+
+def save_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module, step: int
+) -> None:
+    """Write model, optimiser, average and step to ``path`` by a temporary name, synced and renamed."""
+    partial = path.with_suffix(".part")
+    with partial.open("wb") as file:
+        torch.save(
+            {
+                "step": step,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "ema": ema.state_dict(),
+            },
+            file,
+        )
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def load_state(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module
+) -> int:
+    """Restore what :func:`save_state` wrote; returns the step to go on from (0 without a file).
+
+    Raises:
+        WeightsError: the file is damaged or belongs to a model of another shape.
+    """
+    if not path.exists():
+        return 0
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+    except Exception as error:
+        raise WeightsError(
+            f"this training state cannot be resumed ({error})",
+            value=str(path),
+            remedy="Delete it to start over, or give the run another folder.",
+        ) from error
+    return int(state["step"])

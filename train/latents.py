@@ -1,0 +1,100 @@
+"""EmojiScenes as training examples: cached VAE posteriors, captions, boxes and label indices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
+from hcma_fast.train.scenes_cache import rendered_scenes
+from hcma_fast.train.vae import to_tensor
+
+
+@torch.no_grad()
+def cached_posteriors(
+    folder: Path, vae: AutoencoderKL, split: Split, count: int
+) -> NDArray[np.float16]:
+    """Posterior mean and standard deviation of each scene, (count, 2, 4, h, w) float16."""
+    path = folder / f"latents-{split}-{count}.npy"
+    if not path.exists():
+        scenes = rendered_scenes(folder, split, count)
+        parts = []
+        for start in range(0, count, 100):
+            posterior = vae.encode(to_tensor(scenes[start : start + 100])).latent_dist
+            parts.append(torch.stack([posterior.mean, posterior.std], dim=1).half().numpy())
+        partial = path.with_suffix(".part")
+        with partial.open("wb") as file:
+            np.save(file, np.concatenate(parts))
+        partial.replace(path)
+    loaded: NDArray[np.float16] = np.load(path)
+    return loaded
+
+
+@dataclass(frozen=True)
+class Batch:
+    """z0 (B, 4, h, w) scaled latent; hidden (B, 77, d); caption (B, d); boxes (B, M, 4); mask (B, M);
+    labels (B, M, d)."""
+
+    z0: Tensor
+    hidden: Tensor
+    caption: Tensor
+    boxes: Tensor
+    mask: Tensor
+    labels: Tensor
+
+
+class SceneLatents:
+    """Random batches of EmojiScenes with frozen VAE and text encoder, reproducible by step number."""
+
+    def __init__(self, folder: Path, split: Split, count: int) -> None:
+        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
+        vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.posteriors = cached_posteriors(folder, vae, split, count)
+        self.scenes: list[Scene] = [sample_scene(split, index) for index in range(count)]
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, 77, d) and pooled embeddings (B, d)."""
+        ids = self.tokenizer(
+            texts, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
+        ).input_ids
+        output = self.text_encoder(input_ids=ids)
+        return output.last_hidden_state, output.pooler_output
+
+    @cached_property
+    def label_table(self) -> Tensor:
+        """Pooled embedding of each category name, (24, d)."""
+        return self.encode(list(CATEGORY_NAMES))[1]
+
+    def batch(self, step: int, size: int, *, caption_dropout: float = 0.0) -> Batch:
+        """The batch of this step; captions become empty with probability ``caption_dropout``."""
+        rng = np.random.default_rng([3, step])
+        chosen = rng.choice(len(self.scenes), size, replace=False)
+        posterior = torch.from_numpy(self.posteriors[chosen]).float()
+        noise = torch.randn(posterior[:, 0].shape, generator=torch.Generator().manual_seed(step))
+        boxes = torch.zeros(size, MAX_OBJECTS, 4)
+        mask = torch.zeros(size, MAX_OBJECTS)
+        labels = torch.zeros(size, MAX_OBJECTS, self.label_table.shape[1])
+        captions = []
+        for row, index in enumerate(chosen):
+            scene = self.scenes[index]
+            dropped = rng.random() < caption_dropout
+            captions.append("" if dropped else str(rng.choice(scene.captions)))
+            for slot, item in enumerate(scene.objects):
+                boxes[row, slot] = torch.tensor(item.box)
+                mask[row, slot] = 1
+                labels[row, slot] = self.label_table[CATEGORY_NAMES.index(item.category)]
+        hidden, pooled = self.encode(captions)
+        z0 = (posterior[:, 0] + posterior[:, 1] * noise) * self.scaling_factor
+        return Batch(z0, hidden, pooled, boxes, mask, labels)

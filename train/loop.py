@@ -1,0 +1,117 @@
+"""One resumable training loop for all stages.
+
+A stage gives a module, and a loss as a function of the step number. Batches and noise are drawn from the
+step number too, so that a run killed at any time and resumed sees the same data as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor, nn
+
+from hcma_fast.train.checkpoints import load_state, save_state
+
+
+class LoopConfig(BaseModel):
+    """How long and how fast: ``lr`` is the peak of a linear warm-up and cosine decay."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int
+    lr: float
+    warmup: int = 100
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    log_every: int = 50
+    checkpoint_every: int = 200
+
+
+def learning_rate(config: LoopConfig, step: int) -> float:
+    """Learning rate of ``step``: linear warm-up, then cosine to 2% of the peak."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
+    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+
+
+def run(
+    model: nn.Module,
+    loss_of_step: Callable[[int], dict[str, Tensor]],
+    config: LoopConfig,
+    folder: Path,
+    on_checkpoint: Callable[[int, nn.Module], None] | None = None,
+) -> nn.Module:
+    """Train ``model`` in place from the newest state in ``folder``; returns the averaged copy.
+
+    Args:
+        loss_of_step: step -> named scalar losses; ``"loss"`` is minimised, the rest is logged.
+        on_checkpoint: called with the step and the averaged model after each checkpoint.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+    )
+    ema = torch.optim.swa_utils.AveragedModel(
+        model, multi_avg_fn=_ema_update(config.ema_decay), use_buffers=True
+    )
+    start = load_state(folder / "state.pt", model, optimizer, ema)
+    model.train()
+    totals: dict[str, float] = {}
+    clock = time.monotonic()
+    for step in range(start, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        losses = loss_of_step(step)
+        optimizer.zero_grad(set_to_none=True)
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        optimizer.step()
+        ema.update_parameters(model)
+        for name, value in losses.items():
+            totals[name] = totals.get(name, 0.0) + float(value.detach())
+        done = step + 1
+        if done % config.log_every == 0 or done == config.steps:
+            count = (done - start) % config.log_every or config.log_every
+            seconds = time.monotonic() - clock
+            record = {
+                "step": done,
+                **{name: round(total / count, 5) for name, total in totals.items()},
+                "lr": learning_rate(config, step),
+                "steps_per_second": round(count / seconds, 3),
+            }
+            with (folder / "log.jsonl").open("a") as log:
+                log.write(json.dumps(record) + "\n")
+            print(json.dumps(record), flush=True)
+            totals, clock = {}, time.monotonic()
+        if done % config.checkpoint_every == 0 or done == config.steps:
+            save_state(folder / "state.pt", model, optimizer, ema, done)
+            if on_checkpoint is not None:
+                on_checkpoint(done, ema.module)
+                model.train()
+    return ema.module
+
+
+def _ema_update(
+    decay: float,
+) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+    """Exponential moving average whose decay grows with the step count (as in diffusers)."""
+
+    @torch.no_grad()
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        steps = int(count)
+        rate = 1 - min(decay, (1 + steps) / (10 + steps))
+        for old, new in zip(averaged, current, strict=True):
+            if old.is_floating_point():
+                old.lerp_(new, rate)
+            else:
+                old.copy_(new)
+
+    return update
