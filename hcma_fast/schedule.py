@@ -1,7 +1,8 @@
 """Noise schedule and the PLMS coefficient table, computed once on the host in float64.
 
-PLMS is pseudo linear multistep sampling (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion Models on
-Manifolds", arXiv:2202.09778, Eq. 9 and 12), as Stable Diffusion v1 runs it: S steps, S + 1 evaluations.
+PLMS is pseudo linear multistep sampling (Liu et al. 2022, "Pseudo Numerical Methods for Diffusion
+Models on Manifolds", arXiv:2202.09778, Eq. 9 and 12), as Stable Diffusion v1 runs it: S steps,
+S + 1 evaluations.
 """
 
 from __future__ import annotations
@@ -47,9 +48,10 @@ def add_noise(z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
 class PLMSTable:
     """Everything that PLMS needs per evaluation k of K = steps + 1, as host tensors.
 
-    z_next = sample_scale[k] * z_ref + noise_scale[k] * sum_j history_weights[k, j] * eps_j with eps_0 the
-    current noise prediction, eps_1 the previous one in the history, and so on. ``z_ref`` is the current
-    latent, but at the corrector (evaluation 1) the one that evaluation 0 started from.
+    z_next = sample_scale[k] * z_ref + noise_scale[k] * sum_j history_weights[k, j] * eps_j with
+    eps_0 the current noise prediction, eps_1 the previous one in the history, and so on. ``z_ref``
+    is the current latent, but at the corrector (evaluation 1) the one that evaluation 0 started
+    from.
     """
 
     timesteps: Tensor
@@ -77,11 +79,11 @@ def plms_table(num_inference_steps: int) -> PLMSTable:
     """The PLMS table for ``num_inference_steps`` steps.
 
     Raises:
-        UsageError: fewer than 2 or more than 999 steps.
+        UsageError: not a whole number, fewer than 2 or more than 999 steps.
     """
-    if not 2 <= num_inference_steps < TRAIN_STEPS:
+    if not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps < TRAIN_STEPS:
         raise UsageError(
-            "the number of inference steps must lie between 2 and 999",
+            "the number of inference steps must be a whole number from 2 to 999",
             value=num_inference_steps,
             remedy="The paper uses 50; 20 gives a quick preview.",
         )
@@ -98,14 +100,15 @@ def plms_table(num_inference_steps: int) -> PLMSTable:
     sample_scale = torch.zeros(count, dtype=torch.float64)
     noise_scale = torch.zeros(count, dtype=torch.float64)
     for k, time in enumerate(times):
-        # the corrector repeats step 0, from the same latent and time, with the mean of both predictions
+        # the corrector repeats step 0 with the mean of both predictions
         start = times[0] if k == 1 else time
         now, later = abar(start), abar(start - stride)
         sample_scale[k] = (later / now).sqrt()
         denominator = now * (1 - later).sqrt() + (now * (1 - now) * later).sqrt()
         noise_scale[k] = -(later - now) / denominator
         weights[k] = torch.tensor(
-            (0.5, 0.5, 0.0, 0.0) if k == 1 else _MULTISTEP[min(max(k - 1, 0), 3)], dtype=torch.float64
+            (0.5, 0.5, 0.0, 0.0) if k == 1 else _MULTISTEP[min(max(k - 1, 0), 3)],
+            dtype=torch.float64,
         )
     corrector = torch.arange(count) == 1
     return PLMSTable(

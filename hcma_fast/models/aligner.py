@@ -1,0 +1,144 @@
+"""The aligner: ViT and heads, its losses, and the alignment step (paper Eq. 6 to 8)."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from hcma_fast.config import AlignerConfig
+from hcma_fast.errors import WeightsError
+from hcma_fast.losses import global_loss, local_loss, local_mean
+from hcma_fast.models.heads import CaptionHead, RegionHead
+from hcma_fast.models.vit import LatentViT
+
+_NORM_FLOOR = 1e-12
+
+
+class Aligner(nn.Module):
+    """Reads a noisy latent and says how far it is from its caption and its boxes' labels."""
+
+    def __init__(self, config: AlignerConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = LatentViT(config)
+        self.caption_head = CaptionHead(config)
+        self.region_head = RegionHead(config)
+
+    def region_map(self, boxes: Tensor, mask: Tensor) -> Tensor:
+        """(B, M, 4), (B, M) -> region map (B, M, N); see :meth:`RegionHead.region_map`."""
+        return self.region_head.region_map(boxes, mask)
+
+    def features(
+        self, z: Tensor, regions: Tensor, timestep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """z (B, C, h, w), regions (B, M, N) -> f^G (B, d_t), f^L (B, M, d_l)."""
+        image, cells = self.vit(z, timestep)
+        return self.caption_head(image), self.region_head(cells, regions)
+
+    def losses(
+        self,
+        z: Tensor,
+        caption: Tensor,
+        labels: Tensor,
+        regions: Tensor,
+        mask: Tensor,
+        timestep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Omega^G (B,) and the summands of Omega^L per box (B, M) (Eq. 6, 7)."""
+        f_global, f_local = self.features(z, regions, timestep)
+        return global_loss(f_global, caption), local_loss(f_local, labels, mask)
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write config.json and model.safetensors, each by a temporary name."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        state = {
+            name: value.detach().to(dtype or value.dtype).contiguous()
+            for name, value in self.state_dict().items()
+        }
+        contents = {
+            "config.json": (json.dumps(self.config.model_dump(), indent=2) + "\n").encode(),
+            "model.safetensors": save(state),
+        }
+        for name, content in contents.items():
+            partial = folder / f".{name}.part"
+            with partial.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(folder / name)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Aligner:
+        """Read what :meth:`save_pretrained` wrote, as float32.
+
+        Raises:
+            WeightsError: a file is missing, damaged, or does not fit the config.
+        """
+        folder = Path(folder)
+        try:
+            config = AlignerConfig.model_validate_json((folder / "config.json").read_text())
+            aligner = cls(config)
+            state = load_file(folder / "model.safetensors")
+            aligner.load_state_dict({name: value.float() for name, value in state.items()})
+        except (
+            OSError,
+            ValidationError,
+            SafetensorError,
+            RuntimeError,
+            UnicodeDecodeError,
+        ) as error:
+            raise WeightsError(
+                f"the aligner cannot be loaded: {error}",
+                value=str(folder),
+                remedy="Give a folder with config.json and model.safetensors of one aligner.",
+            ) from error
+        return aligner.eval()
+
+
+class AlignStep(nn.Module):
+    """The `align` graph: forward, backward and update of the latent, one pure function (Eq. 8)."""
+
+    def __init__(self, aligner: Aligner, *, normalized: bool = False) -> None:
+        super().__init__()
+        self.aligner = aligner
+        self.normalized = normalized
+
+    def forward(
+        self,
+        z: Tensor,
+        caption_embedding: Tensor,
+        label_embeddings: Tensor,
+        regions: Tensor,
+        region_mask: Tensor,
+        eta: Tensor,
+        lambdas: Tensor,
+        timestep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Shapes as in ``specs.graph_specs``: -> z_aligned, loss_global (B,), loss_local (B, M)."""
+
+        # autograd rather than torch.func.grad: functorch fixes the batch size when it is traced
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            loss_global, loss_local = self.aligner.losses(
+                leaf, caption_embedding, label_embeddings, regions, region_mask, timestep
+            )
+            # the sum over the batch keeps each image's gradient its own
+            objective = lambdas[0] * loss_global + lambdas[1] * local_mean(loss_local, region_mask)
+            (gradient,) = torch.autograd.grad(objective.sum(), leaf)
+        rate = eta.view(-1, 1, 1, 1)
+        if self.normalized:
+            rate = rate * _norm(z) / _norm(gradient)
+        return z - rate * gradient, loss_global.detach(), loss_local.detach()
+
+
+def _norm(value: Tensor) -> Tensor:
+    """Norm per image, (B, 1, 1, 1), never 0."""
+    return (value * value).sum(dim=(1, 2, 3), keepdim=True).add(_NORM_FLOOR).sqrt()

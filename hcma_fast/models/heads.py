@@ -1,0 +1,66 @@
+"""The two heads of the aligner: caption-to-image (C2IA) and object-to-region (O2RA)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from hcma_fast.config import AlignerConfig
+from hcma_fast.models.regions import FOURIER_WIDTH, cell_coverage, fourier_embed
+
+
+class CaptionHead(nn.Sequential):
+    """C2IA: three-layer MLP from Z^G (B, d_v) to f^G (B, d_t) (paper section 3.3.1)."""
+
+    def __init__(self, config: AlignerConfig) -> None:
+        width = config.width
+        super().__init__(
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, width),
+            nn.GELU(),
+            nn.Linear(width, config.text_width),
+        )
+
+
+class RegionHead(nn.Module):
+    """O2RA: weighted mean of Z^L over a box's cells, then an MLP to f^L (paper section 3.3.2)."""
+
+    def __init__(self, config: AlignerConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.project = nn.Sequential(
+            nn.Linear(width, width), nn.GELU(), nn.Linear(width, config.text_width)
+        )
+        self.gate: nn.Sequential | None = None
+        if "fourier" in config.region:
+            last = nn.Linear(width, config.grid**2)
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+            self.gate = nn.Sequential(nn.Linear(FOURIER_WIDTH, width), nn.SiLU(), last)
+
+    def region_map(self, boxes: Tensor, mask: Tensor) -> Tensor:
+        """B_i(n) for each box and cell of the learned grid; 0 for masked boxes.
+
+        The gate has one value per box *and cell*: a single value per box would cancel in the mean.
+
+        Args:
+            boxes: (B, M, 4) xyxy in [0, 1]; mask: (B, M). Returns (B, M, N), not negative.
+        """
+        grid = self.config.grid
+        weights = torch.ones(
+            (*boxes.shape[:2], grid * grid), dtype=boxes.dtype, device=boxes.device
+        )
+        if "coverage" in self.config.region:
+            weights = cell_coverage(boxes, grid, grid)
+        if self.gate is not None:
+            weights = weights * 2 * torch.sigmoid(self.gate(fourier_embed(boxes)))
+        return weights * mask.unsqueeze(-1)
+
+    def forward(self, local: Tensor, regions: Tensor) -> Tensor:
+        """local (B, N, d_v), regions (B, M, N) -> f^L (B, M, d_l)."""
+        total = regions.sum(-1, keepdim=True)
+        # an empty row stays zero: its weight is 0 and its denominator 1
+        weights = regions / torch.where(total > 0, total, torch.ones_like(total))
+        return self.project(weights @ local)  # type: ignore[no-any-return]
