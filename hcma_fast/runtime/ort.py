@@ -1,0 +1,42 @@
+"""ONNX Runtime as an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hcma_fast.errors import DeviceMemoryError
+from hcma_fast.export.session import open_session
+from hcma_fast.specs import IOSpec
+
+
+class OrtEngine:
+    """Runs one ONNX file on the CPU; tensors go in and out without a copy."""
+
+    def __init__(self, path: Path, spec: IOSpec) -> None:
+        self.spec = spec
+        self.session = open_session(path)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See :class:`hcma_fast.runtime.engine.Engine`.
+
+        Raises:
+            DeviceMemoryError: the host has no memory left.
+        """
+        feed = {name: inputs[name].contiguous().numpy() for name in self.spec.input_names}
+        try:
+            outputs = self.session.run(list(self.spec.output_names), feed)
+        except RuntimeError as error:
+            if "alloc" in str(error).lower():
+                raise DeviceMemoryError(
+                    f"out of memory in the graph {self.spec.graph}",
+                    remedy="Generate fewer images at once.",
+                ) from error
+            raise
+        return {
+            name: torch.from_numpy(value)
+            for name, value in zip(self.spec.output_names, outputs, strict=True)
+        }

@@ -1,0 +1,319 @@
+"""HCMAPipeline: prompts and layouts in, images out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from hcma_fast.config import BACKENDS, AlignmentSettings
+from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.layout import Layout
+from hcma_fast.models.weights import (
+    CheckpointInfo,
+    Components,
+    load_components,
+    load_tokenizer,
+    locate,
+)
+from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.requests import (
+    check_latents,
+    check_steps,
+    noise_from_seeds,
+    override_settings,
+    pair_prompts,
+    spread_negatives,
+    spread_seeds,
+)
+from hcma_fast.runtime.sampler import Schedule, StepLosses, sample
+from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.specs import GraphName
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
+ENGINE_MANIFEST = "manifest.json"
+"""The file that makes a folder an engine folder."""
+
+
+@dataclass(frozen=True)
+class HCMAOutput:
+    """Images and what it takes to make them again."""
+
+    images: Any
+    """by output type: list of PIL images; float array (B, H, W, 3) or tensor (B, 3, H, W) in
+    [0, 1]; latents"""
+    losses: list[StepLosses]
+    """one entry per PLMS step; none when the alignment is off (eta0 = 0 or an empty window)"""
+    seeds: list[int]
+    """one per image; empty when latents were given"""
+    latents: Tensor
+    """(B, 4, h, w) float32, the clean scaled latents"""
+
+
+class HCMAPipeline:
+    """Grounded text-to-image generation over six engines. Make one by :meth:`from_pretrained`."""
+
+    def __init__(
+        self,
+        engines: Mapping[GraphName, Engine],
+        tokenizer: CLIPTokenizer,
+        info: CheckpointInfo,
+        *,
+        backend: str,
+        weights_hash: str,
+        engine_hash: str | None = None,
+        components: Components | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.engines = engines
+        self.tokenizer = tokenizer
+        self.info = info
+        self.backend = backend
+        self.weights_hash = weights_hash
+        self.engine_hash = engine_hash
+        #: torch modules; None for compiled engines, which need no weights beside them
+        self.components = components
+        self.device = device
+
+    @property
+    def preset(self) -> str:
+        """Name of the preset that the weights belong to."""
+        return self.info.preset
+
+    @property
+    def settings(self) -> AlignmentSettings:
+        """The checkpoint's defaults of eta0, lambdas, window, grounding_beta and guidance_scale."""
+        return self.info.alignment
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square images, in pixels."""
+        return self.info.image_size
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path = "tiny",
+        *,
+        backend: str | None = None,
+        device: str = "cpu",
+        aligner: str | Path | None = None,
+        progress: Callable[[str, str], None] | None = None,
+    ) -> HCMAPipeline:
+        """Load a preset, a folder, a hub id, or an engine folder.
+
+        Args:
+            backend: one of ``config.BACKENDS``; default eager, or the engine folder's own. A
+                compiled backend is built into the user's cache on first use.
+            device: where eager runs, such as "cpu" or "cuda".
+            aligner: folder of the aligner, for a checkpoint that has none.
+            progress: called with (graph, stage) while engines are built.
+
+        Raises:
+            WeightsError, BackendError, EngineError, UsageError.
+        """
+        if backend is not None and backend not in BACKENDS:
+            raise BackendError(
+                "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+            )
+        _check_device(device, backend)
+        if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
+            return cls.from_engines(Path(name_or_path), backend=backend)
+        checkpoint = locate(name_or_path, aligner=aligner)
+        if backend in (None, "eager"):
+            return cls.from_components(load_components(checkpoint), device=device)
+        from hcma_fast.export.build import cached_engine, find_or_build
+
+        # an engine that is there needs no weights beside it
+        folder = cached_engine(checkpoint.weights_hash, backend) or find_or_build(
+            load_components(checkpoint), backend, progress=progress
+        )
+        return cls.from_engines(folder, backend=backend)
+
+    @classmethod
+    def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
+        """The eager reference pipeline; moves the components' modules to ``device``."""
+        specs = components.specs()
+        engines = {
+            name: EagerEngine(module.to(device), specs[name])
+            for name, module in components.graphs().items()
+        }
+        return cls(
+            engines,
+            components.tokenizer,
+            components.info,
+            backend="eager",
+            weights_hash=components.weights_hash,
+            components=components,
+            device=device,
+        )
+
+    @classmethod
+    def from_engines(cls, folder: Path, *, backend: str | None = None) -> HCMAPipeline:
+        """Open an engine folder; every file's hash is checked before it is read.
+
+        Raises:
+            EngineError: it is incomplete, stale or was tampered with.
+            BackendError: it was built for another backend than the one asked for.
+        """
+        from hcma_fast.export.build import load_manifest
+        from hcma_fast.runtime.ort import OrtEngine
+
+        manifest = load_manifest(folder)
+        if backend not in (None, manifest.backend):
+            raise BackendError(
+                f"this engine folder was built for {manifest.backend}",
+                value=backend,
+                remedy=f"Leave it out, or build again: hcma-fast build --backend {backend}.",
+            )
+        engines = {
+            name: OrtEngine(folder / graph.file, graph.spec)
+            for name, graph in manifest.graphs.items()
+        }
+        return cls(
+            engines,
+            load_tokenizer(folder / "tokenizer"),
+            manifest.info,
+            backend=manifest.backend,
+            weights_hash=manifest.weights_hash,
+            engine_hash=manifest.engine_hash,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        layout: Layout | Sequence[Layout] | None = None,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float | None = None,
+        negative_prompt: str | Sequence[str] | None = None,
+        grounding_beta: float | None = None,
+        eta0: float | None = None,
+        lambda_global: float | None = None,
+        lambda_local: float | None = None,
+        align_window: tuple[float, float] | None = None,
+        seed: int | Sequence[int] | None = None,
+        latents: Tensor | None = None,
+        callback_on_step_end: StepCallback | None = None,
+        output_type: OutputType = "pil",
+    ) -> HCMAOutput:
+        """Generate one image per prompt and layout; a single one of either serves all of the other.
+
+        Args:
+            layout: None is a layout without boxes.
+            guidance_scale: weight of classifier-free guidance; 1 switches it off. This,
+                grounding_beta, eta0, the lambdas and the window default to the checkpoint's own.
+            eta0: rate of the alignment (Eq. 8); 0 switches it off: then no losses are recorded.
+            seed: one for the batch (image i uses seed + i), or one per image. An image depends
+                on its own prompt, layout and seed only, never on its batch.
+            latents: (B, 4, h, w) unit-normal noise to start from, instead of seeds.
+            callback_on_step_end: called as in diffusers, with (pipeline, step, timestep,
+                {"latents": z}), after each PLMS step; may return {"latents": z} to go on with.
+
+        Raises:
+            InputError: counts do not match, a text is too long, latents have a wrong shape.
+            UsageError: a setting is out of range, or made the latent diverge.
+        """
+        if output_type not in get_args(OutputType):
+            raise UsageError(
+                "unknown output type",
+                value=output_type,
+                remedy=f"Use one of {', '.join(get_args(OutputType))}.",
+            )
+        settings = override_settings(
+            self.settings,
+            guidance_scale=guidance_scale,
+            grounding_beta=grounding_beta,
+            eta0=eta0,
+            lambda_global=lambda_global,
+            lambda_local=lambda_local,
+            window=align_window,
+        )
+        prompts, layouts = pair_prompts(prompt, layout)
+        batch = len(prompts)
+        negatives = spread_negatives(negative_prompt, batch)
+        seeds = spread_seeds(seed, batch) if latents is None else []
+        shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
+        noise = (
+            noise_from_seeds(seeds, shape)
+            if latents is None
+            else check_latents(latents, (batch, *shape))
+        )
+        table = plms_table(check_steps(num_inference_steps))
+        schedule = Schedule(
+            table,
+            eta_table(num_inference_steps, settings),
+            (settings.lambda_global, settings.lambda_local),
+            settings.guidance_scale,
+            settings.grounding_beta,
+        )
+        guided = settings.guidance_scale > 1
+        conditioning = condition(
+            self.engines,
+            self.tokenizer,
+            prompts,
+            negatives if guided else None,
+            layouts,
+            self.device,
+        )
+
+        def on_evaluation(k: int, z: Tensor) -> Tensor:
+            # evaluation 0 predicts what evaluation 1 corrects: not the end of a step yet
+            if callback_on_step_end is None or k == 0:
+                return z
+            step = int(table.step_index[k])
+            time = int(table.timesteps[0 if step == 0 else k])
+            changed = callback_on_step_end(self, step, time, {"latents": z})
+            return changed.get("latents", z) if changed else z
+
+        z, losses = sample(
+            self.engines, noise.to(self.device), conditioning, schedule, on_evaluation
+        )
+        if not bool(z.isfinite().all()):
+            raise UsageError(
+                "the latent diverged",
+                value=settings.model_dump(),
+                remedy="Lower eta0 or guidance_scale.",
+            )
+        return HCMAOutput(self._decode(z, output_type), losses, seeds, z)
+
+    def _decode(self, z: Tensor, output_type: OutputType) -> Any:
+        if output_type == "latent":
+            return z
+        images = (self.engines["vae_decoder"]({"z": z})["image"] / 2 + 0.5).clamp(0, 1)
+        if output_type == "pt":
+            return images
+        array = images.permute(0, 2, 3, 1).cpu().numpy()
+        if output_type == "np":
+            return array
+        return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in array]
+
+
+def _check_device(device: str, backend: str | None) -> None:
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError("unknown device", value=device, remedy="Use cpu or cuda.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "torch finds no CUDA device",
+            value=device,
+            remedy='Use device="cpu"; see hcma-fast doctor.',
+        )
+    if kind != "cpu" and backend not in (None, "eager"):
+        raise BackendError(
+            f"the backend {backend} runs on the CPU only",
+            value=device,
+            remedy='Use device="cpu", or backend="eager".',
+        )

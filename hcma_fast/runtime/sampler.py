@@ -1,0 +1,110 @@
+"""The sampler: align, denoise, combine, step (paper Algorithm 1, lines 15 to 23, with PLMS)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.schedule import PLMSTable
+from hcma_fast.specs import GraphName
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What stays fixed over the steps. C = 2B with guidance (unconditional half first), else B."""
+
+    encoder_hidden_states: Tensor
+    """(C, 77, d)"""
+    grounding_tokens: Tensor
+    """(C, M, d)"""
+    caption_embedding: Tensor
+    """(B, d)"""
+    label_embeddings: Tensor
+    """(B, M, d)"""
+    regions: Tensor
+    """(B, M, N)"""
+    region_mask: Tensor
+    """(B, M)"""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """PLMS table, alignment rate per evaluation, and how to weigh."""
+
+    table: PLMSTable
+    etas: Tensor
+    """(K,) float64; when all are zero the `align` graph is not run and no losses are recorded"""
+    lambdas: tuple[float, float]
+    guidance_scale: float
+    grounding_beta: float
+    """share of the PLMS steps, from the first, with gated attention; rounded to whole steps"""
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """Losses before the update of one PLMS step; left on the device, so nothing waits for them."""
+
+    step: int
+    timestep: int
+    loss_global: Tensor
+    """(B,)"""
+    loss_local: Tensor
+    """(B, M), 0 for padding"""
+
+
+def sample(
+    engines: Mapping[GraphName, Engine],
+    z: Tensor,
+    conditioning: Conditioning,
+    schedule: Schedule,
+    on_evaluation: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[StepLosses]]:
+    """Run all evaluations from noise ``z`` (B, 4, h, w) to the clean, scaled latent.
+
+    ``on_evaluation`` gets the evaluation's number and the new latent, and returns the latent to
+    go on with.
+    """
+    table, batch, device = schedule.table, len(z), z.device
+    guided = len(conditioning.encoder_hidden_states) == 2 * batch
+    aligning = bool((schedule.etas > 0).any())
+    fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
+    grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
+    history: list[Tensor] = []
+    losses: list[StepLosses] = []
+    stored = z
+    for k, t in enumerate(table.timesteps.tolist()):
+        step = int(table.step_index[k])
+        # align: once per PLMS step, before the copy for guidance (Eq. 8)
+        if aligning and table.aligns[k]:
+            eta = torch.full((batch,), float(schedule.etas[k]), device=device)
+            aligned = engines["align"]({**fixed, "z": z, "eta": eta, "timestep": _times(t, z)})
+            z = aligned["z_aligned"]
+            losses.append(StepLosses(step, t, aligned["loss_global"], aligned["loss_local"]))
+        # denoise (Eq. 9): both halves of the guidance in one batch
+        unet = engines["unet_grounded" if step < grounded_steps else "unet_plain"]
+        doubled = torch.cat([z, z]) if guided else z
+        eps = unet({**fixed, "sample": doubled, "timestep": _times(t, doubled)})["noise_pred"]
+        if guided:
+            unconditional, conditional = eps.chunk(2)
+            eps = unconditional + schedule.guidance_scale * (conditional - unconditional)
+        # combine: this prediction and the history, by the weights of PLMS
+        recent = [eps, *history]
+        weights = table.history_weights[k, : len(recent)].tolist()
+        combined = torch.stack([w * e for w, e in zip(weights, recent, strict=True)]).sum(0)
+        # step: the corrector starts again from the aligned latent of evaluation 0
+        start = stored if table.uses_stored_sample[k] else z
+        stored = z
+        z = float(table.sample_scale[k]) * start + float(table.noise_scale[k]) * combined
+        if table.pushes_history[k]:
+            history = recent[:3]
+        if on_evaluation is not None:
+            z = on_evaluation(k, z)
+    return z, losses
+
+
+def _times(timestep: int, like: Tensor) -> Tensor:
+    return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)

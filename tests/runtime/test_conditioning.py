@@ -1,0 +1,66 @@
+"""What the sampler is conditioned on, against the text encoder and position net called directly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hcma_fast.layout import Layout
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.runtime.sampler import Conditioning
+
+PROMPTS = ["a dog and a cat", "a pizza"]
+NEGATIVES = ["", "blurry"]
+LAYOUTS = [
+    Layout(["dog", "cat", "dog"], [[0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1], [0.2, 0, 0.9, 0.3]]),
+    Layout.empty(),
+]
+
+
+def encode(parts: Components, texts: list[str]) -> tuple[Tensor, Tensor]:
+    ids = parts.tokenizer(texts, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    output = parts.text_encoder(input_ids=ids)
+    return output.last_hidden_state, output.pooler_output
+
+
+def build(parts: Components, negatives: list[str] | None) -> Conditioning:
+    specs = parts.specs()
+    engines = {name: EagerEngine(m, specs[name]) for name, m in parts.graphs().items()}
+    return condition(engines, parts.tokenizer, PROMPTS, negatives, LAYOUTS)
+
+
+@torch.no_grad()
+def test_unconditional_half_comes_first_and_is_not_grounded(random_components: Components) -> None:
+    parts, given = random_components, build(random_components, NEGATIVES)
+    hidden, pooled = encode(parts, PROMPTS)
+    torch.testing.assert_close(given.encoder_hidden_states[:2], encode(parts, NEGATIVES)[0])
+    torch.testing.assert_close(given.encoder_hidden_states[2:], hidden)
+    torch.testing.assert_close(given.caption_embedding, pooled)
+    boxes = torch.from_numpy(LAYOUTS[0].padded()[0])[None]
+    gligen = {"boxes": boxes, "positive_embeddings": given.label_embeddings[:1]}
+    mask = given.region_mask[:1]
+    null = parts.unet.position_net(masks=torch.zeros_like(mask), **gligen)
+    grounded = parts.unet.position_net(masks=mask, **gligen)
+    torch.testing.assert_close(given.grounding_tokens[:1], null)
+    torch.testing.assert_close(given.grounding_tokens[2:3], grounded)
+    assert (null - grounded)[:, :3].abs().amax(-1).min() > 1e-3
+    # an image without boxes has the null tokens in both halves
+    torch.testing.assert_close(given.grounding_tokens[1], given.grounding_tokens[3])
+
+
+@torch.no_grad()
+def test_each_slot_has_its_own_phrase(random_components: Components) -> None:
+    given = build(random_components, NEGATIVES)
+    _, (dog, cat) = encode(random_components, ["dog", "cat"])
+    torch.testing.assert_close(given.label_embeddings[0, :3], torch.stack([dog, cat, dog]))
+    assert given.label_embeddings[0, 3:].abs().max() == given.label_embeddings[1].abs().max() == 0
+    assert given.region_mask.sum(-1).tolist() == [3, 0]
+
+
+def test_without_guidance_there_is_one_half(random_components: Components) -> None:
+    alone, both = build(random_components, None), build(random_components, NEGATIVES)
+    assert len(alone.encoder_hidden_states) == len(alone.grounding_tokens) == 2
+    torch.testing.assert_close(alone.encoder_hidden_states, both.encoder_hidden_states[2:])
+    torch.testing.assert_close(alone.grounding_tokens, both.grounding_tokens[2:])

@@ -1,0 +1,221 @@
+"""HCMAPipeline in torch eager: batches, seeds, settings, callbacks, output types and bad input."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+import hcma_fast
+from hcma_fast import HCMAPipeline, Layout
+from hcma_fast.errors import BackendError, DeviceMemoryError, HcmaError, InputError, UsageError
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.eager import EagerEngine
+
+DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
+CAT = Layout(["cat"], [[0.2, 0.1, 0.8, 0.7]])
+FEW: dict[str, Any] = {"num_inference_steps": 4, "output_type": "latent"}
+
+
+@pytest.fixture(scope="module")
+def pipe(random_components: Components) -> HCMAPipeline:
+    return HCMAPipeline.from_components(random_components)
+
+
+def test_public_names() -> None:
+    assert set(hcma_fast.__all__) == {"HCMAPipeline", "Layout", "__version__"}
+    assert hcma_fast.__version__.count(".") == 2
+    with pytest.raises(AttributeError, match="nothing"):
+        hcma_fast.nothing  # noqa: B018
+
+
+def test_from_pretrained_runs_a_folder(random_checkpoint: Path, pipe: HCMAPipeline) -> None:
+    loaded = HCMAPipeline.from_pretrained(random_checkpoint)
+    assert (loaded.backend, loaded.engine_hash, loaded.image_size) == ("eager", None, 16)
+    assert loaded.preset == "random" and loaded.components is not None
+    assert loaded.weights_hash == pipe.weights_hash
+    a, b = loaded("a dog", CAT, seed=3, **FEW), pipe("a dog", CAT, seed=3, **FEW)
+    assert torch.equal(a.latents, b.latents)
+
+
+def test_output_types_show_the_same_image(pipe: HCMAPipeline) -> None:
+    def run(kind: Any) -> Any:
+        return pipe("a dog", DOG_PIZZA, seed=1, num_inference_steps=4, output_type=kind).images
+
+    image, array, tensor, latent = run("pil")[0], run("np"), run("pt"), run("latent")
+    assert isinstance(image, Image.Image) and image.size == (16, 16) and image.mode == "RGB"
+    assert array.shape == (1, 16, 16, 3) and array.dtype == np.float32
+    assert array.min() >= 0 and array.max() <= 1
+    assert torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(array))
+    assert np.abs(np.asarray(image) / 255 - array[0]).max() <= 0.5 / 255 + 1e-6
+    assert latent.shape == (1, 4, 8, 8)
+
+
+def test_an_image_does_not_depend_on_its_batch(pipe: HCMAPipeline) -> None:
+    prompts = ["a dog beside a pizza", "a cat", "nothing at all"]
+    layouts = [DOG_PIZZA, CAT, Layout.empty()]
+    together = pipe(prompts, layouts, seed=[7, 8, 9], negative_prompt=["", "bad", "x"], **FEW)
+    for i, negative in enumerate(["", "bad", "x"]):
+        alone = pipe(prompts[i], layouts[i], seed=7 + i, negative_prompt=negative, **FEW)
+        torch.testing.assert_close(alone.latents[0], together.latents[i], rtol=1e-4, atol=1e-4)
+        for one, all_ in zip(alone.losses, together.losses, strict=True):
+            torch.testing.assert_close(one.loss_local[0], all_.loss_local[i], rtol=1e-4, atol=1e-5)
+
+
+def test_seeds_reproduce_and_count_up(pipe: HCMAPipeline) -> None:
+    first = pipe("a dog", [CAT, CAT], seed=5, **FEW)
+    assert first.seeds == [5, 6]
+    assert torch.equal(first.latents, pipe("a dog", [CAT, CAT], seed=[5, 6], **FEW).latents)
+    assert not torch.allclose(first.latents[0], first.latents[1])
+    drawn = pipe("a dog", CAT, **FEW)
+    assert torch.equal(drawn.latents, pipe("a dog", CAT, seed=drawn.seeds, **FEW).latents)
+
+
+def test_latents_instead_of_seeds(pipe: HCMAPipeline) -> None:
+    noise = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(5))[None]
+    given = pipe("a dog", CAT, latents=noise, **FEW)
+    assert given.seeds == []
+    assert torch.equal(given.latents, pipe("a dog", CAT, seed=5, **FEW).latents)
+
+
+def test_one_prompt_serves_many_layouts_and_the_reverse(pipe: HCMAPipeline) -> None:
+    assert len(pipe("a dog", [CAT, DOG_PIZZA], seed=0, **FEW).latents) == 2
+    assert len(pipe(["a dog", "a cat", "x"], CAT, seed=0, **FEW).latents) == 3
+    assert len(pipe(["a dog", "a cat"], seed=0, **FEW).latents) == 2
+
+
+def test_empty_layout_equals_none_and_is_finite(pipe: HCMAPipeline) -> None:
+    out = pipe("a dog", Layout.empty(), seed=0, **FEW)
+    assert out.latents.isfinite().all()
+    assert torch.equal(out.latents, pipe("a dog", None, seed=0, **FEW).latents)
+    assert out.losses[0].loss_local.abs().max() == 0 and out.losses[0].loss_global.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"eta0": 3.0},
+        {"lambda_global": 5.0},
+        {"lambda_local": 5.0},
+        {"align_window": (0.0, 0.5)},
+        {"grounding_beta": 0.5},
+        {"guidance_scale": 2.0},
+        {"guidance_scale": 1.0},
+        {"negative_prompt": "a cat"},
+        {"num_inference_steps": 5},
+    ],
+)
+def test_each_setting_matters(pipe: HCMAPipeline, change: dict[str, Any]) -> None:
+    # lambdas well above 0 everywhere, so that each of them moves the latent visibly
+    base = pipe("a dog", DOG_PIZZA, seed=0, **{**FEW, "eta0": 2.0})
+    other = pipe("a dog", DOG_PIZZA, seed=0, **{**FEW, "eta0": 2.0, **change})
+    assert (base.latents - other.latents).abs().max() > 1e-4
+
+
+def test_prompt_phrase_and_box_matter(pipe: HCMAPipeline) -> None:
+    base = pipe("a dog", CAT, seed=0, **FEW).latents
+    moved = Layout(CAT.phrases, [[0.0, 0.0, 0.3, 0.3]])
+    for prompt, layout in (("a cat", CAT), ("a dog", moved), ("a dog", Layout(["dog"], CAT.boxes))):
+        assert (pipe(prompt, layout, seed=0, **FEW).latents - base).abs().max() > 1e-4
+
+
+def test_eta_zero_is_the_limit_of_small_eta_and_records_no_losses(pipe: HCMAPipeline) -> None:
+    off = pipe("a dog", CAT, seed=0, eta0=0.0, **FEW)
+    small = pipe("a dog", CAT, seed=0, eta0=1e-12, **FEW)
+    assert off.losses == [] and len(small.losses) == 4
+    torch.testing.assert_close(off.latents, small.latents, rtol=1e-5, atol=1e-5)
+    assert pipe("a dog", CAT, seed=0, align_window=(0.0, 0.0), **FEW).losses == []
+
+
+def test_negative_prompt_needs_guidance_and_empty_is_the_default(pipe: HCMAPipeline) -> None:
+    plain = pipe("a dog", CAT, seed=0, **FEW).latents
+    assert torch.equal(plain, pipe("a dog", CAT, seed=0, negative_prompt="", **FEW).latents)
+    one = pipe("a dog", CAT, seed=0, guidance_scale=1.0, **FEW).latents
+    with_negative = pipe("a dog", CAT, seed=0, guidance_scale=1.0, negative_prompt="x", **FEW)
+    assert torch.equal(one, with_negative.latents)
+
+
+def test_callback_follows_the_steps_and_may_replace_latents(pipe: HCMAPipeline) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def callback(p: HCMAPipeline, step: int, time: int, tensors: dict[str, Tensor]) -> Any:
+        assert p is pipe and tensors["latents"].shape == (1, 4, 8, 8)
+        seen.append((step, time))
+        return {"latents": torch.zeros(1, 4, 8, 8)} if step == 3 else None
+
+    out = pipe("a dog", CAT, seed=0, callback_on_step_end=callback, **FEW)
+    assert seen == [(0, 751), (1, 501), (2, 251), (3, 1)]
+    assert out.latents.abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    "kwargs, error, words",
+    [
+        ({"prompt": ["a", "b"], "layout": [CAT] * 3}, InputError, "2 prompts.*3 layouts"),
+        ({"prompt": []}, InputError, "no prompt"),
+        ({"layout": []}, InputError, "no layout"),
+        ({"layout": {"phrases": []}}, InputError, "Layout"),
+        ({"prompt": ["a", 3]}, InputError, "string"),
+        ({"prompt": "x" * 76}, InputError, "78 tokens.*77.*by 1 tokens"),
+        ({"negative_prompt": "y" * 200}, InputError, "negative prompt has 202"),
+        ({"layout": Layout(["z" * 90], [[0, 0, 1, 1]])}, InputError, "phrase has 92"),
+        ({"negative_prompt": ["a", "b"]}, InputError, "2 negative prompts"),
+        ({"seed": [1, 2]}, InputError, "seeds must be 1"),
+        ({"seed": -1}, InputError, "not negative"),
+        ({"seed": 2**63}, InputError, "seeds"),
+        ({"seed": True}, InputError, "seeds"),
+        ({"seed": [0.5]}, InputError, "seeds"),
+        ({"latents": torch.zeros(1, 4, 4, 4)}, InputError, r"\(1, 4, 8, 8\)"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, InputError, "finite"),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, InputError, "floating"),
+        ({"output_type": "jpeg"}, UsageError, "pil"),
+        ({"num_inference_steps": 1}, UsageError, "between 2 and 999"),
+        ({"num_inference_steps": 1000}, UsageError, "between 2 and 999"),
+        ({"num_inference_steps": 4.5}, UsageError, "whole number"),
+        ({"guidance_scale": 0.5}, UsageError, "guidance_scale"),
+        ({"guidance_scale": float("nan")}, UsageError, "guidance_scale"),
+        ({"guidance_scale": float("inf")}, UsageError, "guidance_scale"),
+        ({"eta0": -1.0}, UsageError, "eta0"),
+        ({"lambda_local": -1.0}, UsageError, "lambda_local"),
+        ({"grounding_beta": 1.5}, UsageError, "grounding_beta"),
+        ({"align_window": (0.6, 0.4)}, UsageError, "window"),
+        ({"align_window": (0.6,)}, UsageError, "window"),
+        ({"eta0": 1e30, "lambda_global": 1e30}, UsageError, "diverged"),
+    ],
+)
+def test_bad_input_is_a_typed_error_with_value_and_remedy(
+    pipe: HCMAPipeline, kwargs: dict[str, Any], error: type[HcmaError], words: str
+) -> None:
+    arguments = {"prompt": "a dog", "layout": CAT, **FEW, **kwargs}
+    with pytest.raises(error, match=words) as caught:
+        pipe(**arguments)
+    assert caught.value.remedy
+
+
+def test_a_prompt_of_exactly_77_tokens_passes(pipe: HCMAPipeline) -> None:
+    assert pipe("x" * 75, CAT, seed=0, **FEW).latents.isfinite().all()
+
+
+def test_unknown_backend_and_device(random_checkpoint: Path) -> None:
+    with pytest.raises(BackendError, match="eager, onnxruntime"):
+        HCMAPipeline.from_pretrained(random_checkpoint, backend="tensorflow")
+    with pytest.raises(UsageError, match="device"):
+        HCMAPipeline.from_pretrained(random_checkpoint, device="toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(BackendError, match="CUDA"):
+            HCMAPipeline.from_pretrained(random_checkpoint, device="cuda")
+
+
+def test_out_of_memory_is_typed(pipe: HCMAPipeline) -> None:
+    class Greedy(torch.nn.Module):
+        def forward(self, z: Tensor) -> tuple[Tensor]:
+            return (torch.empty(1 << 60),)
+
+    engine = EagerEngine(Greedy(), pipe.engines["vae_decoder"].spec)
+    with pytest.raises(DeviceMemoryError, match="vae_decoder"):
+        engine({"z": torch.zeros(1)})
