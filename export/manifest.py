@@ -1,0 +1,121 @@
+"""manifest.json of an engine folder: what was built, from what, how well it agrees, and hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hcma_fast.errors import EngineError
+from hcma_fast.models.checkpoint import CheckpointInfo, first_line
+from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = 1
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class GraphRecord(_Strict):
+    """One graph: its file and how far its outputs lie from torch's."""
+
+    file: str
+    sha256: str
+    size_bytes: int = Field(ge=0)
+    spec: IOSpec
+    parity: float = Field(ge=0, description="largest relative error over all validation inputs")
+    tolerance: float = Field(gt=0)
+    seconds: float = Field(ge=0, description="export and validation")
+
+
+class Manifest(_Strict):
+    """All of manifest.json. ``files`` holds the sha256 of every other file, by relative path."""
+
+    format: Literal[1] = FORMAT
+    backend: str
+    backend_version: str
+    torch_version: str
+    precision: str
+    opset: int
+    info: CheckpointInfo
+    weights_hash: str
+    key: str
+    graphs: dict[GraphName, GraphRecord]
+    files: dict[str, str]
+
+    @property
+    def engine_hash(self) -> str:
+        """sha256 over names and contents of all files."""
+        lines = "".join(f"{name} {digest}\n" for name, digest in sorted(self.files.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """sha256 of a file's contents, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_folder(folder: Path) -> dict[str, str]:
+    """sha256 of every file below ``folder`` but the manifest, by relative path."""
+    names = sorted(
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    )
+    return {name: hash_file(folder / name) for name in names if name != MANIFEST_FILE}
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below ``folder``, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read manifest.json and check every file against it, before any of them is used.
+
+    Raises:
+        EngineError: the manifest is missing or not valid; a file is missing, damaged, a link, or
+            lies outside of the folder.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise _unusable(f"its manifest cannot be read: {first_line(error)}", path) from error
+    lost = set(GRAPH_NAMES) - set(manifest.graphs)
+    if lost:
+        raise _unusable(f"its manifest lacks {', '.join(sorted(lost))}", path)
+    for record in manifest.graphs.values():
+        if manifest.files.get(record.file) != record.sha256:
+            raise _unusable("its manifest contradicts itself", folder / record.file)
+    for name, expected in manifest.files.items():
+        inside = PurePosixPath(name)
+        file = folder / name
+        if inside.is_absolute() or ".." in inside.parts or _is_linked(folder, inside):
+            raise _unusable("its manifest names a file outside of the folder, or a link", name)
+        if not file.is_file():
+            raise _unusable("a file is missing", file)
+        if hash_file(file) != expected:
+            raise _unusable("a file has changed since it was built", file)
+    return manifest
+
+
+def _is_linked(folder: Path, inside: PurePosixPath) -> bool:
+    return any((folder / part).is_symlink() for part in (inside, *inside.parents[:-1]))
+
+
+def _unusable(problem: str, value: object) -> EngineError:
+    return EngineError(
+        f"this engine folder cannot be used: {problem}",
+        value=str(value),
+        remedy="Build it again: hcma-fast build --out FOLDER --force.",
+    )

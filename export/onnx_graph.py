@@ -1,0 +1,81 @@
+"""One graph as an ONNX file: named inputs and outputs, dynamic batch (torch.onnx.export, dynamo)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from hcma_fast.export.graphs import random_inputs, traceable
+from hcma_fast.specs import BATCH, IOSpec
+
+OPSET = 20
+"""ONNX operator set of every exported graph (the first with Gelu)."""
+
+#: a batch that no other size of a graph has: torch.export would tie equal sizes together
+_EXAMPLE_BATCH = 3
+
+
+def export_onnx(spec: IOSpec, module: nn.Module, path: Path, *, vocabulary: int) -> None:
+    """Write ``module`` to ``path`` in float32, weights inside.
+
+    Args:
+        spec: names and shapes; every ``"batch"`` becomes one symbolic dimension.
+        module: takes the inputs in the spec's order and returns a tuple of outputs.
+        vocabulary: token ids of the example lie below it.
+    """
+    generator = torch.Generator().manual_seed(0)
+    inputs = random_inputs(spec, _EXAMPLE_BATCH, generator, vocabulary)
+    example = tuple(inputs[name] for name in spec.input_names)
+    batch = torch.export.Dim(BATCH, min=1, max=1024)
+    dynamic = tuple(
+        {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
+        for tensor in spec.inputs
+    )
+    with _quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            _Positional(traceable(spec.graph, module, example)),
+            example,
+            dynamo=True,
+            dynamic_shapes=(dynamic,),
+            input_names=list(spec.input_names),
+            output_names=list(spec.output_names),
+            opset_version=OPSET,
+            verbose=False,
+        )
+        assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
+        program.save(path, external_data=False)
+
+
+class _Positional(nn.Module):
+    """A graph with ``*args``, so that every graph declares its dynamic shapes the same way."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        outputs = self.module(*args)
+        return tuple(outputs)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's notes on its own internals are noise to a user; its errors still raise."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.ERROR)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

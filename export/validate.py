@@ -1,0 +1,66 @@
+"""An export is done when it computes what torch computes, on inputs it has not seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hcma_fast.errors import EngineError
+from hcma_fast.export.graphs import random_inputs
+from hcma_fast.specs import IOSpec
+
+TOLERANCE_FLOAT32 = 1e-4
+"""Relative error that a float32 graph may have against torch."""
+
+#: (batch, valid boxes, alignment rate): other batches than the traced one, no box and all 30,
+#: no step and one a thousand times too long
+_CASES = ((1, 3, 1.0), (2, 0, 1.0), (5, 30, 1.0), (2, 1, 0.0), (1, 5, 1e3))
+
+Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+
+
+def measure(spec: IOSpec, module: nn.Module, run: Runner, *, vocabulary: int) -> float:
+    """Largest relative error of ``run`` against ``module`` over all cases and outputs.
+
+    Relative means: largest absolute difference over the largest absolute value of the reference.
+
+    Raises:
+        EngineError: an output has another shape or dtype than the reference, or is not finite
+            where the reference is.
+    """
+    worst = 0.0
+    for inputs in _inputs(spec, vocabulary):
+        with torch.no_grad():
+            expected = module(*(inputs[name] for name in spec.input_names))
+        found = run(inputs)
+        for tensor, reference in zip(spec.outputs, expected, strict=True):
+            worst = max(worst, _relative_error(spec, tensor.name, found[tensor.name], reference))
+    return worst
+
+
+def _inputs(spec: IOSpec, vocabulary: int) -> Iterator[dict[str, Tensor]]:
+    for seed, (batch, boxes, eta) in enumerate(_CASES):
+        generator = torch.Generator().manual_seed(1000 + seed)
+        inputs = random_inputs(spec, batch, generator, vocabulary, boxes)
+        if "eta" in inputs:
+            inputs["eta"] = torch.full_like(inputs["eta"], eta)
+        yield inputs
+
+
+def _relative_error(spec: IOSpec, name: str, found: Tensor, reference: Tensor) -> float:
+    if (found.shape, found.dtype) != (reference.shape, reference.dtype):
+        raise _wrong(spec, name, f"{tuple(found.shape)} {found.dtype}", reference)
+    if not bool(found.isfinite().all()):
+        raise _wrong(spec, name, "values that are not finite", reference)
+    scale = reference.abs().max().clamp(min=1e-6)
+    return float((found - reference).abs().max() / scale)
+
+
+def _wrong(spec: IOSpec, name: str, found: str, reference: Tensor) -> EngineError:
+    return EngineError(
+        f"the exported graph {spec.graph} gives {name} as {found}",
+        value=f"torch: {tuple(reference.shape)} {reference.dtype}",
+        remedy="This is a fault of the export: report it with the versions of hcma-fast doctor.",
+    )

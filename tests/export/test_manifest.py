@@ -1,0 +1,95 @@
+"""An engine folder that is not exactly what was built is never used."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hcma_fast import HCMAPipeline
+from hcma_fast.errors import EngineError
+from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
+
+
+@pytest.fixture
+def engine(random_engine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(random_engine, tmp_path / "engine"))
+
+
+def edit(folder: Path, **values: Any) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("name", ["unet_grounded.onnx", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove"])
+def test_damaged_files_are_found_before_anything_is_read(
+    engine: Path, name: str, damage: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a graph was read before the hashes were checked")
+
+    monkeypatch.setattr("hcma_fast.runtime.ort.open_session", fail)
+    content = bytearray((engine / name).read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        (engine / name).write_bytes(content)
+    elif damage == "truncate":
+        (engine / name).write_bytes(content[:-1])
+    else:
+        (engine / name).unlink()
+    with pytest.raises(EngineError, match=r"hcma-fast build") as caught:
+        HCMAPipeline.from_pretrained(engine)
+    assert name in str(caught.value) and caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"surprise": 1},
+        {"format": 2},
+        {"graphs": {}},
+        {"graphs": None},
+        {"files": {}},
+        {"files": {"../outside": "0" * 64}},
+        {"files": {"/etc/hostname": "0" * 64}},
+    ],
+)
+def test_a_changed_manifest_is_refused(engine: Path, values: dict[str, Any]) -> None:
+    edit(engine, **values)
+    with pytest.raises(EngineError):
+        load_manifest(engine)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
+def test_a_broken_manifest_is_refused(engine: Path, content: str) -> None:
+    (engine / MANIFEST_FILE).write_text(content)
+    with pytest.raises(EngineError, match="manifest"):
+        load_manifest(engine)
+
+
+def test_a_missing_field_is_refused(engine: Path) -> None:
+    path = engine / MANIFEST_FILE
+    content = json.loads(path.read_text())
+    del content["weights_hash"]
+    path.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="weights_hash"):
+        load_manifest(engine)
+
+
+def test_links_are_refused(engine: Path, tmp_path: Path) -> None:
+    outside = tmp_path / "outside.onnx"
+    (engine / "align.onnx").rename(outside)
+    (engine / "align.onnx").symlink_to(outside)
+    with pytest.raises(EngineError, match="link"):
+        load_manifest(engine)
+    (engine / "align.onnx").unlink()
+    outside.rename(engine / "align.onnx")
+    load_manifest(engine)
+    (engine / "tokenizer").rename(tmp_path / "tokenizer")
+    (engine / "tokenizer").symlink_to(tmp_path / "tokenizer")
+    with pytest.raises(EngineError, match="link"):
+        load_manifest(engine)
