@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from hcma_fast.errors import WeightsError
+from hcma_fast.models.checkpoint import first_line
 
 
 def save_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module, step: int
 ) -> None:
-    """Write model, optimiser, average and step to ``path`` by a temporary name, synced and renamed."""
+    """Write model, optimiser, average and step to ``path``, whole or not at all."""
     partial = path.with_suffix(".part")
     with partial.open("wb") as file:
         torch.save(
@@ -46,10 +47,11 @@ def load_state(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
-    except Exception as error:
+        step = int(state["step"])
+    except Exception as error:  # torch.load raises many kinds for a damaged file
         raise WeightsError(
-            f"this training state cannot be resumed ({error})",
+            f"this training state cannot be resumed ({first_line(error)})",
             value=str(path),
             remedy="Delete it to start over, or give the run another folder.",
         ) from error
-    return int(state["step"])
+    return step

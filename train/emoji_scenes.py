@@ -9,7 +9,11 @@ annotation format of COCO, so one reader serves both.
 
 from __future__ import annotations
 
+import argparse
+import io
 import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,16 +25,19 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
+from hcma_fast.errors import HcmaError, UsageError
+
 Split = Literal["train", "val", "test", "judge"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 ASSETS = Path(__file__).parent / "assets"
 SPRITE_SIDE = 96
 MAX_OBJECTS = 5
+MIN_IMAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
 class Category:
-    """A COCO category: its id and name in COCO's own list, plural, glyph, natural width / height."""
+    """A COCO category: id and name in COCO's own list, plural, glyph, natural width / height."""
 
     id: int
     name: str
@@ -81,7 +88,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], float |
 }
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
-#: every 9th pair of different categories, spread over all of them: these meet in the test split only
+#: every 9th pair of different categories, spread over all of them: only the test split has them
 HELD_OUT_PAIRS: frozenset[frozenset[str]] = frozenset(
     frozenset(pair) for k, pair in enumerate(combinations(CATEGORY_NAMES, 2)) if k % 9 == 4
 )
@@ -117,7 +124,7 @@ def _rng(split: Split, index: int, stream: int) -> np.random.Generator:
 
 
 def _choose_categories(rng: np.random.Generator, split: Split, count: int) -> list[str]:
-    """Category of each object: one kind, or two kinds (60% of the scenes with room), rarely three."""
+    """Category of each object: one kind, or two (60% of the scenes with room), rarely three."""
     kinds = 1 if count == 1 else int(rng.choice([1, 2, 3], p=[0.3, 0.58, 0.12]))
     kinds = min(kinds, count)
     while True:
@@ -257,17 +264,44 @@ def render_scene(scene: Scene, split: Split, index: int, image_size: int = 64) -
 
 
 def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> None:
-    """Write ``count`` scenes: ``{split}/*.png``, ``annotations/{instances,captions}_{split}.json``."""
-    images, instances, captions = [], [], []
+    """Write ``count`` scenes: ``{split}/*.png``, ``annotations/{instances,captions}_{split}.json``.
+
+    The annotations come last, each file whole or not at all.
+
+    Raises:
+        UsageError: a count or size below its minimum, or a folder that cannot be written to.
+    """
+    if count < 1 or image_size < MIN_IMAGE_SIZE:
+        raise UsageError(
+            f"a split needs 1 scene and {MIN_IMAGE_SIZE} pixels a side at least",
+            value=(count, image_size),
+            remedy="For example --count 100 --size 64.",
+        )
+    try:
+        _write_split(folder, split, count, image_size)
+    except OSError as error:
+        raise UsageError(
+            f"cannot write the scenes: {error.strerror}",
+            value=str(folder),
+            remedy="Give a folder that you may write to, on a disk with room.",
+        ) from error
+
+
+def _write_split(folder: Path, split: Split, count: int, image_size: int) -> None:
+    images: list[dict[str, object]] = []
+    instances: list[dict[str, object]] = []
+    captions: list[dict[str, object]] = []
     (folder / split).mkdir(parents=True, exist_ok=True)
     (folder / "annotations").mkdir(exist_ok=True)
     for index in range(count):
         scene = sample_scene(split, index, image_size)
         name = f"{index:012d}.png"
-        render_scene(scene, split, index, image_size).save(folder / split / name)
+        picture = io.BytesIO()
+        render_scene(scene, split, index, image_size).save(picture, "PNG")
+        _write_whole(folder / split / name, picture.getvalue())
         images.append({"id": index, "file_name": name, "width": image_size, "height": image_size})
         for item in scene.objects:
-            x0, y0, x1, y1 = (v * image_size for v in item.box)
+            x0, y0, x1, y1 = (round(v * image_size) for v in item.box)
             instances.append(
                 {
                     "id": len(instances) + 1,
@@ -282,11 +316,44 @@ def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> 
             {"id": len(captions) + k + 1, "image_id": index, "caption": text}
             for k, text in enumerate(scene.captions)
         ]
-    categories = [{"id": c.id, "name": c.name, "supercategory": "emoji"} for c in CATEGORIES]
     info = {"description": f"EmojiScenes {split}, {image_size} px", "version": "1"}
-    for kind, annotations in (("instances", instances), ("captions", captions)):
-        document = {"info": info, "images": images, "annotations": annotations, "categories": categories}
-        path = folder / "annotations" / f"{kind}_{split}.json"
-        partial = path.with_suffix(".json.part")
-        partial.write_text(json.dumps(document))
-        partial.replace(path)
+    categories = [{"id": c.id, "name": c.name, "supercategory": "emoji"} for c in CATEGORIES]
+    for kind, records in (("instances", instances), ("captions", captions)):
+        document: dict[str, object] = {"info": info, "images": images, "annotations": records}
+        if kind == "instances":
+            document["categories"] = categories
+        content = json.dumps(document).encode()
+        _write_whole(folder / "annotations" / f"{kind}_{split}.json", content)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    with partial.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write a split in COCO's format; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m hcma_fast.train.emoji_scenes",
+        description="Write EmojiScenes in COCO's annotation format.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to write to")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--count", type=int, default=100, help="scenes; scene i is always the same")
+    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    args = parser.parse_args(arguments)
+    try:
+        write_coco(args.out, args.split, args.count, args.size)
+    except HcmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    print(f"wrote {args.count} scenes of {args.split} to {args.out}", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -77,8 +77,10 @@ class SceneLatents:
         """Pooled embedding of each category name, (24, d)."""
         return self.encode(list(CATEGORY_NAMES))[1]
 
-    def batch(self, step: int, size: int, *, caption_dropout: float = 0.0) -> Batch:
-        """The batch of this step; captions become empty with probability ``caption_dropout``."""
+    def batch(
+        self, step: int, size: int, without_caption: NDArray[np.bool_] | None = None
+    ) -> Batch:
+        """The batch of this step; captions are empty where ``without_caption`` (size,) is true."""
         rng = np.random.default_rng([3, step])
         chosen = rng.choice(len(self.scenes), size, replace=False)
         posterior = torch.from_numpy(self.posteriors[chosen]).float()
@@ -89,7 +91,7 @@ class SceneLatents:
         captions = []
         for row, index in enumerate(chosen):
             scene = self.scenes[index]
-            dropped = rng.random() < caption_dropout
+            dropped = without_caption is not None and bool(without_caption[row])
             captions.append("" if dropped else str(rng.choice(scene.captions)))
             for slot, item in enumerate(scene.objects):
                 boxes[row, slot] = torch.tensor(item.box)

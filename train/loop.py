@@ -1,7 +1,8 @@
 """One resumable training loop for all stages.
 
-A stage gives a module, and a loss as a function of the step number. Batches and noise are drawn from the
-step number too, so that a run killed at any time and resumed sees the same data as one that was not.
+A stage gives a module, and a loss as a function of the step number. Batches and noise are drawn
+from the step number too, so that a run killed at any time and resumed sees the same data as one
+that was not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
+from hcma_fast.errors import HcmaError
 from hcma_fast.train.checkpoints import load_state, save_state
+
+
+class DivergenceError(HcmaError):
+    """Training reached a loss or a gradient that is not finite (exit code 1)."""
 
 
 class LoopConfig(BaseModel):
@@ -54,6 +60,10 @@ def run(
     Args:
         loss_of_step: step -> named scalar losses; ``"loss"`` is minimised, the rest is logged.
         on_checkpoint: called with the step and the averaged model after each checkpoint.
+
+    Raises:
+        DivergenceError: a loss or gradient is not finite; the last state stays as it was.
+        WeightsError: the state in ``folder`` cannot be resumed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     optimizer = torch.optim.AdamW(
@@ -65,21 +75,24 @@ def run(
     start = load_state(folder / "state.pt", model, optimizer, ema)
     model.train()
     totals: dict[str, float] = {}
+    count = 0
     clock = time.monotonic()
     for step in range(start, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         losses = loss_of_step(step)
+        _check_finite("loss", losses["loss"], step, folder)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
+        _check_finite("gradient norm", norm, step, folder)
         optimizer.step()
         ema.update_parameters(model)
         for name, value in losses.items():
             totals[name] = totals.get(name, 0.0) + float(value.detach())
+        count += 1
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
-            count = (done - start) % config.log_every or config.log_every
             seconds = time.monotonic() - clock
             record = {
                 "step": done,
@@ -90,13 +103,22 @@ def run(
             with (folder / "log.jsonl").open("a") as log:
                 log.write(json.dumps(record) + "\n")
             print(json.dumps(record), flush=True)
-            totals, clock = {}, time.monotonic()
+            totals, count, clock = {}, 0, time.monotonic()
         if done % config.checkpoint_every == 0 or done == config.steps:
             save_state(folder / "state.pt", model, optimizer, ema, done)
             if on_checkpoint is not None:
                 on_checkpoint(done, ema.module)
                 model.train()
     return ema.module
+
+
+def _check_finite(what: str, value: Tensor, step: int, folder: Path) -> None:
+    if not bool(torch.isfinite(value.detach()).all()):
+        raise DivergenceError(
+            f"the {what} of step {step} is not finite",
+            value=float(value.detach()),
+            remedy=f"Lower the learning rate and resume; the last good state is in {folder}.",
+        )
 
 
 def _ema_update(

@@ -1,0 +1,153 @@
+"""Reader for data in COCO's annotation format: EmojiScenes, and COCO 2014 unchanged.
+
+An image's captions and boxes come from two files, as COCO ships them: ``instances_*.json`` and
+``captions_*.json``. Everything is checked while reading, so that training never meets a bad record.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hcma_fast.errors import InputError
+from hcma_fast.layout import Layout
+
+
+@dataclass(frozen=True)
+class CocoExample:
+    """One image: its file and size in pixels, at least one caption, and its largest 30 boxes."""
+
+    image_id: int
+    path: Path
+    width: int
+    height: int
+    captions: tuple[str, ...]
+    layout: Layout
+
+
+class _Record(BaseModel):
+    # COCO's records hold more than we read: licences, segmentations, URLs
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class _Image(_Record):
+    id: int
+    file_name: str = Field(pattern=r"^[^/\\]+$")
+    width: int = Field(gt=0)
+    height: int = Field(gt=0)
+
+
+class _Category(_Record):
+    id: int
+    name: str
+
+
+class _Instance(_Record):
+    id: int
+    image_id: int
+    category_id: int
+    bbox: tuple[float, float, float, float]
+    iscrowd: int = 0
+
+
+class _Caption(_Record):
+    id: int
+    image_id: int
+    caption: str
+
+
+class _Instances(_Record):
+    images: list[_Image]
+    categories: list[_Category]
+    annotations: list[_Instance]
+
+
+class _Captions(_Record):
+    annotations: list[_Caption]
+
+
+_Document = TypeVar("_Document", _Instances, _Captions)
+
+
+def read_coco(images: str | Path, instances: str | Path, captions: str | Path) -> list[CocoExample]:
+    """Read a split, in the order of its image list.
+
+    Args:
+        images: the folder of the image files, each of which must exist; none is opened.
+        instances: ``instances_*.json``; crowds are left out, boxes are clipped to the image.
+        captions: ``captions_*.json`` of the same images.
+
+    Raises:
+        InputError: names the file: it is missing or not in COCO's format, ids occur twice, an
+            annotation is of an unknown image or category, an image has no caption or no file.
+    """
+    images, instances, captions = Path(images), Path(instances), Path(captions)
+    boxes, texts = _read(instances, _Instances), _read(captions, _Captions)
+    for kind, path, records in (
+        ("image", instances, boxes.images),
+        ("category", instances, boxes.categories),
+        ("annotation", instances, boxes.annotations),
+        ("caption", captions, texts.annotations),
+    ):
+        _check_unique(kind, path, (record.id for record in records))
+    try:
+        files = set(os.listdir(images))
+    except OSError as error:
+        _fail(f"cannot read the folder of images: {error.strerror}", images, error)
+
+    known = {image.id for image in boxes.images}
+    boxes_of: defaultdict[int, list[_Instance]] = defaultdict(list)
+    texts_of: defaultdict[int, list[str]] = defaultdict(list)
+    for box in boxes.annotations:
+        if box.image_id not in known:
+            _fail(f"annotation {box.id} is of image {box.image_id}, which is not listed", instances)
+        boxes_of[box.image_id].append(box)
+    for text in texts.annotations:
+        if text.image_id not in known:
+            _fail(f"caption {text.id} is of image {text.image_id}, which is not listed", captions)
+        if text.caption.strip():
+            texts_of[text.image_id].append(text.caption.strip())
+
+    names = {category.id: category.name for category in boxes.categories}
+    examples = []
+    for image in boxes.images:
+        if not texts_of[image.id]:
+            _fail(f"image {image.id} has no caption", captions)
+        if image.file_name not in files:
+            _fail(f"the file of image {image.id} is missing", images / image.file_name)
+        found = (box.model_dump() for box in boxes_of[image.id])
+        try:
+            layout = Layout.from_coco(found, names, image.width, image.height)
+        except InputError as error:
+            _fail(f"image {image.id}: {error.what} (got {error.value!r})", instances, error)
+        path, lines = images / image.file_name, tuple(texts_of[image.id])
+        examples.append(CocoExample(image.id, path, image.width, image.height, lines, layout))
+    return examples
+
+
+def _read(path: Path, kind: type[_Document]) -> _Document:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        _fail(f"cannot read the annotations: {error.strerror}", path, error)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        _fail(f"not in COCO's format: {where}: {first['msg']}", path, error)
+
+
+def _check_unique(kind: str, path: Path, ids: Iterable[int]) -> None:
+    number, count = next(iter(Counter(ids).most_common(1)), (0, 0))
+    if count > 1:
+        _fail(f"{kind} id {number} occurs {count} times", path)
+
+
+def _fail(what: str, path: Path, cause: Exception | None = None) -> NoReturn:
+    remedy = "Give the images, instances and captions of one split, whole and unchanged."
+    raise InputError(what, value=str(path), remedy=remedy) from cause

@@ -1,0 +1,72 @@
+"""Train the decoder of `tiny`'s VAE further: ``python -m hcma_fast.train.vae_decoder --out .runs/tiny``.
+
+The encoder stays as it is, so the latents that the denoiser learned stay valid, while pictures get
+sharper. Latents come from the cache, which spares the encoder's share of the work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+
+from hcma_fast.train.latents import cached_posteriors
+from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.scenes_cache import rendered_scenes
+from hcma_fast.train.vae import psnr, to_tensor
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+
+    def forward(self, latents: Tensor) -> Tensor:
+        image: Tensor = self.decoder(self.post_quant_conv(latents))
+        return image
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--scenes", type=int, default=30000)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    vae = AutoencoderKL.from_pretrained(args.out / "vae").eval()
+    scenes = rendered_scenes(args.out, "train", args.scenes)
+    posteriors = cached_posteriors(args.out, vae, "train", args.scenes)
+    validation = rendered_scenes(args.out, "val", 500)[:200]
+    model = _Decoder(vae)
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        rng = np.random.default_rng([6, step])
+        chosen = np.sort(rng.choice(len(scenes), args.batch, replace=False))
+        mean, std = torch.from_numpy(posteriors[chosen]).float().unbind(1)
+        noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
+        output, images = model(mean + std * noise), to_tensor(scenes[chosen])
+        mse, l1 = (output - images).square().mean(), (output - images).abs().mean()
+        return {"loss": l1 + 4 * mse, "mse": mse}
+
+    def keep(step: int, averaged: nn.Module) -> None:
+        trained = AutoencoderKL.from_config(vae.config)
+        trained.load_state_dict({**vae.state_dict(), **averaged.state_dict()})
+        trained.eval()
+        quality = round(psnr(trained, validation), 2)
+        print(json.dumps({"step": step, "val_psnr_db": quality}), flush=True)
+        trained.save_pretrained(args.out / "vae-sharp")
+
+    config = LoopConfig(steps=args.steps, lr=args.lr, ema_decay=0.995)
+    run(model, loss_of_step, config, args.out / "vae-decoder-state", keep)
+
+
+if __name__ == "__main__":
+    main()
