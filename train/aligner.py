@@ -73,9 +73,7 @@ def main() -> None:
             "global": omega_global,
             "local": omega_local,
             "label_r1": label_retrieval(f_local, data.label_table, batch.labels, batch.mask),
-            "label_r1_low_noise": label_retrieval(
-                f_local, data.label_table, batch.labels, early
-            ),
+            "label_r1_low_noise": label_retrieval(f_local, data.label_table, batch.labels, early),
         }
 
     def keep(step: int, averaged: nn.Module) -> None:

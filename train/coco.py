@@ -1,14 +1,13 @@
 """Reader for data in COCO's annotation format: EmojiScenes, and COCO 2014 unchanged.
 
-An image's captions and boxes come from two files, as COCO ships them: ``instances_*.json`` and
-``captions_*.json``. Everything is checked while reading, so that training never meets a bad record.
+Everything is checked while reading, so that training never meets a bad record.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
@@ -32,32 +31,32 @@ class CocoExample:
 
 
 class _Record(BaseModel):
-    # COCO's records hold more than we read: licences, segmentations, URLs
+    # COCO's records hold more: licences, segmentations, URLs
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class _Image(_Record):
+class _Numbered(_Record):
     id: int
+
+
+class _Image(_Numbered):
     file_name: str = Field(pattern=r"^[^/\\]+$")
     width: int = Field(gt=0)
     height: int = Field(gt=0)
 
 
-class _Category(_Record):
-    id: int
+class _Category(_Numbered):
     name: str
 
 
-class _Instance(_Record):
-    id: int
+class _Instance(_Numbered):
     image_id: int
     category_id: int
     bbox: tuple[float, float, float, float]
     iscrowd: int = 0
 
 
-class _Caption(_Record):
-    id: int
+class _Caption(_Numbered):
     image_id: int
     caption: str
 
@@ -89,13 +88,10 @@ def read_coco(images: str | Path, instances: str | Path, captions: str | Path) -
     """
     images, instances, captions = Path(images), Path(instances), Path(captions)
     boxes, texts = _read(instances, _Instances), _read(captions, _Captions)
-    for kind, path, records in (
-        ("image", instances, boxes.images),
-        ("category", instances, boxes.categories),
-        ("annotation", instances, boxes.annotations),
-        ("caption", captions, texts.annotations),
-    ):
-        _check_unique(kind, path, (record.id for record in records))
+    _check_unique("image", instances, boxes.images)
+    _check_unique("category", instances, boxes.categories)
+    _check_unique("annotation", instances, boxes.annotations)
+    _check_unique("caption", captions, texts.annotations)
     try:
         files = set(os.listdir(images))
     except OSError as error:
@@ -142,10 +138,10 @@ def _read(path: Path, kind: type[_Document]) -> _Document:
         _fail(f"not in COCO's format: {where}: {first['msg']}", path, error)
 
 
-def _check_unique(kind: str, path: Path, ids: Iterable[int]) -> None:
-    number, count = next(iter(Counter(ids).most_common(1)), (0, 0))
-    if count > 1:
-        _fail(f"{kind} id {number} occurs {count} times", path)
+def _check_unique(kind: str, path: Path, records: Sequence[_Numbered]) -> None:
+    for number, count in Counter(record.id for record in records).items():
+        if count > 1:
+            _fail(f"{kind} id {number} occurs {count} times", path)
 
 
 def _fail(what: str, path: Path, cause: Exception | None = None) -> NoReturn:

@@ -15,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from hcma_fast.schedule import add_noise, alphas_cumprod
+from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import SceneLatents
 from hcma_fast.train.loop import LoopConfig, run
 from hcma_fast.train.text import WIDTH
@@ -22,8 +23,9 @@ from hcma_fast.train.text import WIDTH
 PLAIN_SHARE = 0.05
 #: shares of the examples that lose caption and grounding (the unconditional half of guidance),
 #: the caption alone, the grounding alone
-DROP_BOTH, DROP_CAPTION, DROP_GROUNDING = 0.08, 0.06, 0.06
+DROP_BOTH, DROP_CAPTION, DROP_GROUNDING = 0.08, 0.35, 0.05
 SNR_GAMMA = 5.0
+ATTENTION_WEIGHT = 0.02
 
 
 def make_unet() -> UNet2DConditionModel:
@@ -58,6 +60,7 @@ def main() -> None:
     torch.manual_seed(0)
     data = SceneLatents(args.out, "train", args.scenes)
     model = make_unet()
+    attention = GroundingAttention(model)
     alphas = alphas_cumprod().float()
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_GAMMA) / snr
@@ -71,7 +74,9 @@ def main() -> None:
         batch = data.batch(step, args.batch, without_caption)
         noise = torch.randn(batch.z0.shape, generator=generator)
         # stratified over the schedule: less variance than independent draws
-        offsets = (torch.arange(args.batch) + torch.rand(args.batch, generator=generator)) / args.batch
+        offsets = (
+            torch.arange(args.batch) + torch.rand(args.batch, generator=generator)
+        ) / args.batch
         timesteps = (offsets * len(alphas)).long()
         mask = batch.mask * torch.from_numpy(~without_boxes).unsqueeze(-1)
         gligen = {"boxes": batch.boxes, "positive_embeddings": batch.labels, "masks": mask.float()}
@@ -83,13 +88,20 @@ def main() -> None:
             cross_attention_kwargs=None if plain else {"gligen": gligen},
         ).sample
         error = (predicted - noise).square().mean(dim=(1, 2, 3))
-        return {"loss": (error * weights[timesteps]).mean(), "mse": error.mean()}
+        where = attention.loss(batch.boxes, mask.float())
+        loss = (error * weights[timesteps]).mean() + ATTENTION_WEIGHT * where
+        return {"loss": loss, "mse": error.mean(), "attention": where}
 
     def keep(step: int, averaged: nn.Module) -> None:
         averaged.save_pretrained(args.out / "unet")  # type: ignore[operator]
 
     config = LoopConfig(
-        steps=args.steps, lr=args.lr, warmup=200, weight_decay=0.01, ema_decay=0.9995, checkpoint_every=400
+        steps=args.steps,
+        lr=args.lr,
+        warmup=200,
+        weight_decay=0.01,
+        ema_decay=0.9995,
+        checkpoint_every=400,
     )
     run(model, loss_of_step, config, args.out / "denoiser-state", keep)
 

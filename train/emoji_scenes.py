@@ -88,7 +88,7 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], float |
 }
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
-#: every 9th pair of different categories, spread over all of them: only the test split has them
+#: every 9th pair of different categories (carrot has none): only the test split has them
 HELD_OUT_PAIRS: frozenset[frozenset[str]] = frozenset(
     frozenset(pair) for k, pair in enumerate(combinations(CATEGORY_NAMES, 2)) if k % 9 == 4
 )

@@ -41,19 +41,24 @@ def cached_posteriors(
 
 @dataclass(frozen=True)
 class Batch:
-    """z0 (B, 4, h, w) scaled latent; hidden (B, 77, d); caption (B, d); boxes (B, M, 4); mask (B, M);
-    labels (B, M, d)."""
+    """One training batch of B images with M boxes each."""
 
     z0: Tensor
+    """(B, 4, h, w), scaled latent"""
     hidden: Tensor
+    """(B, 77, d)"""
     caption: Tensor
+    """(B, d)"""
     boxes: Tensor
+    """(B, M, 4)"""
     mask: Tensor
+    """(B, M)"""
     labels: Tensor
+    """(B, M, d)"""
 
 
 class SceneLatents:
-    """Random batches of EmojiScenes with frozen VAE and text encoder, reproducible by step number."""
+    """Random batches of EmojiScenes with frozen VAE and text encoder, drawn by step number."""
 
     def __init__(self, folder: Path, split: Split, count: int) -> None:
         self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
@@ -67,7 +72,11 @@ class SceneLatents:
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, 77, d) and pooled embeddings (B, d)."""
         ids = self.tokenizer(
-            texts, padding="max_length", max_length=TOKEN_LENGTH, truncation=True, return_tensors="pt"
+            texts,
+            padding="max_length",
+            max_length=TOKEN_LENGTH,
+            truncation=True,
+            return_tensors="pt",
         ).input_ids
         output = self.text_encoder(input_ids=ids)
         return output.last_hidden_state, output.pooler_output

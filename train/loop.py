@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from hcma_fast.errors import HcmaError
 from hcma_fast.train.checkpoints import load_state, save_state
+
+_Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 
 
 class DivergenceError(HcmaError):
@@ -83,7 +86,7 @@ def run(
         losses = loss_of_step(step)
         _check_finite("loss", losses["loss"], step, folder)
         optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
         _check_finite("gradient norm", norm, step, folder)
         optimizer.step()
@@ -123,11 +126,11 @@ def _check_finite(what: str, value: Tensor, step: int, folder: Path) -> None:
 
 def _ema_update(
     decay: float,
-) -> Callable[[list[Tensor], list[Tensor], Tensor | int], None]:
+) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     """Exponential moving average whose decay grows with the step count (as in diffusers)."""
 
     @torch.no_grad()
-    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def update(averaged: _Tensors, current: _Tensors, count: Tensor | int) -> None:
         steps = int(count)
         rate = 1 - min(decay, (1 + steps) / (10 + steps))
         for old, new in zip(averaged, current, strict=True):

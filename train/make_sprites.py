@@ -1,7 +1,7 @@
 """Render EmojiScenes' sprite sheet from Debian's Noto Color Emoji font.
 
-Run once by a maintainer (``apt-get install fonts-noto-color-emoji``); the sheet is committed, so that
-nobody who trains, tests or generates needs the font. Usage: ``python -m hcma_fast.train.make_sprites``.
+Run once by a maintainer, ``python -m hcma_fast.train.make_sprites``, after ``apt-get install
+fonts-noto-color-emoji``; the sheet is committed, so that nobody else needs the font.
 """
 
 from __future__ import annotations

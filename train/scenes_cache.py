@@ -16,7 +16,10 @@ _CHUNK = 500
 def _render_chunk(job: tuple[Split, int, int, int]) -> NDArray[np.uint8]:
     split, start, stop, size = job
     return np.stack(
-        [np.asarray(render_scene(sample_scene(split, i, size), split, i, size)) for i in range(start, stop)]
+        [
+            np.asarray(render_scene(sample_scene(split, i, size), split, i, size))
+            for i in range(start, stop)
+        ]
     )
 
 
@@ -36,7 +39,9 @@ def rendered_scenes(
             partial, mode="w+", dtype=np.uint8, shape=(count, image_size, image_size, 3)
         )
         with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for (_, start, stop, _), chunk in zip(jobs, pool.imap(_render_chunk, jobs), strict=True):
+            for (_, start, stop, _), chunk in zip(
+                jobs, pool.imap(_render_chunk, jobs), strict=True
+            ):
                 array[start:stop] = chunk
         array.flush()
         partial.replace(path)

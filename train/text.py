@@ -1,8 +1,9 @@
 """Train tokenizer and text encoder of `tiny`: ``python -m hcma_fast.train.text --out .runs/tiny``.
 
-There is no image-text corpus to contrast on, so the pooled embedding learns to carry what a caption says:
-linear read-outs must find the count of each category, the background and the relation in it. Labels are
-also pushed apart in cosine, because the alignment losses (Eq. 6, 7) measure cosines to them.
+There is no image-text corpus to contrast on, so the pooled embedding learns to carry what a caption
+says: linear read-outs must find the count of each category, the background and the relation in it.
+Labels are also pushed apart in cosine, because the alignment losses (Eq. 6, 7) measure cosines to
+them.
 """
 
 from __future__ import annotations
@@ -128,7 +129,9 @@ def main() -> None:
         pooled, count_logits, background_logits, relation_logits = model(ids)
         count_target = torch.tensor(counts)
         weight = torch.where(count_target > 0, 8.0, 1.0)
-        count_loss = F.cross_entropy(count_logits.flatten(0, 1), count_target.flatten(), reduction="none")
+        count_loss = F.cross_entropy(
+            count_logits.flatten(0, 1), count_target.flatten(), reduction="none"
+        )
         count_loss = (count_loss * weight.flatten()).mean()
         background_loss = F.cross_entropy(background_logits, torch.tensor(backgrounds))
         relation_loss = F.cross_entropy(relation_logits, torch.tensor(relations))

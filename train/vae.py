@@ -1,7 +1,7 @@
 """Train the VAE of `tiny`: ``python -m hcma_fast.train.vae --out .runs/tiny``.
 
-Factor 4, 4 latent channels. The VAE bounds all that follows, so it comes first; the loss is L1 + MSE with a
-light KL term that keeps the latents smooth enough for a denoiser's small errors.
+Factor 4, 4 latent channels. The VAE bounds all that follows, so it comes first. L1 + MSE with a
+light KL term, which keeps the latents smooth enough for the small errors of a denoiser.
 """
 
 from __future__ import annotations
@@ -90,7 +90,10 @@ def main() -> None:
 
     def report(step: int, averaged: nn.Module) -> None:
         averaged.eval()
-        print(json.dumps({"step": step, "val_psnr_db": round(psnr(averaged.vae, validation), 2)}), flush=True)
+        print(
+            json.dumps({"step": step, "val_psnr_db": round(psnr(averaged.vae, validation), 2)}),
+            flush=True,
+        )
 
     config = LoopConfig(steps=args.steps, lr=args.lr, ema_decay=0.995)
     vae = run(model, loss_of_step, config, args.out / "vae-state", report).vae.eval()

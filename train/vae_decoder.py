@@ -1,4 +1,4 @@
-"""Train the decoder of `tiny`'s VAE further: ``python -m hcma_fast.train.vae_decoder --out .runs/tiny``.
+"""Train the VAE's decoder further: ``python -m hcma_fast.train.vae_decoder --out .runs/tiny``.
 
 The encoder stays as it is, so the latents that the denoiser learned stay valid, while pictures get
 sharper. Latents come from the cache, which spares the encoder's share of the work.
