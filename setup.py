@@ -1,8 +1,10 @@
 """Packaging of hcma-fast: the top-level folders become sub-packages of ``hcma_fast``."""
 
+from pathlib import Path
+
 from setuptools import setup
 
-#: package -> folder; tests/test_packaging.py compares this with every folder that holds ``__init__.py``.
+#: package -> folder; tests/test_packaging.py compares this with every folder of an ``__init__.py``
 PACKAGE_DIR = {
     "hcma_fast": "hcma_fast",
     "hcma_fast.models": "hcma_fast/models",
@@ -14,4 +16,69 @@ PACKAGE_DIR = {
     "hcma_fast.bench": "bench",
 }
 
-setup(name="hcma-fast", version="0.1.0", packages=list(PACKAGE_DIR), package_dir=PACKAGE_DIR)
+PACKAGE_DATA = {
+    "hcma_fast": [f"assets/**/*.{suffix}" for suffix in ("safetensors", "json", "txt", "md")],
+    "hcma_fast.train": ["assets/*"],
+}
+
+# Lower bounds are the oldest releases that were tested; constraints.txt has the exact ones.
+INSTALL_REQUIRES = [
+    # diffusers warns at every load, and holds the weights twice, where accelerate is missing
+    "accelerate>=1.15,<2",
+    "diffusers>=0.42,<1",
+    "filelock>=3.16,<5",
+    "huggingface_hub>=2.4,<3",
+    "numpy>=2.2,<3",
+    "onnx>=1.23,<2",
+    "onnxscript>=0.7,<1",
+    "pillow>=11,<14",
+    "platformdirs>=4.3,<5",
+    "pydantic>=2.10,<3",
+    "rich>=13.9,<16",
+    "safetensors>=0.8,<1",
+    "torch>=2.13,<3",
+    "transformers>=5.20,<6",
+    "typer>=0.20,<1",
+]
+
+# `gpu` excludes `cpu` and `onnxruntime`: the wheels onnxruntime and onnxruntime-gpu write into the
+# same folder, and the one installed last wins. pip cannot express this; README and
+# `hcma-fast doctor` say it too. All other extras go together.
+EXTRAS_REQUIRE = {
+    # smaller than `cpu`: all that `make demo` needs
+    "onnxruntime": ["onnxruntime>=1.24,<2"],
+    "cpu": ["onnxruntime>=1.24,<2", "openvino>=2026.0"],
+    # CUDA builds of torch pin their own triton (torch 2.13.0: 3.7.1), hence the wide range
+    "gpu": ["onnxruntime-gpu>=1.24,<2", "triton>=3.7,<4"],
+    "tensorrt": ["tensorrt>=11,<12"],
+    "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
+    "train": ["tokenizers>=0.22,<1"],
+    "eval": ["torchmetrics>=1.8,<2"],
+    "dev": [
+        "hypothesis>=6.130,<7",
+        "mypy>=2.1,<3",
+        "pytest>=9,<10",
+        "pytest-timeout>=2.4,<3",
+        "pytest-xdist>=3.8,<4",
+        "ruff>=0.17,<0.18",
+        "setuptools>=77",
+        "tokenizers>=0.22,<1",
+    ],
+}
+
+setup(
+    name="hcma-fast",
+    version="0.1.0",
+    description="Train, compile and serve grounded text-to-image generation with HCMA",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "train/assets/LICENSE*"],
+    python_requires=">=3.11",
+    packages=list(PACKAGE_DIR),
+    package_dir=PACKAGE_DIR,
+    package_data=PACKAGE_DATA,
+    install_requires=INSTALL_REQUIRES,
+    extras_require=EXTRAS_REQUIRE,
+    entry_points={"console_scripts": ["hcma-fast = hcma_fast.cli.app:main"]},
+)

@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 import torch
@@ -28,7 +29,7 @@ from hcma_fast.export.manifest import (
     sync_folder,
 )
 from hcma_fast.export.onnx_graph import OPSET, export_onnx
-from hcma_fast.export.session import onnxruntime_version, open_session
+from hcma_fast.export.session import onnxruntime_version, open_session, runner
 from hcma_fast.export.validate import TOLERANCE_FLOAT32, measure
 from hcma_fast.models.weights import Components
 from hcma_fast.specs import GraphName, IOSpec
@@ -196,13 +197,7 @@ def _export_all(
         progress(name, "validate")
         session = open_session(file)
         _check_names(spec, session)
-
-        def run(inputs, session=session, spec=spec):  # type: ignore[no-untyped-def]
-            feed = {key: inputs[key].numpy() for key in spec.input_names}
-            values = session.run(list(spec.output_names), feed)
-            return dict(zip(spec.output_names, map(torch.from_numpy, values), strict=True))
-
-        error = measure(spec, module, run, vocabulary=vocabulary)
+        error = measure(spec, module, runner(session, spec), vocabulary=vocabulary)
         if not error <= TOLERANCE_FLOAT32:
             raise EngineError(
                 f"the exported graph {name} does not agree with torch",
@@ -222,10 +217,10 @@ def _export_all(
     return records
 
 
-def _check_names(spec: IOSpec, session: object) -> None:
+def _check_names(spec: IOSpec, session: Any) -> None:
     """A graph may drop an input that does not reach an output; then its caller would fail."""
-    inputs = tuple(entry.name for entry in session.get_inputs())  # type: ignore[attr-defined]
-    outputs = tuple(entry.name for entry in session.get_outputs())  # type: ignore[attr-defined]
+    inputs = tuple(entry.name for entry in session.get_inputs())
+    outputs = tuple(entry.name for entry in session.get_outputs())
     if (inputs, outputs) != (spec.input_names, spec.output_names):
         raise EngineError(
             f"the exported graph {spec.graph} has other inputs or outputs than its signature",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,7 +29,7 @@ _DECOMPOSED = (
 def random_inputs(
     spec: IOSpec, batch: int, generator: torch.Generator, vocabulary: int = 256, boxes: int = 3
 ) -> dict[str, Tensor]:
-    """Inputs in each tensor's natural range; ``boxes`` of the 30 slots are valid (0: an empty layout)."""
+    """Inputs in each tensor's natural range; ``boxes`` of the 30 slots are valid, none if 0."""
 
     def shape(tensor: TensorSpec) -> tuple[int, ...]:
         return tuple(batch if size == BATCH else int(size) for size in tensor.shape)
@@ -68,9 +68,9 @@ def traceable(name: GraphName, module: nn.Module, example: tuple[Tensor, ...]) -
 def trace_gradient(module: Callable[..., Any], example: tuple[Tensor, ...]) -> fx.GraphModule:
     """Trace ``module``, which calls autograd, with a symbolic batch, into operators ONNX knows."""
     with sdpa_kernel(SDPBackend.MATH):
-        traced = make_fx(
+        traced: fx.GraphModule = make_fx(
             module,
-            decomposition_table=get_decompositions(_DECOMPOSED),
+            decomposition_table=cast(Any, get_decompositions(_DECOMPOSED)),
             tracing_mode="symbolic",
             _allow_non_fake_inputs=True,
         )(*example)

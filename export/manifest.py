@@ -14,7 +14,7 @@ from hcma_fast.models.checkpoint import CheckpointInfo, first_line
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = 1
+FORMAT: Literal[1] = 1
 
 
 class _Strict(BaseModel):

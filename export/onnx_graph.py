@@ -1,4 +1,4 @@
-"""One graph as an ONNX file: named inputs and outputs, dynamic batch (torch.onnx.export, dynamo)."""
+"""One graph as an ONNX file: named inputs and outputs, dynamic batch, by torch.onnx.export."""
 
 from __future__ import annotations
 

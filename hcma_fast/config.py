@@ -30,7 +30,9 @@ class AlignerConfig(_Frozen):
     """Shape of the aligner: ViT and the two heads (paper section 3.3; defaults are the paper's)."""
 
     latent_channels: int = 4
-    latent_size: int = Field(64, description="side of the latent that the positions are learned for")
+    latent_size: int = Field(
+        64, description="side of the latent that the positions are learned for"
+    )
     patch_size: int = 4
     token_width: int = Field(64, description="d_k, width of a projected patch")
     width: int = Field(512, description="d_v, width of the ViT")
@@ -57,8 +59,9 @@ class AlignerConfig(_Frozen):
 class AlignmentSettings(_Frozen):
     """How far and when the latent is moved (Eq. 8): eta_t = eta0 * sqrt(1 - abar_t) in the window.
 
-    ``window`` holds shares of the steps, [start, end). ``normalized`` makes eta_t the step length as a
-    share of the latent's norm. ``grounding_beta`` is the share of the steps with gated attention.
+    ``window`` holds shares of the steps, [start, end). ``normalized`` makes eta_t the length of the
+    step as a share of the latent's norm. ``grounding_beta`` is the share of the steps with gated
+    attention.
     """
 
     eta0: float = Field(1.0, ge=0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+import functools
+from typing import Any, ClassVar
 
 
 class HcmaError(Exception):
@@ -20,6 +21,10 @@ class HcmaError(Exception):
         self.what, self.value, self.remedy = what, value, remedy
         shown = "" if value is None else f" (got {value!r})"
         super().__init__(f"{what}{shown}. {remedy}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # exceptions pickle their positional arguments only, and worker processes pickle errors
+        return functools.partial(type(self), self.what, value=self.value, remedy=self.remedy), ()
 
 
 class UsageError(HcmaError):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from filelock import FileLock
+from hypothesis import settings
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -17,6 +18,10 @@ from hcma_fast.export.build import build
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import CheckpointInfo, write_info
 from hcma_fast.models.weights import Components, load_components
+
+# a loaded machine is no fault of the code
+settings.register_profile("no-deadline", deadline=None)
+settings.load_profile("no-deadline")
 
 WIDTH = 16
 LATENT = 8
@@ -106,9 +111,9 @@ def random_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_unet().save_pretrained(folder / "unet")
     make_vae().save_pretrained(folder / "vae")
     make_aligner().save_pretrained(folder / "aligner")
-    settings = AlignmentSettings(eta0=0.5, grounding_beta=1.0)
+    alignment = AlignmentSettings(eta0=0.5, grounding_beta=1.0)
     write_info(
-        folder, CheckpointInfo(preset="random", image_size=LATENT * FACTOR, alignment=settings)
+        folder, CheckpointInfo(preset="random", image_size=LATENT * FACTOR, alignment=alignment)
     )
     return folder
 

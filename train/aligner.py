@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from hcma_fast.config import AlignerConfig
 from hcma_fast.losses import global_loss, local_loss, local_mean
@@ -76,8 +76,8 @@ def main() -> None:
             "label_r1_low_noise": label_retrieval(f_local, data.label_table, batch.labels, early),
         }
 
-    def keep(step: int, averaged: nn.Module) -> None:
-        averaged.save_pretrained(args.out / "aligner", dtype=torch.float16)  # type: ignore[operator]
+    def keep(step: int, averaged: Aligner) -> None:
+        averaged.save_pretrained(args.out / "aligner", dtype=torch.float16)
 
     config = LoopConfig(steps=args.steps, lr=args.lr, weight_decay=5e-4, ema_decay=0.995)
     run(model, loss_of_step, config, args.out / "aligner-state", keep)

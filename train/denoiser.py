@@ -92,8 +92,8 @@ def main() -> None:
         loss = (error * weights[timesteps]).mean() + ATTENTION_WEIGHT * where
         return {"loss": loss, "mse": error.mean(), "attention": where}
 
-    def keep(step: int, averaged: nn.Module) -> None:
-        averaged.save_pretrained(args.out / "unet")  # type: ignore[operator]
+    def keep(step: int, averaged: UNet2DConditionModel) -> None:
+        averaged.save_pretrained(args.out / "unet")
 
     config = LoopConfig(
         steps=args.steps,

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -22,6 +22,7 @@ from hcma_fast.errors import HcmaError
 from hcma_fast.train.checkpoints import load_state, save_state
 
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+_Model = TypeVar("_Model", bound=nn.Module)
 
 
 class DivergenceError(HcmaError):
@@ -52,12 +53,12 @@ def learning_rate(config: LoopConfig, step: int) -> float:
 
 
 def run(
-    model: nn.Module,
+    model: _Model,
     loss_of_step: Callable[[int], dict[str, Tensor]],
     config: LoopConfig,
     folder: Path,
-    on_checkpoint: Callable[[int, nn.Module], None] | None = None,
-) -> nn.Module:
+    on_checkpoint: Callable[[int, _Model], None] | None = None,
+) -> _Model:
     """Train ``model`` in place from the newest state in ``folder``; returns the averaged copy.
 
     Args:
@@ -110,9 +111,9 @@ def run(
         if done % config.checkpoint_every == 0 or done == config.steps:
             save_state(folder / "state.pt", model, optimizer, ema, done)
             if on_checkpoint is not None:
-                on_checkpoint(done, ema.module)
+                on_checkpoint(done, cast(_Model, ema.module))
                 model.train()
-    return ema.module
+    return cast(_Model, ema.module)
 
 
 def _check_finite(what: str, value: Tensor, step: int, folder: Path) -> None:

@@ -88,7 +88,7 @@ def main() -> None:
         l1 = (output - images).abs().mean()
         return {"loss": l1 + 4 * mse + KL_WEIGHT * kl, "mse": mse, "kl": kl}
 
-    def report(step: int, averaged: nn.Module) -> None:
+    def report(step: int, averaged: _Autoencoder) -> None:
         averaged.eval()
         print(
             json.dumps({"step": step, "val_psnr_db": round(psnr(averaged.vae, validation), 2)}),

@@ -56,7 +56,7 @@ def main() -> None:
         mse, l1 = (output - images).square().mean(), (output - images).abs().mean()
         return {"loss": l1 + 4 * mse, "mse": mse}
 
-    def keep(step: int, averaged: nn.Module) -> None:
+    def keep(step: int, averaged: _Decoder) -> None:
         trained = AutoencoderKL.from_config(vae.config)
         trained.load_state_dict({**vae.state_dict(), **averaged.state_dict()})
         trained.eval()

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.session import open_session
+from hcma_fast.export.session import open_session, runner
 from hcma_fast.specs import IOSpec
 
 
@@ -18,7 +17,7 @@ class OrtEngine:
 
     def __init__(self, path: Path, spec: IOSpec) -> None:
         self.spec = spec
-        self.session = open_session(path)
+        self._run = runner(open_session(path), spec)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -26,9 +25,8 @@ class OrtEngine:
         Raises:
             DeviceMemoryError: the host has no memory left.
         """
-        feed = {name: inputs[name].contiguous().numpy() for name in self.spec.input_names}
         try:
-            outputs = self.session.run(list(self.spec.output_names), feed)
+            return self._run(inputs)
         except RuntimeError as error:
             if "alloc" in str(error).lower():
                 raise DeviceMemoryError(
@@ -36,7 +34,3 @@ class OrtEngine:
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
-        return {
-            name: torch.from_numpy(value)
-            for name, value in zip(self.spec.output_names, outputs, strict=True)
-        }

@@ -181,7 +181,10 @@ def test_a_failed_validation_leaves_nothing(
 
 
 def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
-    cache: Path, random_checkpoint: Path, random_components: Components, random_engine: Path,
+    cache: Path,
+    random_checkpoint: Path,
+    random_components: Components,
+    random_engine: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = (

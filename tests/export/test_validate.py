@@ -19,9 +19,7 @@ from hcma_fast.export.validate import TOLERANCE_FLOAT32, measure
 from hcma_fast.models.weights import Components
 from hcma_fast.specs import IOSpec, TensorSpec
 
-SPEC = IOSpec(
-    "vae_decoder", (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),)
-)
+SPEC = IOSpec("vae_decoder", (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),))
 
 
 class Double(nn.Module):

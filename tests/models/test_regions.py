@@ -7,11 +7,14 @@ from fractions import Fraction
 import pytest
 import torch
 from diffusers.models.embeddings import get_fourier_embeds_from_boundingbox
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from hcma_fast.models.regions import FOURIER_WIDTH, cell_coverage, fourier_embed
+
+#: a busy machine is no fault of the code
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 GRID = 4
 unit = st.floats(0, 1)
@@ -30,6 +33,7 @@ def exact(low: float, high: float, cell: int, cells: int) -> Fraction:
     return max(Fraction(0), min(Fraction(high), stop) - max(Fraction(low), start)) * cells
 
 
+@untimed
 @given(intervals, intervals, grids)
 def test_coverage_is_exact(xs: list[float], ys: list[float], grid: tuple[int, int]) -> None:
     rows, columns = grid
@@ -40,6 +44,7 @@ def test_coverage_is_exact(xs: list[float], ys: list[float], grid: tuple[int, in
             assert float(found[row, column]) == pytest.approx(float(share), abs=1e-14)
 
 
+@untimed
 @given(intervals, intervals, grids)
 def test_cells_add_up_to_the_box(xs: list[float], ys: list[float], grid: tuple[int, int]) -> None:
     rows, columns = grid

@@ -154,7 +154,7 @@ def test_callback_follows_the_steps_and_may_replace_latents(pipe: HCMAPipeline) 
 
 
 @pytest.mark.parametrize(
-    "kwargs, error, words",
+    ("kwargs", "error", "words"),
     [
         ({"prompt": ["a", "b"], "layout": [CAT] * 3}, InputError, "2 prompts.*3 layouts"),
         ({"prompt": []}, InputError, "no prompt"),

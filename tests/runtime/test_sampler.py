@@ -169,7 +169,7 @@ def test_with_alignment_equals_diffusers_loop_with_autograd(
     assert relative(ours, unaligned) > 1e-4, "the alignment must matter for this test to mean much"
 
 
-@pytest.mark.parametrize("beta, grounded", [(1.0, 11), (0.7, 8), (0.3, 4), (0.1, 2), (0.0, 0)])
+@pytest.mark.parametrize(("beta", "grounded"), [(1.0, 11), (0.7, 8), (0.3, 4), (0.1, 2), (0.0, 0)])
 def test_calls_each_engine_as_often_as_it_should(
     engines: dict[GraphName, Engine], scene: dict[str, Tensor], beta: float, grounded: int
 ) -> None:

@@ -1,0 +1,67 @@
+# Needs python3 (3.11 or newer for the pinned versions) and a package index; nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+# keeps the checkout off sys.path, where transformers takes kernels/ for the PyPI package "kernels"
+export PYTHONSAFEPATH := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# no byte code for what is never imported: that is most of torch and transformers
+INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
+
+.PHONY: help demo test test-slow lint type bench clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo       compile the embedded model, draw grounded images into demo/"
+	@echo "make test       the quick tests; make test-slow: the others that need no GPU"
+	@echo "make lint type  ruff, mypy"
+	@echo "make bench      time the sampler against a plain diffusers loop"
+	@echo "make clean      remove what these made, but not $(VENV)"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp is written after a whole install only, so an interrupted one is taken up again.
+# The demo takes the small extra: openvino (a large wheel) is of no use to it.
+$(VENV)/.installed-demo: setup.py constraints.txt | $(BIN)/python
+	@echo "installing hcma-fast into $(VENV) (a minute or two) ..." >&2
+	$(INSTALL) -e ".[onnxruntime]"
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py constraints.txt | $(BIN)/python
+	@echo "installing hcma-fast and its tools into $(VENV) (a minute or two) ..." >&2
+	$(INSTALL) -e ".[cpu,dev]"
+	@touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/hcma-fast build --model tiny --backend onnxruntime
+	$(BIN)/hcma-fast generate --model tiny --backend onnxruntime --input docs/demo.jsonl --seed 0 \
+		--overlay --out demo --force
+
+# one thread a worker: two workers with two threads each would fight for two cores
+test: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy knows nothing of package_dir: give it the tree that an installed hcma_fast has
+TYPES := build/types
+type: $(VENV)/.installed-dev
+	@rm -rf $(TYPES) && mkdir -p $(TYPES)/hcma_fast
+	@ln -s $(CURDIR)/hcma_fast/* $(addprefix $(CURDIR)/,kernels export train bench) $(TYPES)/hcma_fast
+	MYPYPATH=$(TYPES) $(BIN)/mypy -p hcma_fast
+
+bench: $(VENV)/.installed-demo
+	$(BIN)/hcma-fast bench speed
+
+clean:
+	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find hcma_fast kernels export train bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,226 @@
+"""``hcma-fast bench``: speed against a plain diffusers loop, and quality as the judge sees it."""
+
+from __future__ import annotations
+
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
+from hcma_fast.config import BACKENDS, PRESETS
+from hcma_fast.errors import HcmaError, UsageError
+
+if TYPE_CHECKING:
+    from hcma_fast.bench.evaluate import QualityReport, Share
+    from hcma_fast.bench.speed import SpeedReport
+
+bench_app = typer.Typer(
+    help="Measure speed and quality. Tables and JSON on stdout, progress on stderr.",
+    no_args_is_help=True,
+)
+_BUILDING = "Building engines, once for this model; the next run finds them in the cache."
+
+
+@bench_app.command()
+def speed(
+    model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
+    backend: Annotated[
+        list[str] | None, typer.Option(help="What to compare; repeat it.  [default: all]")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
+    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Also measure generate's peak memory.")] = True,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Time a plain diffusers loop and the pipeline in turns, on the same weights and seed."""
+    from hcma_fast.bench.speed import measure_speed
+
+    report = measure_speed(
+        model,
+        backends=backend or BACKENDS,
+        num_inference_steps=steps,
+        batch=batch,
+        rounds=rounds,
+        memory=memory,
+        progress=print_note,
+    )
+    if json_:
+        print_json(report.model_dump(mode="json"))
+    else:
+        typer.echo(speed_table(report))
+    void = [row.name for row in report.rows if row.void]
+    if void:
+        raise HcmaError(
+            "final latents do not agree with the plain loop's, so these timings are void",
+            value=", ".join(void),
+            remedy="Report it with the output of hcma-fast doctor.",
+        )
+
+
+@bench_app.command()
+def quality(
+    model: Annotated[str, typer.Option(help="Preset, folder or engine folder.")] = "tiny",
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    count: Annotated[int, typer.Option(min=1, help="Layouts, an image each.")] = 300,
+    split: Annotated[str, typer.Option(help="Split of EmojiScenes: test or val.")] = "test",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 10,
+    min_side: Annotated[
+        float, typer.Option(min=0, max=1, help="Smallest side of a large box, of the image's.")
+    ] = 0.25,
+    eta0: Annotated[
+        list[float] | None,
+        typer.Option(help="Rate of the alignment, 0 for off; repeat it to compare."),
+    ] = None,
+    guidance_scale: Annotated[
+        list[float] | None, typer.Option(help="Weight of the guidance; repeat it to compare.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Where finished images are kept, to go on after a stop.  [cache]"),
+    ] = None,
+    grid: Annotated[
+        Path | None, typer.Option(help="PNG for a contact sheet; one per setting.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Generate a split's layouts and count the boxes in which the judge sees what was asked for."""
+    from hcma_fast.bench.evaluate import evaluate
+    from hcma_fast.bench.judge import Judge
+    from hcma_fast.export.build import cache_root
+    from hcma_fast.runtime.pipeline import HCMAPipeline
+
+    if split not in ("test", "val"):
+        raise UsageError("quality is measured on held-out scenes", value=split, remedy="Use test.")
+    judge = Judge.load()
+    with BuildProgress(_BUILDING) as building:
+        pipe = HCMAPipeline.from_pretrained(model, backend=backend, progress=building)
+    reports: list[QualityReport] = []
+    rates: list[float | None] = [*eta0] if eta0 else [None]
+    scales: list[float | None] = [*guidance_scale] if guidance_scale else [None]
+    settings = list(product(rates, scales))
+    with Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        redirect_stdout=False,
+    ) as progress:
+        for number, (rate, guidance) in enumerate(settings, 1):
+            task = progress.add_task(f"images {number}/{len(settings)}", total=count)
+            reports.append(
+                evaluate(
+                    pipe,
+                    count=count,
+                    split="test" if split == "test" else "val",
+                    seed=seed,
+                    batch_size=batch_size,
+                    min_side=min_side,
+                    eta0=rate,
+                    guidance_scale=guidance,
+                    num_inference_steps=steps,
+                    work=work or cache_root() / "quality",
+                    judge=judge,
+                    grid=_numbered(grid, number, len(settings)),
+                    progress=partial(_advance, progress, task),
+                )
+            )
+    if json_:
+        print_json([report.model_dump(mode="json") for report in reports])
+    else:
+        typer.echo(quality_table(reports))
+
+
+def _advance(progress: Progress, task: TaskID, done: int, count: int) -> None:
+    progress.update(task, completed=done, total=count)
+
+
+def _numbered(path: Path | None, number: int, count: int) -> Path | None:
+    if path is None or count == 1:
+        return path
+    return path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def speed_table(report: SpeedReport) -> str:
+    """The report in Markdown."""
+    lines = [
+        f"{report.preset}, {report.num_inference_steps} steps, batch {report.batch}, "
+        f"{report.rounds} rounds; seconds per image",
+        "",
+        "| | median | p10 | p90 | speed-up | p10 to p90 | latents' error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in report.rows:
+        ratio, interval = "void", "void"
+        if row.speedup is not None and row.speedup_interval is not None:
+            ratio, interval = f"{row.speedup:.2f}", "{:.2f} to {:.2f}".format(*row.speedup_interval)
+        error = "not finite" if row.relative_error is None else f"{row.relative_error:.1e}"
+        lines.append(
+            f"| {row.name} | {row.median_s:.3f} | {row.p10_s:.3f} | {row.p90_s:.3f} "
+            f"| {ratio} | {interval} | {error} |"
+        )
+    machine = report.machine
+    versions = ", ".join(f"{name} {v}" for name, v in machine.versions.items() if v)
+    lines += [
+        "",
+        *(
+            f"Peak memory of generate on {backend}: {mib:.0f} MiB."
+            for backend, mib in report.generate_peak_rss_mib.items()
+        ),
+        f"{machine.cpu}, {machine.cores} cores ({machine.torch_threads} torch threads), "
+        f"{machine.memory_gib} GiB; Python {machine.python}, {versions}; "
+        f"commit {machine.commit}; weights {report.weights_hash[:16]}; {machine.date}.",
+    ]
+    return "\n".join(lines)
+
+
+def quality_table(reports: list[QualityReport]) -> str:
+    """The reports in Markdown, a row per setting; then the first one's categories."""
+    first = reports[0]
+    lines = [
+        f"{first.preset} on {first.backend}, {first.count} {first.split} layouts, "
+        f"{first.num_inference_steps} steps, seeds from {first.seed}; boxes that the judge "
+        "recognises (95% interval over images)",
+        "",
+        f"| eta0 | guidance | boxes of sides >= {first.min_side:g} | all boxes | unseen pairs |",
+        "|---|---|---|---|---|",
+    ]
+    for report in reports:
+        shares = (report.large_boxes, report.all_boxes, report.held_out_pairs)
+        cells = [f"{report.settings.eta0:g}", f"{report.settings.guidance_scale:g}"]
+        lines.append(f"| {' | '.join(cells + [_shown(share) for share in shares])} |")
+    ceiling = (first.ceiling_large_boxes, first.ceiling_all_boxes)
+    lines += [
+        f"| real renders | | {' | '.join(_shown(share) for share in ceiling)} | |",
+        "",
+        "By category, first row: "
+        + ", ".join(
+            f"{name} {share.correct}/{share.total}"
+            for name, share in first.per_category.items()
+            if share.total
+        ),
+        "Most often mistaken: "
+        + (", ".join(f"{a} for {b} ({n})" for a, b, n in first.mistaken_for[:8]) or "none"),
+        f"Weights {first.weights_hash[:16]}, judge {first.judge_sha256[:16]}, {first.date}.",
+    ]
+    return "\n".join(lines)
+
+
+def _shown(share: Share) -> str:
+    if share.accuracy is None or share.interval is None:
+        return "no such box"
+    low, high = share.interval
+    return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%}) of {share.total}"

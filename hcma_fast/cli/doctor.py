@@ -1,0 +1,226 @@
+"""``hcma-fast doctor``: what is installed, what runs here, and what to do about the rest.
+
+Nothing heavy is imported: a broken torch must not break the command that says so.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+import typer
+from pydantic import BaseModel, ConfigDict
+
+from hcma_fast import __version__
+from hcma_fast.cli.output import print_json
+from hcma_fast.config import BACKENDS
+
+_PACKAGES = (
+    *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
+    *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "pydantic"),
+)
+#: what a backend runs on: any distribution of each group; the first group gives its version
+_NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
+    "eager": (("torch",), ("diffusers",), ("transformers",)),
+    "onnxruntime": (("onnxruntime", "onnxruntime-gpu"), ("torch",), ("onnx",), ("onnxscript",)),
+}
+#: library -> its distributions, and the extra that brings it
+_LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "openvino": (("openvino",), "cpu"),
+    "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"),
+    "tensorrt_rtx": (("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "rtx"),
+    "triton": (("triton",), "gpu"),
+}
+_GPU_QUERY = "name,memory.total,driver_version,compute_cap"
+_NVIDIA_SMI_TIMEOUT_S = 20
+_MIB = 2**20
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Found(_Frozen):
+    """A backend or library: its version, or why it is missing and what brings it."""
+
+    version: str | None
+    problem: str | None = None
+    remedy: str | None = None
+
+
+class Cache(_Frozen):
+    """The folder where engines are kept between runs."""
+
+    folder: str
+    exists: bool
+    writable: bool
+    engine_folders: int
+    size_bytes: int
+
+
+class Report(_Frozen):
+    """All that ``doctor`` finds."""
+
+    hcma_fast: str
+    python: str
+    platform: str
+    cpu_count: int | None
+    packages: dict[str, str | None]
+    backends: dict[str, Found]
+    libraries: dict[str, Found]
+    conflicts: list[str]
+    notes: list[str]
+    gpus: list[str]
+    """one line per NVIDIA GPU; empty when none was found"""
+    cache: Cache
+
+
+def doctor(
+    json_: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Show versions, backends (and why one is missing), the GPU and the engine cache."""
+    report = examine()
+    if json_:
+        print_json(report.model_dump(mode="json"))
+    else:
+        typer.echo("\n".join(_lines(report)))
+
+
+def examine() -> Report:
+    """Look at this machine; never fails for what it finds."""
+    conflicts = []
+    if _version("onnxruntime") and _version("onnxruntime-gpu"):
+        conflicts.append(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
+            "pip uninstall onnxruntime onnxruntime-gpu, then install one of them again."
+        )
+    return Report(
+        hcma_fast=__version__,
+        python=f"{platform.python_version()} ({sys.executable})",
+        platform=platform.platform(),
+        cpu_count=os.cpu_count(),
+        packages={name: _version(name) for name in _PACKAGES},
+        backends={name: _backend(name) for name in BACKENDS},
+        libraries={name: _library(*entry) for name, entry in _LIBRARIES.items()},
+        conflicts=conflicts,
+        notes=["The extra gpu excludes cpu and onnxruntime: install one of them."],
+        gpus=_gpus(),
+        cache=_cache(),
+    )
+
+
+def _version(*distributions: str) -> str | None:
+    for name in distributions:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def _backend(name: str) -> Found:
+    versions = {" or ".join(group): _version(*group) for group in _NEEDED[name]}
+    missing = [group for group, version in versions.items() if version is None]
+    if missing:
+        extra = "" if name == "eager" else "[cpu]"
+        return Found(
+            version=None,
+            problem=f"{', '.join(missing)} not installed",
+            remedy=f'pip install "hcma-fast{extra}"',
+        )
+    return Found(version=next(iter(versions.values())))
+
+
+def _library(distributions: tuple[str, ...], extra: str) -> Found:
+    version = _version(*distributions)
+    if version is None:
+        return Found(
+            version=None, problem="not installed", remedy=f'pip install "hcma-fast[{extra}]"'
+        )
+    return Found(version=version)
+
+
+def _gpus() -> list[str]:
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    try:
+        answer = subprocess.run(
+            [tool, f"--query-gpu={_GPU_QUERY}", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=_NVIDIA_SMI_TIMEOUT_S,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        # it is there without a driver or a device
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
+
+
+def cache_folder() -> Path:
+    """The same as ``hcma_fast.export.build.cache_root``, which would import torch."""
+    given = os.environ.get("HCMA_FAST_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("hcma-fast"))
+
+
+def _cache() -> Cache:
+    folder = cache_folder()
+    size = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = Path(root, name)
+            # a build that runs beside us may take files away
+            size += path.lstat().st_size if path.exists() else 0
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return Cache(
+        folder=str(folder),
+        exists=folder.is_dir(),
+        writable=nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK),
+        engine_folders=sum(
+            not path.parent.name.startswith(".") for path in folder.glob("*/manifest.json")
+        ),
+        size_bytes=size,
+    )
+
+
+def _lines(report: Report) -> list[str]:
+    cache = report.cache
+    state = "writable" if cache.writable else "NOT WRITABLE: set HCMA_FAST_CACHE to another folder"
+    return [
+        f"hcma-fast {report.hcma_fast}",
+        f"  python    {report.python}",
+        f"  platform  {report.platform}, {report.cpu_count} CPUs",
+        "",
+        "packages",
+        *(f"  {name:<16} {version or '-'}" for name, version in report.packages.items()),
+        "",
+        "backends",
+        *(_line(name, found) for name, found in report.backends.items()),
+        "",
+        "other libraries (no backend of this version uses them)",
+        *(_line(name, found) for name, found in report.libraries.items()),
+        "",
+        "GPU",
+        *(f"  {line}" for line in report.gpus or ["none found"]),
+        "",
+        "engine cache",
+        f"  {cache.folder}",
+        f"  {cache.engine_folders} engine folders, {cache.size_bytes / _MIB:.1f} MiB, {state}",
+        "",
+        *(f"conflict: {text}" for text in report.conflicts),
+        *(f"note: {text}" for text in report.notes),
+    ]
+
+
+def _line(name: str, found: Found) -> str:
+    if found.version is not None:
+        return f"  {name:<16} {found.version}"
+    return f"  {name:<16} missing: {found.problem}. Remedy: {found.remedy}"

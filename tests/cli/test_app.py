@@ -1,0 +1,103 @@
+"""The frame around all commands: exit codes, messages, and what start-up may import."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hcma_fast import __version__
+from hcma_fast.cli import doctor
+from hcma_fast.errors import BackendError, EngineError, HcmaError, InputError
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch, cli: Any) -> Callable[[BaseException], Any]:
+    """Run a command that raises the given error."""
+
+    def run(error: BaseException) -> Any:
+        def examine() -> None:
+            raise error
+
+        monkeypatch.setattr(doctor, "examine", examine)
+        return cli("doctor")
+
+    return run
+
+
+def test_version_and_help(cli: Any) -> None:
+    result = cli("--version")
+    assert (result.code, result.out.strip()) == (0, f"hcma-fast {__version__}")
+    result = cli("generate", "--help")
+    assert result.code == 0 and "--from-sidecar" in result.out
+
+
+def test_light_commands_as_a_process_import_no_torch() -> None:
+    code = (
+        "import sys; from hcma_fast.cli.app import main; "
+        "codes = [main(['--version']), main(['generate', '--help']), main(['doctor'])]; "
+        "heavy = {'torch', 'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules); "
+        "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["nonsense"],
+        ["generate", "--prompt"],
+        ["generate", "--prompt", "x", "--seed", "-1"],
+        ["generate", "--prompt", "x", "--steps", "1"],
+        ["generate", "--prompt", "x", "--guidance-scale", "0.5"],
+        ["generate", "--prompt", "x", "--eta0", "nan"],
+        ["generate", "--prompt", "x", "--nonsense"],
+    ],
+)
+def test_wrong_usage_is_exit_2(cli: Any, argv: list[str]) -> None:
+    result = cli(*argv)
+    assert (result.code, result.out) == (2, "")
+    assert "Traceback" not in result.err
+
+
+@pytest.mark.parametrize("kind", [HcmaError, InputError, BackendError, EngineError])
+def test_a_known_error_is_one_line_with_its_own_code(failing: Any, kind: type[HcmaError]) -> None:
+    message = "a [bold]word[/bold]\nand more " + "x" * 200
+    result = failing(kind(message, value=[1, 2], remedy="Do [this]."))
+    result.failed(kind.exit_code, "a [bold]word[/bold] and more", "[1, 2]", "Do [this].")
+    assert len(result.err.splitlines()) == 1
+
+
+def test_a_full_disk_is_exit_3(failing: Any) -> None:
+    error = OSError(errno.ENOSPC, "No space left on device", "/some/file")
+    failing(error).failed(3, "No space left on device", "/some/file")
+
+
+def test_no_memory_is_exit_5(failing: Any) -> None:
+    failing(MemoryError()).failed(5, "out of memory", "--batch-size")
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("by [zero]"), OSError("no errno")])
+def test_a_bug_asks_for_a_report(failing: Any, error: Exception) -> None:
+    failing(error).failed(1, "bug", str(error), "HCMA_FAST_DEBUG=1")
+
+
+def test_debug_shows_the_traceback(failing: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HCMA_FAST_DEBUG", "1")
+    for error, code in ((ZeroDivisionError("oops"), 1), (InputError("bad", remedy="No."), 3)):
+        result = failing(error)
+        assert result.code == code
+        assert "Traceback" in result.err and str(error) in result.err
+
+
+def test_an_interrupt_is_exit_130(failing: Any) -> None:
+    result = failing(KeyboardInterrupt())
+    assert result.code == 130
+    assert "Traceback" not in result.err

@@ -1,0 +1,158 @@
+"""Requests become jobs: names, seeds, and every wrong line is named."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hcma_fast.cli.jobs import (
+    MAX_SEED,
+    STEM_BYTES,
+    Job,
+    Request,
+    check_name,
+    check_outputs,
+    parse_request,
+    read_requests,
+    slug,
+)
+from hcma_fast.cli.output import OutputError
+from hcma_fast.errors import InputError
+from hcma_fast.layout import Layout
+
+
+def _jobs(request: Request, **changes: object) -> list[Job]:
+    defaults = {"num_images": 1, "seed": None, "negative": "", "where": "line 1"}
+    return request.jobs(**{**defaults, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("A dog, beside a pizza!", "a-dog-beside-a-pizza"),
+        ("../../etc/passwd", "etc-passwd"),
+        ("", "image"),
+        ("🐶", "image"),
+        ("ein Bär", "ein-bär"),
+        ("x" * 300, "x" * 48),
+    ],
+)
+def test_slug(text: str, expected: str) -> None:
+    assert slug(text) == expected
+
+
+@given(st.text(max_size=200))
+def test_a_slug_is_one_safe_file_name(text: str) -> None:
+    name = slug(text)
+    assert Path(name).name == name and not name.startswith((".", "-"))
+    assert len(f"{name}-{MAX_SEED}-overlay.png".encode()) <= 255
+
+
+def test_seeds_count_up_and_a_line_has_precedence() -> None:
+    request = parse_request('{"prompt": "a dog"}', "line 1")
+    assert [job.seed for job in _jobs(request, num_images=3, seed=5)] == [5, 6, 7]
+    own = parse_request('{"prompt": "a dog", "seed": 9, "negative_prompt": "n", "id": "x.1"}')
+    (job,) = _jobs(own, seed=5, negative="default")
+    assert (job.seed, job.negative_prompt, job.stem) == (9, "n", "x.1-9")
+
+
+def test_a_drawn_seed_is_in_the_name() -> None:
+    (job,) = _jobs(parse_request('{"prompt": "a dog"}'))
+    assert job.stem == f"a-dog-{job.seed}" and 0 <= job.seed < 2**31
+
+
+def test_lines_keep_their_numbers_over_blank_ones(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(
+        '{"prompt": "a"}\n\n  \n{"prompt": "b", "phrases": ["c"], "boxes": [[0,0,1,1]]}'
+    )
+    found = read_requests(path)
+    assert [where for where, _ in found] == ["line 1", "line 4"]
+    assert _jobs(found[1][1])[0].layout == Layout(["c"], [(0, 0, 1, 1)])
+
+
+@pytest.mark.parametrize(
+    ("line", "word"),
+    [
+        ("{", "JSON"),
+        ("[]", "object"),
+        ("{}", "prompt"),
+        ('{"prompt": 1}', "prompt"),
+        ('{"prompt": "a", "promt": "b"}', "promt"),
+        ('{"prompt": "a", "seed": "1"}', "seed"),
+        ('{"prompt": "a", "seed": true}', "seed"),
+        ('{"prompt": "a", "seed": -1}', "seed"),
+        (json.dumps({"prompt": "a", "seed": 2**63}), "seed"),
+        ('{"prompt": "a", "id": "../x"}', "file name"),
+        ('{"prompt": "a", "id": ""}', "file name"),
+        ('{"prompt": "a", "phrases": ["dog"]}', "phrases"),
+        ('{"prompt": "a", "phrases": ["dog"], "boxes": [[0.5, 0, 0.1, 1]]}', "inverted"),
+        ('{"prompt": "a", "phrases": ["dog"], "boxes": [[0, 0, 1, NaN]]}', "finite"),
+        ('{"prompt": "a", "phrases": ["dog"], "boxes": [[0, 0, 1]]}', "four numbers"),
+        ('{"prompt": "\\ud800"}', ""),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, line: str, word: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "fine"}\n' + line + "\n")
+    with pytest.raises(InputError, match=r"^line 2: ") as caught:
+        _read_all(path)
+    assert word in str(caught.value)
+
+
+def _read_all(path: Path) -> list[Job]:
+    found = read_requests(path)
+    return [job for where, request in found for job in _jobs(request, where=where)]
+
+
+def test_the_longest_id_has_a_sidecar_name() -> None:
+    request = parse_request(json.dumps({"prompt": "a", "id": "x" * 120, "seed": MAX_SEED}))
+    (job,) = _jobs(request)
+    assert check_name(job.stem, STEM_BYTES) == job.stem
+    with pytest.raises(InputError, match="file name"):
+        _jobs(parse_request(json.dumps({"prompt": "a", "id": "x" * 121})))
+
+
+def test_input_that_is_not_text_or_empty_or_missing(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(InputError, match="line 1"):
+        read_requests(path)
+    path.write_bytes(b"\n\n")
+    with pytest.raises(InputError, match="no lines"):
+        read_requests(path)
+    with pytest.raises(InputError, match="No such file"):
+        read_requests(tmp_path / "missing.jsonl")
+    with pytest.raises(InputError, match="directory"):
+        read_requests(tmp_path)
+
+
+def _job(stem: str, where: str = "") -> Job:
+    return Job(stem, "p", "", Layout.empty(), 0, where)
+
+
+@pytest.mark.parametrize("second", ["a-1", "A-1", "a-1-overlay"])
+def test_two_jobs_may_not_share_a_file(tmp_path: Path, second: str) -> None:
+    with pytest.raises(InputError, match=r"line 2 and line 1 would both write"):
+        check_outputs(
+            [_job("a-1", "line 1"), _job(second, "line 2")], tmp_path, overlay=True, force=True
+        )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".json", "-overlay.png"])
+def test_existing_files_need_force(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / f"a-1{suffix}").write_text("")
+    with pytest.raises(OutputError, match="exists already") as caught:
+        check_outputs([_job("a-1")], tmp_path, overlay=True, force=False)
+    assert caught.value.exit_code == 3
+    check_outputs([_job("a-1")], tmp_path, overlay=True, force=True)
+
+
+def test_a_folder_in_the_way_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a-1.png").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        check_outputs([_job("a-1")], tmp_path, overlay=False, force=True)

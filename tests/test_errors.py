@@ -1,0 +1,57 @@
+"""Every error says what, with which value, and what to do; each kind has its exit code."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+
+import pytest
+
+from hcma_fast import errors
+from hcma_fast.errors import HcmaError
+
+KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not HcmaError]
+
+
+def test_exit_codes_of_the_design() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in KINDS if issubclass(kind, HcmaError)}
+    assert codes == {
+        "UsageError": 2,
+        "InputError": 3,
+        "WeightsError": 3,
+        "BackendError": 4,
+        "DeviceMemoryError": 5,
+        "EngineError": 6,
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_message(kind: type[HcmaError]) -> None:
+    error = kind("the box is empty", value=(0, "a\nb"), remedy="Give it an area.")
+    assert str(error) == r"the box is empty (got (0, 'a\nb')). Give it an area."
+    assert (error.what, error.value, error.remedy) == (
+        "the box is empty",
+        (0, "a\nb"),
+        "Give it an area.",
+    )
+    assert str(kind("no value", remedy="Give one.")) == "no value. Give one."
+    # False and 0 are values, None means that there is none
+    assert "(got 0)" in str(kind("zero", value=0, remedy="Give more."))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_remedy_is_required(kind: type[HcmaError]) -> None:
+    with pytest.raises(TypeError, match="remedy"):
+        kind("something is wrong")  # type: ignore[call-arg]
+
+
+def test_input_errors_are_value_errors() -> None:
+    assert issubclass(errors.InputError, ValueError)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_errors_cross_processes(kind: type[HcmaError]) -> None:
+    error = kind("too large", value=7, remedy="Give less.")
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is kind
+    assert (str(copy), copy.value, copy.remedy) == (str(error), 7, "Give less.")
