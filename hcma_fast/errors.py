@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, ClassVar
+from typing import ClassVar
 
 
 class HcmaError(Exception):
@@ -22,7 +22,7 @@ class HcmaError(Exception):
         shown = "" if value is None else f" (got {value!r})"
         super().__init__(f"{what}{shown}. {remedy}")
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         # exceptions pickle their positional arguments only, and worker processes pickle errors
         return functools.partial(type(self), self.what, value=self.value, remedy=self.remedy), ()
 

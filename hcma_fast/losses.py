@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_EPS = 1e-12
+_FLOOR = 1e-12
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -22,7 +22,8 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
         a = a.float()
     if b.dtype in _HALF:
         b = b.float()
-    norms = ((a * a).sum(-1) + _EPS).rsqrt() * ((b * b).sum(-1) + _EPS).rsqrt()
+    # a floor, not a summand: onnxscript's optimizer takes x + 1e-12 for x, and 0 becomes NaN
+    norms = (a * a).sum(-1).clamp(min=_FLOOR).rsqrt() * (b * b).sum(-1).clamp(min=_FLOOR).rsqrt()
     return 1 - (a * b).sum(-1) * norms
 
 

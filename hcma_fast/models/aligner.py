@@ -141,4 +141,4 @@ class AlignStep(nn.Module):
 
 def _norm(value: Tensor) -> Tensor:
     """Norm per image, (B, 1, 1, 1), never 0."""
-    return (value * value).sum(dim=(1, 2, 3), keepdim=True).add(_NORM_FLOOR).sqrt()
+    return (value * value).sum(dim=(1, 2, 3), keepdim=True).clamp(min=_NORM_FLOOR).sqrt()

@@ -28,7 +28,6 @@ from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.requests import (
     check_latents,
-    check_steps,
     noise_from_seeds,
     override_settings,
     pair_prompts,
@@ -250,7 +249,7 @@ class HCMAPipeline:
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
-        table = plms_table(check_steps(num_inference_steps))
+        table = plms_table(num_inference_steps)
         schedule = Schedule(
             table,
             eta_table(num_inference_steps, settings),

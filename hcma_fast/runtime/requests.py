@@ -133,18 +133,3 @@ def override_settings(defaults: AlignmentSettings, **overrides: Any) -> Alignmen
                 f"{name} must be finite", value=value, remedy="Leave it out for the default."
             )
     return settings
-
-
-def check_steps(num_inference_steps: int) -> int:
-    """The step count itself; :func:`hcma_fast.schedule.plms_table` checks its range.
-
-    Raises:
-        UsageError: not a whole number.
-    """
-    if type(num_inference_steps) is not int:
-        raise UsageError(
-            "the number of inference steps must be a whole number",
-            value=num_inference_steps,
-            remedy="The paper uses 50; 20 gives a quick preview.",
-        )
-    return num_inference_steps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from hcma_fast.bench.speed import (
 )
 from hcma_fast.cli.bench import bench_app, speed_table
 from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.export.build import cached_folder, load_manifest
 from hcma_fast.layout import Layout
 
 GOOD = torch.tensor([3.0, 4.0])
@@ -145,22 +147,28 @@ def test_report_and_table_on_a_random_checkpoint(random_checkpoint: Path) -> Non
     assert report.weights_hash[:16] in table and report.machine.cpu in table
 
 
-@pytest.mark.parametrize("backend", ["eager", "onnxruntime"])
 def test_command_prints_json_on_stdout_alone(
-    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+    random_checkpoint: Path,
+    random_engine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path))
-    arguments = ["--model", str(random_checkpoint), "--backend", backend]
-    arguments += ["--steps", "4", "--rounds", "2", "--json"]
+    built = cached_folder(load_manifest(random_engine).weights_hash, "onnxruntime")
+    shutil.copytree(random_engine, built)
+    arguments = ["--model", str(random_checkpoint), "--steps", "4", "--rounds", "2", "--json"]
     result = CliRunner().invoke(bench_app, ["speed", *arguments])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     names = [row["name"] for row in report["rows"]]
-    assert names == [PLAIN, f"hcma-fast {backend}"]
+    assert names == [PLAIN, "hcma-fast eager", "hcma-fast onnxruntime"]
     assert all(len(row["seconds"]) == 2 and not row["void"] for row in report["rows"])
-    assert report["rows"][1]["speedup"] > 0
-    assert 50 < report["generate_peak_rss_mib"][backend] < 1500
+    assert all(row["speedup"] > 0 for row in report["rows"])
+    peaks = report["generate_peak_rss_mib"]
+    assert set(peaks) == {"eager", "onnxruntime"}
+    assert all(50 < mib < 1500 for mib in peaks.values())
     assert "warm-up" in result.stderr
+    assert "export" not in result.stderr
 
 
 def test_command_fails_when_the_latents_do_not_agree(
