@@ -13,6 +13,12 @@ import pytest
 
 from hcma_fast.cli.app import main
 
+#: a shell starts background jobs (such as a CI run) with SIGINT ignored, and children inherit that
+_AS_PROCESS = (
+    "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "from hcma_fast.cli.app import main; sys.exit(main())"
+)
+
 
 @dataclass(frozen=True)
 class Result:
@@ -58,7 +64,7 @@ def start(tmp_path: Path) -> Callable[..., subprocess.Popen[str]]:
 
     def run(*argv: object) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "hcma_fast.cli.app", *map(str, argv)],
+            [sys.executable, "-c", _AS_PROCESS, *map(str, argv)],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -36,6 +36,17 @@ def test_version_and_help(cli: Any) -> None:
     assert result.code == 0 and "--from-sidecar" in result.out
 
 
+def test_the_module_runs_as_a_process() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "hcma_fast.cli.app", "generate", "--prompt", "a", "--box=x"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (3, "")
+    assert done.stderr.startswith("error: a box must read") and done.stderr.count("\n") == 1
+
+
 def test_light_commands_as_a_process_import_no_torch() -> None:
     code = (
         "import sys; from hcma_fast.cli.app import main; "

@@ -232,7 +232,7 @@ BAD = {
     "seed and count": (3, ["--prompt", "a", "--seed", 2**63 - 1, "--num-images", 2], "seed"),
     "not unicode": (3, ["--prompt", "a\udcff"], "Unicode"),
     "negative not unicode": (3, ["--prompt", "a", "--negative-prompt", "\udcff"], "Unicode"),
-    "phrase not unicode": (3, ["--prompt", "a", "--box", "\udcff:0,0,1,1"], "Unicode"),
+    "phrase not unicode": (3, ["--prompt", "a", "--box", "\udcff:0,0,1,1"], "\\udcff"),
     "out is a file": (3, ["--prompt", "a", "--out", "file"], "file"),
     "out below a file": (3, ["--prompt", "a", "--out", "file/below"], "file/below"),
     "out in proc": (3, ["--prompt", "a", "--out", "/proc/nowhere"], "/proc/nowhere"),

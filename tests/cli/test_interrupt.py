@@ -30,7 +30,7 @@ def test_an_interrupted_run_leaves_whole_files(
         while process.poll() is None and not (out / "a-dog-1.json").exists():
             time.sleep(0.02)
         process.send_signal(how)
-        stdout, stderr = process.communicate(timeout=120)
+        stdout, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
@@ -63,7 +63,7 @@ def test_an_interrupt_before_the_first_image_leaves_nothing(
         while process.poll() is None and not out.exists():
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, stderr = process.communicate(timeout=120)
+        _, stderr = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130, stderr
