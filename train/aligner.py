@@ -24,7 +24,7 @@ from hcma_fast.train.text import WIDTH
 
 
 def make_aligner() -> Aligner:
-    """The architecture of `tiny`'s aligner: 1.0 M parameters, patch 2 on a 16 x 16 latent."""
+    """The architecture of `tiny`'s aligner: 0.9 M parameters, patch 2 on a 16 x 16 latent."""
     config = AlignerConfig(
         latent_size=16, patch_size=2, width=128, depth=4, heads=4, text_width=WIDTH
     )
