@@ -18,6 +18,7 @@ PACKAGE_DIR = {
 
 PACKAGE_DATA = {
     "hcma_fast": [f"assets/**/*.{suffix}" for suffix in ("safetensors", "json", "txt", "md")],
+    "hcma_fast.bench": ["assets/*"],
     "hcma_fast.train": ["assets/*"],
 }
 

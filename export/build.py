@@ -107,15 +107,14 @@ def find_or_build(
     folder = cached_folder(components.weights_hash, backend)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder.with_name(f".{folder.name}.lock"))
-        lock.acquire()
+        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
     except OSError as error:
         raise InputError(
             f"the engine cache cannot be written: {error.strerror}",
             value=str(folder.parent),
             remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
         ) from error
-    with lock:
+    with held:
         if cached_engine(components.weights_hash, backend) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):

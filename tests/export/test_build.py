@@ -220,3 +220,11 @@ def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
     assert find_or_build(random_components, "onnxruntime") == folder
     assert time.monotonic() - started < 60, "the lock of a killed process must not be waited for"
     assert not leftovers[0].exists()
+
+
+@pytest.mark.usefixtures("no_build")
+def test_the_lock_is_free_again_after_each_call(
+    cached: Path, random_components: Components
+) -> None:
+    for _ in range(3):
+        assert find_or_build(random_components, "onnxruntime") == cached
