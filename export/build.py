@@ -10,6 +10,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,8 @@ COMPILED_BACKENDS = ("onnxruntime",)
 Progress = Callable[[str, str], None]
 _log = logging.getLogger("hcma_fast")
 _PACKAGE = Path(specs.__file__).parent
+#: whose code becomes part of the graphs
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
 
 def cache_root() -> Path:
@@ -65,7 +68,7 @@ def engine_key(weights_hash: str, backend: str) -> str:
         "weights": weights_hash,
         "backend": backend,
         "backend_version": _backend_version(backend),
-        "torch": torch.__version__,
+        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
         "opset": OPSET,
         "precision": "float32",
         "code": _code_hash(),
@@ -95,9 +98,13 @@ def cached_engine(weights_hash: str, backend: str) -> Path | None:
 
 
 def find_or_build(
-    components: Components, backend: str, *, progress: Progress | None = None
+    components: Components,
+    backend: str,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
 ) -> Path:
-    """The engine folder in the user's cache, built when it is missing or damaged.
+    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
 
     Two processes that want the same engine build it once: the second waits for the first.
 
@@ -115,10 +122,13 @@ def find_or_build(
             remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
         ) from error
     with held:
-        if cached_engine(components.weights_hash, backend) is None:
+        if force or cached_engine(components.weights_hash, backend) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            if not (folder / MANIFEST_FILE).is_file():
+                # half an engine, after somebody's clean-up
+                shutil.rmtree(folder, ignore_errors=True)
             build(components, folder, backend, progress=progress, force=True)
     return folder
 
@@ -143,6 +153,7 @@ def build(
         EngineError: a graph does not agree with torch.
     """
     version = _backend_version(backend)
+    folder = Path(os.path.abspath(folder))
     _check_target(folder, force)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +252,7 @@ def _backend_version(backend: str) -> str:
 def _code_hash() -> str:
     """Our own code decides what a graph computes: a changed line must not find an old engine."""
     digest = hashlib.sha256()
-    files = [_PACKAGE / name for name in ("specs.py", "losses.py")]
+    files = [_PACKAGE / name for name in ("specs.py", "losses.py", "config.py")]
     folders = [Path(__file__).parent, _PACKAGE / "models"]
     for path in sorted([*files, *(p for folder in folders for p in folder.glob("*.py"))]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -63,10 +63,14 @@ def hash_file(path: Path) -> str:
 
 def hash_folder(folder: Path) -> dict[str, str]:
     """sha256 of every file below ``folder`` but the manifest, by relative path."""
-    names = sorted(
-        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
-    )
-    return {name: hash_file(folder / name) for name in names if name != MANIFEST_FILE}
+    return {name: hash_file(folder / name) for name in _names(folder)}
+
+
+def _names(folder: Path) -> list[str]:
+    """Relative paths of all files below ``folder`` but the manifest."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = sorted(path.relative_to(folder).as_posix() for path in files)
+    return [name for name in names if name != MANIFEST_FILE]
 
 
 def sync_folder(folder: Path) -> None:
@@ -97,6 +101,8 @@ def load_manifest(folder: Path) -> Manifest:
     for record in manifest.graphs.values():
         if manifest.files.get(record.file) != record.sha256:
             raise _unusable("its manifest contradicts itself", folder / record.file)
+    for name in set(_names(folder)) - set(manifest.files):
+        raise _unusable("it holds a file that its manifest does not name", folder / name)
     for name, expected in manifest.files.items():
         inside = PurePosixPath(name)
         file = folder / name

@@ -33,12 +33,12 @@ class AlignerConfig(_Frozen):
     latent_size: int = Field(
         64, description="side of the latent that the positions are learned for"
     )
-    patch_size: int = 4
-    token_width: int = Field(64, description="d_k, width of a projected patch")
-    width: int = Field(512, description="d_v, width of the ViT")
-    depth: int = 6
-    heads: int = 8
-    text_width: int = Field(768, description="d_t = d_l, width of the text embedding")
+    patch_size: int = Field(4, gt=0)
+    token_width: int = Field(64, gt=0, description="d_k, width of a projected patch")
+    width: int = Field(512, gt=0, description="d_v, width of the ViT")
+    depth: int = Field(6, gt=0)
+    heads: int = Field(8, gt=0)
+    text_width: int = Field(768, gt=0, description="d_t = d_l, width of the text embedding")
     region: RegionMode = "coverage+fourier"
     time_conditioning: Literal["none", "adaln"] = "none"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,11 @@ def cached_posteriors(
     folder: Path, vae: AutoencoderKL, split: Split, count: int
 ) -> NDArray[np.float16]:
     """Posterior mean and standard deviation of each scene, (count, 2, 4, h, w) float16."""
-    path = folder / f"latents-{split}-{count}.npy"
+    # of another VAE, the latents are others
+    digest = hashlib.sha256(
+        b"".join(value.numpy().tobytes() for value in vae.encoder.state_dict().values())
+    ).hexdigest()[:12]
+    path = folder / f"latents-{split}-{count}-{digest}.npy"
     if not path.exists():
         scenes = rendered_scenes(folder, split, count)
         parts = []

@@ -63,7 +63,7 @@ def run(
 
     Args:
         loss_of_step: step -> named scalar losses; ``"loss"`` is minimised, the rest is logged.
-        on_checkpoint: called with the step and the averaged model after each checkpoint.
+        on_checkpoint: called with the step and the averaged model before each checkpoint.
 
     Raises:
         DivergenceError: a loss or gradient is not finite; the last state stays as it was.
@@ -109,10 +109,11 @@ def run(
             print(json.dumps(record), flush=True)
             totals, count, clock = {}, 0, time.monotonic()
         if done % config.checkpoint_every == 0 or done == config.steps:
-            save_state(folder / "state.pt", model, optimizer, ema, done)
+            # the export first: a run killed in between then repeats it, instead of missing it
             if on_checkpoint is not None:
                 on_checkpoint(done, cast(_Model, ema.module))
                 model.train()
+            save_state(folder / "state.pt", model, optimizer, ema, done)
     return cast(_Model, ema.module)
 
 

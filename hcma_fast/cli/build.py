@@ -68,8 +68,8 @@ def _build(
     if dry_run:
         return _plan(components, backend, folder)
     with BuildProgress(f"Building engines for {backend}.") as progress:
-        if out is None and not force:
-            folder = find_or_build(components, backend, progress=progress)
+        if out is None:
+            folder = find_or_build(components, backend, progress=progress, force=force)
             manifest = load_manifest(folder)
             if not progress.started:
                 print_note("These engines are in the cache already; --force builds them again.")

@@ -162,7 +162,7 @@ def generate(
         raise BackendError(
             "unknown backend", value=plan.backend, remedy=f"Backends: {', '.join(BACKENDS)}."
         )
-    check_outputs(jobs, out, overlay=overlay, force=force)
+    check_outputs(jobs, out, force=force)
     with output_folder(out):
         pipe = open_pipeline(plan, jobs, original)
         written = render(pipe, plan, jobs, out, batch_size=batch_size, overlay=overlay)

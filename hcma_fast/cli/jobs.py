@@ -127,7 +127,7 @@ def read_requests(path: Path) -> list[tuple[str, Request]]:
     return found
 
 
-def check_outputs(jobs: Sequence[Job], folder: Path, *, overlay: bool, force: bool) -> None:
+def check_outputs(jobs: Sequence[Job], folder: Path, *, force: bool) -> None:
     """Refuse two jobs with one name, and files that exist already (unless ``force``).
 
     Raises:
@@ -144,8 +144,8 @@ def check_outputs(jobs: Sequence[Job], folder: Path, *, overlay: bool, force: bo
                     f"{path.name}",
                     remedy='Give each line an "id" of its own.',
                 )
-        image, sidecar, drawn = job.files(folder)
-        for path in (image, sidecar, *([drawn] if overlay else [])):
+        # the overlay in any case: one of an earlier image would not show the new one
+        for path in job.files(folder):
             if path.is_dir() or (path.exists() and not force):
                 raise OutputError(
                     "the output exists already",

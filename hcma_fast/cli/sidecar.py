@@ -82,9 +82,10 @@ def read_sidecar(path: Path) -> Sidecar:
     """
     try:
         sidecar = Sidecar.model_validate_json(read_file(path, "the sidecar"))
-    except ValidationError as error:
+    except (ValidationError, TypeError) as error:  # TypeError: a layout without its keys
+        problem = explain(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(
-            f"not a sidecar of hcma-fast: {explain(error)}",
+            f"not a sidecar of hcma-fast: {problem}",
             value=str(path),
             remedy="Give the .json file that lies beside a generated image.",
         ) from error

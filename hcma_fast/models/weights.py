@@ -168,7 +168,7 @@ def locate(
         raise WeightsError(
             "the checkpoint has no aligner",
             value=str(aligner_folder),
-            remedy="Train one: python -m hcma_fast.train.aligner; pass its folder as aligner=.",
+            remedy="Pass the folder of one that was trained for this model as aligner=.",
         )
     check_safe(aligner_folder)
     return Checkpoint(folder, aligner_folder)

@@ -27,7 +27,7 @@ class OrtEngine:
         """
         try:
             return self._run(inputs)
-        except RuntimeError as error:
+        except Exception as error:  # onnxruntime's kinds share no base class but this one
             if "alloc" in str(error).lower():
                 raise DeviceMemoryError(
                     f"out of memory in the graph {self.spec.graph}",

@@ -127,6 +127,12 @@ class HCMAPipeline:
             )
         _check_device(device, backend)
         if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
+            if aligner is not None or device != "cpu":
+                raise UsageError(
+                    "an engine folder has its aligner inside, and runs on the CPU",
+                    value=device if aligner is None else str(aligner),
+                    remedy="Leave out aligner and device, or load the checkpoint instead.",
+                )
             return cls.from_engines(Path(name_or_path), backend=backend)
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):

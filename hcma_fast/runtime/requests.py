@@ -71,7 +71,7 @@ def spread_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
         InputError: the counts do not match, or a seed is not an integer in [0, 2**63).
     """
     first = secrets.randbelow(2**31) if seed is None else seed
-    seeds = [first + i for i in range(count)] if isinstance(first, int) else list(first)
+    seeds = list(first) if isinstance(first, Sequence) else [first + i for i in range(count)]
     whole = all(type(value) is int and 0 <= value < 2**63 for value in seeds)
     if len(seeds) != count or not whole or isinstance(first, bool):
         raise InputError(

@@ -138,21 +138,19 @@ def _job(stem: str, where: str = "") -> Job:
 @pytest.mark.parametrize("second", ["a-1", "A-1", "a-1-overlay"])
 def test_two_jobs_may_not_share_a_file(tmp_path: Path, second: str) -> None:
     with pytest.raises(InputError, match=r"line 2 and line 1 would both write"):
-        check_outputs(
-            [_job("a-1", "line 1"), _job(second, "line 2")], tmp_path, overlay=True, force=True
-        )
+        check_outputs([_job("a-1", "line 1"), _job(second, "line 2")], tmp_path, force=True)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".json", "-overlay.png"])
 def test_existing_files_need_force(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a-1{suffix}").write_text("")
     with pytest.raises(OutputError, match="exists already") as caught:
-        check_outputs([_job("a-1")], tmp_path, overlay=True, force=False)
+        check_outputs([_job("a-1")], tmp_path, force=False)
     assert caught.value.exit_code == 3
-    check_outputs([_job("a-1")], tmp_path, overlay=True, force=True)
+    check_outputs([_job("a-1")], tmp_path, force=True)
 
 
 def test_a_folder_in_the_way_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a-1.png").mkdir()
     with pytest.raises(OutputError, match="exists already"):
-        check_outputs([_job("a-1")], tmp_path, overlay=False, force=True)
+        check_outputs([_job("a-1")], tmp_path, force=True)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.errors import BackendError, EngineError, InputError
+from hcma_fast.errors import BackendError, EngineError, InputError, UsageError
 from hcma_fast.export import build as module
 from hcma_fast.export.build import (
     build,
@@ -101,6 +101,30 @@ def test_from_pretrained_takes_the_cached_engine_without_loading_weights(
     assert pipe.engine_hash == load_manifest(cached).engine_hash
     with pytest.raises(BackendError, match="built for onnxruntime"):
         HCMAPipeline.from_pretrained(cached, backend="eager")
+
+
+@pytest.mark.parametrize("arguments", [{"device": "meta"}, {"aligner": "elsewhere"}])
+def test_an_engine_folder_takes_no_device_and_no_aligner(
+    random_engine: Path, arguments: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError, match="engine folder"):
+        HCMAPipeline.from_pretrained(random_engine, **arguments)  # type: ignore[arg-type]
+
+
+def test_half_a_cached_engine_is_replaced(
+    cached: Path,
+    random_engine: Path,
+    random_components: Components,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (cached / MANIFEST_FILE).unlink()
+
+    def stand_in(components: Components, target: Path, *args: object, **kwargs: object) -> None:
+        shutil.copytree(random_engine, target)
+
+    monkeypatch.setattr(module, "build", stand_in)
+    assert find_or_build(random_components, "onnxruntime") == cached
+    load_manifest(cached)
 
 
 @pytest.mark.usefixtures("no_build")

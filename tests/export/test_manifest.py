@@ -93,3 +93,11 @@ def test_links_are_refused(engine: Path, tmp_path: Path) -> None:
     (engine / "tokenizer").symlink_to(tmp_path / "tokenizer")
     with pytest.raises(EngineError, match="link"):
         load_manifest(engine)
+
+
+@pytest.mark.parametrize("name", ["extra.onnx", "tokenizer/added_tokens.json"])
+def test_a_file_that_the_manifest_does_not_name_is_refused(engine: Path, name: str) -> None:
+    (engine / name).write_text("{}")
+    with pytest.raises(EngineError, match="does not name") as caught:
+        load_manifest(engine)
+    assert name in str(caught.value)

@@ -53,6 +53,15 @@ def test_wrong_outputs_are_errors(change: Any) -> None:
         run(change)
 
 
+def test_a_reference_that_is_not_finite_is_an_error() -> None:
+    class Broken(nn.Module):
+        def forward(self, z: Tensor) -> tuple[Tensor]:
+            return (z * float("nan"),)
+
+    with pytest.raises(EngineError, match="not finite"):
+        measure(SPEC, Broken(), lambda inputs: {"image": inputs["z"]}, vocabulary=10)
+
+
 @pytest.mark.parametrize("boxes", [0, 1, 30])
 def test_random_inputs_follow_the_spec(random_components: Components, boxes: int) -> None:
     generator = torch.Generator().manual_seed(0)
