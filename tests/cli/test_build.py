@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from hcma_fast.specs import GRAPH_NAMES
+
+OPTIONS = ("--prompt", "a dog", "--box", "dog:0,0,0.5,1", "--steps", 2, "--seed", 0)
 
 
 @pytest.fixture
@@ -57,50 +62,91 @@ def test_bad_input(build: Any, code: int, argv: list[str], word: str) -> None:
     assert os.listdir("other") == ["mine.txt"]
 
 
-def test_build_then_generate_then_tamper(
-    build: Any, cli: Any, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """One test, because each build takes long."""
-    built = build("--json")
-    assert built.code == 0, built.err
-    report = json.loads(built.out)
-    assert all(0 <= g["parity"] <= g["tolerance"] for g in report["graphs"].values())
+@pytest.mark.slow
+def test_build_prints_the_folder_and_a_table(build: Any) -> None:
+    result = build("--out", "engine", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert report["folder"] == "engine"
     assert list(report["graphs"]) == list(GRAPH_NAMES)
+    assert all(0 <= g["parity"] <= g["tolerance"] for g in report["graphs"].values())
     for graph in GRAPH_NAMES:
-        assert graph in built.err
-    folder = Path(report["folder"])
+        assert f"{graph}: validate" in result.err
+    assert Path("engine/manifest.json").exists()
+    assert os.listdir() == ["engine"]
 
-    # the cache has it now, for build and for generate
-    again = build()
-    assert (again.code, again.out) == (0, f"{folder}\n")
-    assert "in the cache already" in again.err
-    options = ("--prompt", "a dog", "--box", "dog:0,0,0.5,1", "--steps", 2, "--seed", 0)
-    first = cli("generate", "--model", random_checkpoint, *options, "--out", "one", "--json")
-    assert first.code == 0, first.err
-    assert "Building" not in first.err
-    record = json.loads(first.out)["images"][0]["record"]
+
+@pytest.fixture
+def cached(cli: Any, random_engine: Path) -> Path:
+    """``random_engine``, put where the command looks for it in the user's cache."""
+    from hcma_fast.export.build import cached_folder, load_manifest
+
+    folder = cached_folder(load_manifest(random_engine).weights_hash, "onnxruntime")
+    shutil.copytree(random_engine, folder)
+    return folder
+
+
+def test_what_is_in_the_cache_is_not_built_again(
+    build: Any, cli: Any, cached: Path, random_checkpoint: Path
+) -> None:
+    for _ in range(2):
+        result = build()
+        assert (result.code, result.out) == (0, f"{cached}\n"), result.err
+        assert "in the cache already" in result.err and "unet_plain" in result.err
+    report = json.loads(build("--json").out)
+    generated = cli("generate", "--model", random_checkpoint, *OPTIONS, "--json")
+    assert generated.code == 0, generated.err
+    assert "Building" not in generated.err
+    record = json.loads(generated.out)["images"][0]["record"]
     assert (record["backend"], record["engine_hash"]) == ("onnxruntime", report["engine_hash"])
     assert record["weights_hash"] == report["weights_hash"]
+    assert "onnxruntime" in record["versions"]
 
-    # the folder itself is a model, anywhere, and a sidecar works on it
-    moved = Path("moved").absolute()
-    shutil.copytree(folder, moved)
-    sidecar = ("--from-sidecar", "one/a-dog-0.json")
-    second = cli("generate", *sidecar, "--model", moved, "--out", "two")
+
+def test_an_engine_folder_is_a_model_and_a_sidecar_works_on_it(
+    cli: Any, random_engine: Path
+) -> None:
+    first = cli("generate", "--model", random_engine, *OPTIONS, "--out", "one")
+    assert first.code == 0, first.err
+    second = cli("generate", "--from-sidecar", "one/a-dog-0.json", "--out", "two")
     assert second.code == 0, second.err
     assert Path("one/a-dog-0.png").read_bytes() == Path("two/a-dog-0.png").read_bytes()
-    cli("generate", *options, "--model", moved, "--backend", "eager").failed(4, "onnxruntime")
+    other = cli("generate", *OPTIONS, "--model", random_engine, "--backend", "eager")
+    other.failed(4, "onnxruntime")
 
-    # an engine that exists needs --force, and a damaged one is never opened
-    build("--out", moved).failed(3, "--force")
-    graph = moved / report["graphs"]["vae_decoder"]["file"]
+
+def test_an_eager_sidecar_can_be_made_again_on_the_engine(
+    cli: Any, random_engine: Path, random_checkpoint: Path
+) -> None:
+    eager = ("--model", random_checkpoint, "--backend", "eager")
+    assert cli("generate", *eager, *OPTIONS, "--out", "one").code == 0
+    again = cli(
+        "generate", "--from-sidecar", "one/a-dog-0.json", "--model", random_engine, "--out", "two"
+    )
+    assert again.code == 0, again.err
+    record = json.loads(Path("two/a-dog-0.json").read_text())
+    assert record["backend"] == "onnxruntime"
+    one, two = (np.asarray(Image.open(f"{x}/a-dog-0.png")).astype(int) for x in ("one", "two"))
+    assert np.abs(one - two).max() <= 1
+
+
+def test_a_damaged_engine_is_never_opened(build: Any, cli: Any, random_engine: Path) -> None:
+    engine = Path("engine")
+    shutil.copytree(random_engine, engine)
+    build("--out", engine).failed(3, "--force")
+    graph = engine / "vae_decoder.onnx"
     content = bytearray(graph.read_bytes())
     content[len(content) // 2] ^= 1
     graph.write_bytes(content)
-    cli("generate", *options, "--model", moved, "--out", "three").failed(6, graph.name)
+    cli("generate", *OPTIONS, "--model", engine, "--out", "three").failed(6, graph.name)
+    (engine / "manifest.json").write_text("{")
+    cli("generate", *OPTIONS, "--model", engine, "--out", "three").failed(6, "manifest")
     assert not Path("three").exists()
 
-    # without the backend, generate says what brings it
-    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    missing = cli("generate", *options, "--model", random_checkpoint, "--out", "four")
-    missing.failed(4, "hcma-fast[")
+
+def test_a_missing_backend_is_exit_4_with_what_brings_it(
+    cli: Any, random_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    cli("generate", *OPTIONS, "--model", random_engine).failed(4, "hcma-fast[")
+    assert os.listdir() == []
