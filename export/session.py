@@ -37,6 +37,8 @@ def open_session(path: Path, providers: Sequence[str] = CPU) -> Any:
         raise _no_provider(missing)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they are raised as well
+    # every session has threads of its own; spinning, they would take the cores from the next one
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises kinds of its own that share no base class
