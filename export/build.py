@@ -14,11 +14,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import platformdirs
 import torch
 from filelock import FileLock
 
 from hcma_fast import specs
+from hcma_fast.config import cache_root
 from hcma_fast.errors import BackendError, EngineError, InputError
 from hcma_fast.export.manifest import (
     MANIFEST_FILE,
@@ -50,12 +50,6 @@ _log = logging.getLogger("hcma_fast")
 _PACKAGE = Path(specs.__file__).parent
 #: whose code becomes part of the graphs
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
-
-
-def cache_root() -> Path:
-    """Where engines are kept: ``$HCMA_FAST_CACHE``, or the platform's cache folder of the user."""
-    given = os.environ.get("HCMA_FAST_CACHE")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("hcma-fast"))
 
 
 def engine_key(weights_hash: str, backend: str) -> str:

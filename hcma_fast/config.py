@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal
 
+import platformdirs
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 MAX_OBJECTS = 30
@@ -18,6 +20,13 @@ PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 
 BACKENDS = ("eager", "onnxruntime")
 """Backends that the pipeline runs on: torch eager is the reference."""
+
+
+def cache_root() -> Path:
+    """Where engines are kept: ``$HCMA_FAST_CACHE``, or the platform's cache folder of the user."""
+    given = os.environ.get("HCMA_FAST_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("hcma-fast"))
+
 
 RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
 

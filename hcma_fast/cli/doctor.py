@@ -14,13 +14,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Annotated
 
-import platformdirs
 import typer
 from pydantic import BaseModel, ConfigDict
 
 from hcma_fast import __version__
 from hcma_fast.cli.output import print_json
-from hcma_fast.config import BACKENDS
+from hcma_fast.config import BACKENDS, cache_root
 
 _PACKAGES = (
     *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
@@ -165,14 +164,8 @@ def _gpus() -> list[str]:
     return [line.strip() for line in answer.stdout.splitlines() if line.strip()]
 
 
-def cache_folder() -> Path:
-    """The same as ``hcma_fast.export.build.cache_root``, which would import torch."""
-    given = os.environ.get("HCMA_FAST_CACHE")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("hcma-fast"))
-
-
 def _cache() -> Cache:
-    folder = cache_folder()
+    folder = cache_root()
     size = 0
     for root, _, names in os.walk(folder):
         for name in names:

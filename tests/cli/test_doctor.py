@@ -124,4 +124,4 @@ def test_cache_is_where_the_builder_keeps_it(
     monkeypatch.delenv("HCMA_FAST_CACHE", raising=False)
     if given is not None:
         monkeypatch.setenv("HCMA_FAST_CACHE", given)
-    assert doctor.cache_folder() == cache_root()
+    assert doctor.examine().cache.folder == str(cache_root())
