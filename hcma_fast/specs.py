@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+from hcma_fast.errors import UsageError
 
 GraphName = Literal[
     "text_encoder", "grounding", "align", "unet_grounded", "unet_plain", "vae_decoder"
@@ -19,6 +21,7 @@ GRAPH_NAMES: tuple[GraphName, ...] = (
     "vae_decoder",
 )
 BATCH = "batch"
+MAX_BATCH = 1024
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
@@ -32,12 +35,63 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class BatchRange:
+    """Batch sizes that a compiled graph takes, and the one that it is tuned for.
+
+    Raises:
+        UsageError: not 1 <= min <= opt <= max <= 1024.
+    """
+
+    min: int = 1
+    opt: int = 1
+    max: int = 1024
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.min <= self.opt <= self.max <= MAX_BATCH:
+            raise UsageError(
+                f"a batch range needs 1 <= min <= opt <= max <= {MAX_BATCH}",
+                value=str(self),
+                remedy="Write one size, such as 4, or min:opt:max, such as 1:8:16.",
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> BatchRange:
+        """From "4" (that size only) or "1:8:16" (min:opt:max).
+
+        Raises:
+            UsageError: not of this form, or out of order.
+        """
+        parts = text.split(":")
+        if len(parts) not in (1, 3) or not all(re.fullmatch(r"[0-9]{1,6}", part) for part in parts):
+            raise UsageError(
+                "this is not a batch size or range",
+                value=text,
+                remedy="Write one size, such as 4, or min:opt:max, such as 1:8:16.",
+            )
+        sizes = [int(part) for part in parts]
+        return cls(*sizes) if len(sizes) == 3 else cls(*sizes * 3)
+
+    @property
+    def static(self) -> bool:
+        """One size only."""
+        return self.min == self.max
+
+    def times(self, factor: int) -> BatchRange:
+        """Every size multiplied."""
+        return BatchRange(self.min * factor, self.opt * factor, self.max * factor)
+
+    def __str__(self) -> str:
+        return str(self.min) if self.static else f"{self.min}:{self.opt}:{self.max}"
+
+
+@dataclass(frozen=True)
 class IOSpec:
-    """Inputs and outputs of one graph, in call order."""
+    """Inputs and outputs of one graph, in call order, and the batch sizes that it takes."""
 
     graph: GraphName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    batch: BatchRange = BatchRange()
 
     @property
     def input_names(self) -> tuple[str, ...]:
