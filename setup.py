@@ -31,9 +31,11 @@ INSTALL_REQUIRES = [
     "huggingface_hub>=2.4,<3",
     "numpy>=2.2,<3",
     "onnx>=1.23,<2",
+    "onnx-ir>=1.1,<2",
     "onnxscript>=0.7,<1",
     "pillow>=11,<14",
     "platformdirs>=4.3,<5",
+    "psutil>=6,<8",
     "pydantic>=2.10,<3",
     "rich>=13.9,<16",
     "safetensors>=0.8,<1",
@@ -63,6 +65,9 @@ EXTRAS_REQUIRE = {
         "pytest-xdist>=3.8,<4",
         "ruff>=0.17,<0.18",
         "setuptools>=77",
+        # engines are built, and kernels interpreted and compiled, without a GPU
+        "tensorrt-rtx-cu13>=1.7,<2",
+        "triton>=3.7,<4",
         "tokenizers>=0.22,<1",
     ],
 }

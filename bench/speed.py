@@ -1,8 +1,8 @@
-"""Speed against a plain diffusers loop on the same weights, in turns within one process.
+"""Speed against a plain diffusers loop on the same weights, in turns, a process for each.
 
-Each round runs every contestant once (A B C, A B C, ...), so that a slow minute of the machine hits
-all of them, and a speed-up is a ratio within a round. A row counts only if its final latents agree
-with the plain loop's.
+Each round runs every contestant once (A B C, C B A, ...) and one at a time, so that a slow minute
+of the machine hits all of them, and a speed-up is a ratio within a round. A row counts only if its
+final latents agree with the plain loop's.
 """
 
 from __future__ import annotations
@@ -12,31 +12,33 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
 
+from hcma_fast.bench.contestants import (
+    LAYOUT,
+    PROMPT,
+    SEED,
+    Run,
+    load_ours,
+    load_plain,
+    worker,
+)
 from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.plain_loop import plain_generate
+from hcma_fast.config import BACKENDS
 from hcma_fast.errors import HcmaError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.schedule import plms_table
 
-PROMPT = "a dog to the left of a pizza on a green field"
-LAYOUT = Layout(["dog", "pizza"], [(0.05, 0.3, 0.45, 0.9), (0.5, 0.5, 0.95, 0.9)])
-SEED = 0
 PLAIN = "plain diffusers loop"
 MAX_ERROR = 1e-3
 """Relative error of the final latents above which a row is void."""
-
-Contestant = Callable[[], Tensor]
-"""Generates the batch down to images; returns the final latents."""
 
 
 class SpeedRow(BaseModel):
@@ -96,25 +98,28 @@ def measure_speed(
         progress: called with a line of text before each run.
 
     Raises:
-        UsageError: a number below 1 (steps: below 2).
+        UsageError: a number below 1, or a number of steps that cannot be sampled.
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+        HcmaError: a contestant's process died.
     """
     if batch < 1 or rounds < 1:
         raise UsageError(
             "batch and rounds must be at least 1", value=(batch, rounds), remedy="Use 1 and 5."
         )
+    plms_table(num_inference_steps)  # refuses bad steps before anything is loaded
     say = progress or (lambda line: None)
-    components = load_components(model)
-    contestants: dict[str, Contestant] = {
-        PLAIN: _plain_contestant(components, num_inference_steps, batch)
-    }
+    loads = {PLAIN: partial(load_plain, model, num_inference_steps, batch)}
     for backend in backends:
-        say(f"load {backend}")
-        pipe = HCMAPipeline.from_pretrained(
-            model, backend=backend, progress=lambda graph, stage: say(f"{stage} {graph}")
+        _build_missing(model, backend, say)
+        loads[f"hcma-fast {backend}"] = partial(
+            load_ours, model, backend, num_inference_steps, batch
         )
-        contestants[f"hcma-fast {backend}"] = _our_contestant(pipe, num_inference_steps, batch)
-    rows = time_in_turns(contestants, rounds, batch, say)
+    with ExitStack() as stack:
+        workers = {}
+        for name, load in loads.items():
+            say(f"load {name}")
+            workers[name] = stack.enter_context(worker(name, load))
+        rows = time_in_turns(workers, rounds, batch, say)
     peaks = {}
     for backend in backends if memory else ():
         say(f"peak memory, {backend}")
@@ -123,8 +128,8 @@ def measure_speed(
             peaks[backend] = peak_rss_mib(command)
     return SpeedReport(
         model=str(model),
-        preset=components.preset,
-        weights_hash=components.weights_hash,
+        preset=workers[PLAIN].preset,
+        weights_hash=workers[PLAIN].weights_hash,
         num_inference_steps=num_inference_steps,
         batch=batch,
         rounds=rounds,
@@ -137,30 +142,50 @@ def measure_speed(
     )
 
 
+def _build_missing(model: str | Path, backend: str, say: Callable[[str], None]) -> None:
+    """Build here: the process that is timed must not be one that exported and validated."""
+    if backend not in BACKENDS or backend == "eager":
+        return
+    from hcma_fast.export.cache import find_or_build
+    from hcma_fast.export.target import Target
+    from hcma_fast.models.weights import load_components, locate
+
+    checkpoint = locate(model)
+    find_or_build(
+        checkpoint.weights_hash,
+        lambda: load_components(checkpoint),
+        Target(backend=backend),
+        progress=lambda graph, stage: say(f"{stage} {graph}"),
+    )
+
+
 def time_in_turns(
-    contestants: Mapping[str, Contestant],
+    contestants: Mapping[str, Callable[[], Run]],
     rounds: int,
     batch: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> tuple[SpeedRow, ...]:
-    """One warm-up each, then ``rounds`` rounds in turns; the first contestant is the yardstick."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    errors = dict.fromkeys(contestants, 0.0)
+    """One warm-up each, then ``rounds`` rounds in turns; the first contestant is the yardstick.
+
+    Every other round goes backwards, so that nobody always runs after the same other.
+    """
+    names = list(contestants)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    errors = dict.fromkeys(names, 0.0)
     for number in range(rounds + 1):
-        yardstick: Tensor | None = None
-        for name, run in contestants.items():
+        runs: dict[str, Run] = {}
+        for name in reversed(names) if number % 2 else names:
             say(f"{name}, {f'round {number} of {rounds}' if number else 'warm-up'}")
-            start = time.perf_counter()
-            latents = run()
-            elapsed = time.perf_counter() - start
+            runs[name] = contestants[name]()
+        yardstick = runs[names[0]].latents
+        for name, run in runs.items():
             if number:
-                seconds[name].append(elapsed / batch)
-            yardstick = latents if yardstick is None else yardstick
-            error = float((latents - yardstick).norm() / yardstick.norm())
+                seconds[name].append(run.seconds / batch)
+            error = float(np.linalg.norm(run.latents - yardstick) / np.linalg.norm(yardstick))
             # unlike max(), this keeps a NaN
             errors[name] = float(np.maximum(errors[name], error))
-    first = np.array(next(iter(seconds.values())))
-    return tuple(_row(name, np.array(seconds[name]), first, errors[name]) for name in contestants)
+    first = np.array(seconds[names[0]])
+    return tuple(_row(name, np.array(seconds[name]), first, errors[name]) for name in names)
 
 
 def _row(
@@ -181,23 +206,6 @@ def _row(
         speedup=None if void else ratio,
         speedup_interval=None if void else (low, high),
     )
-
-
-def _plain_contestant(components: Components, steps: int, batch: int) -> Contestant:
-    seeds = [SEED + i for i in range(batch)]
-
-    def run() -> Tensor:
-        prompts, layouts = [PROMPT] * batch, [LAYOUT] * batch
-        return plain_generate(components, prompts, layouts, seeds, num_inference_steps=steps)[1]
-
-    return run
-
-
-def _our_contestant(pipe: HCMAPipeline, steps: int, batch: int) -> Contestant:
-    def run() -> Tensor:
-        return pipe([PROMPT] * batch, LAYOUT, seed=SEED, num_inference_steps=steps).latents
-
-    return run
 
 
 def generate_command(model: str | Path, backend: str, steps: int, out: str) -> list[str]:

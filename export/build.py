@@ -1,154 +1,70 @@
-"""Build engine folders: export, validate, hash, and put in place whole or not at all."""
+"""Build engine folders: export, compile, validate, hash, and put in place whole or not at all."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
+import gc
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
-from filelock import FileLock
 
-from hcma_fast import specs
-from hcma_fast.config import cache_root
-from hcma_fast.errors import BackendError, EngineError, InputError
+from hcma_fast.errors import EngineError, InputError
+from hcma_fast.export.compile import CompiledGraph, compile_graph
+from hcma_fast.export.estimate import check_resources
+from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import (
     MANIFEST_FILE,
     GraphRecord,
     Manifest,
     hash_file,
     hash_folder,
-    load_manifest,
     sync_folder,
 )
-from hcma_fast.export.onnx_graph import OPSET, export_onnx
-from hcma_fast.export.session import onnxruntime_version, open_session, runner
-from hcma_fast.export.validate import TOLERANCE_FLOAT32, measure
-from hcma_fast.models.weights import Components
+from hcma_fast.export.onnx_graph import OPSET
+from hcma_fast.export.precision import Precision, at_precision
+from hcma_fast.export.target import Target, backend_version
+from hcma_fast.export.validate import TOLERANCES, measure
+from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
+from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
 
-__all__ = [
-    "build",
-    "cache_root",
-    "cached_engine",
-    "cached_folder",
-    "find_or_build",
-    "load_manifest",
-]
-
-COMPILED_BACKENDS = ("onnxruntime",)
 Progress = Callable[[str, str], None]
-_log = logging.getLogger("hcma_fast")
-_PACKAGE = Path(specs.__file__).parent
-#: whose code becomes part of the graphs
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 
-
-def engine_key(weights_hash: str, backend: str) -> str:
-    """What an engine depends on, as a hash: weights, backend, versions and our own graph code.
-
-    Raises:
-        BackendError: an unknown backend, or it is not installed.
-    """
-    parts = {
-        "weights": weights_hash,
-        "backend": backend,
-        "backend_version": _backend_version(backend),
-        "libraries": {name: metadata.version(name) for name in _LIBRARIES},
-        "opset": OPSET,
-        "precision": "float32",
-        "code": _code_hash(),
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def cached_folder(weights_hash: str, backend: str) -> Path:
-    """The folder in the user's cache where the engine is, or would be."""
-    return cache_root() / f"{backend}-{engine_key(weights_hash, backend)[:24]}"
-
-
-def cached_engine(weights_hash: str, backend: str) -> Path | None:
-    """The engine folder in the user's cache, checked; None when it is missing or damaged.
-
-    A damaged one is reported in the log.
-    """
-    folder = cached_folder(weights_hash, backend)
-    if not (folder / MANIFEST_FILE).is_file():
-        return None
-    try:
-        load_manifest(folder)
-    except EngineError as error:
-        _log.warning("The cached engine is built again. %s", error)
-        return None
-    return folder
-
-
-def find_or_build(
-    components: Components,
-    backend: str,
-    *,
-    progress: Progress | None = None,
-    force: bool = False,
-) -> Path:
-    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
-
-    Two processes that want the same engine build it once: the second waits for the first.
-
-    Raises:
-        BackendError, EngineError, InputError: see :func:`build`.
-    """
-    folder = cached_folder(components.weights_hash, backend)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
-    except OSError as error:
-        raise InputError(
-            f"the engine cache cannot be written: {error.strerror}",
-            value=str(folder.parent),
-            remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
-        ) from error
-    with held:
-        if force or cached_engine(components.weights_hash, backend) is None:
-            # what a killed build left; the lock says that nobody is at work on it
-            for leftover in folder.parent.glob(f".{folder.name}.*-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            if not (folder / MANIFEST_FILE).is_file():
-                # half an engine, after somebody's clean-up
-                shutil.rmtree(folder, ignore_errors=True)
-            build(components, folder, backend, progress=progress, force=True)
-    return folder
+_LARGE = 200_000_000
+"""parameters from which a graph is validated on one input, not five: each takes seconds"""
 
 
 def build(
-    components: Components,
+    source: ModelSource,
     folder: Path,
-    backend: str = "onnxruntime",
+    target: Target,
     *,
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Export and validate all six graphs into ``folder``.
+    """Export, compile and validate all graphs of ``target`` into ``folder``, one at a time.
 
     Args:
-        progress: called with (graph, stage); stages are "export", "validate" and "done".
+        progress: called with (graph, stage); stages are "export", "compile", "validate", "done".
         force: replace an engine folder that is there already; anything else is never replaced.
 
     Raises:
-        BackendError: an unknown backend, or it is not installed.
-        InputError: ``folder`` holds something else, or cannot be written.
+        BackendError: the backend is not installed.
+        InputError: ``folder`` holds something else, or cannot be written, or the image size is
+            not one that the model can have.
         EngineError: a graph does not agree with torch.
+        DeviceMemoryError: out of memory.
     """
-    version = _backend_version(backend)
+    version = backend_version(target.backend)
+    specs = source.specs(target.height, target.width, target.batch)
     folder = Path(os.path.abspath(folder))
     _check_target(folder, force)
+    check_resources(source, target, folder)
+    parts = key_parts(source.weights_hash, target)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=folder.parent))
@@ -159,17 +75,17 @@ def build(
             remedy="Choose another folder with --out.",
         ) from error
     try:
-        components.tokenizer.save_pretrained(partial / "tokenizer")
-        graphs = _export_all(components, partial, progress or _no_progress)
+        source.tokenizer.save_pretrained(partial / "tokenizer")
+        graphs = _build_all(source, specs, partial, target, progress or _no_progress)
         manifest = Manifest(
-            backend=backend,
+            target=target,
             backend_version=version,
             torch_version=torch.__version__,
-            precision="float32",
             opset=OPSET,
-            info=components.info,
-            weights_hash=components.weights_hash,
-            key=engine_key(components.weights_hash, backend),
+            info=source.info,
+            weights_hash=source.weights_hash,
+            key=key_of(parts),
+            key_parts=parts,
             graphs=graphs,
             files=hash_folder(partial),
         )
@@ -188,69 +104,75 @@ def build(
     return manifest
 
 
-def _export_all(
-    components: Components, folder: Path, progress: Progress
+def _build_all(
+    source: ModelSource,
+    specs: dict[GraphName, IOSpec],
+    folder: Path,
+    target: Target,
+    progress: Progress,
 ) -> dict[GraphName, GraphRecord]:
-    signatures = components.specs()
-    vocabulary = len(components.tokenizer)
-    records: dict[GraphName, GraphRecord] = {}
-    for name, module in components.graphs().items():
-        spec, file, started = signatures[name], folder / f"{name}.onnx", time.monotonic()
-        progress(name, "export")
-        export_onnx(spec, module, file, vocabulary=vocabulary)
-        progress(name, "validate")
-        session = open_session(file)
-        _check_names(spec, session)
-        error = measure(spec, module, runner(session, spec), vocabulary=vocabulary)
-        if not error <= TOLERANCE_FLOAT32:
-            raise EngineError(
-                f"the exported graph {name} does not agree with torch",
-                value=f"relative error {error:.2e}, tolerance {TOLERANCE_FLOAT32:.0e}",
-                remedy="This is a fault of the export: report it, with hcma-fast doctor.",
-            )
-        records[name] = GraphRecord(
-            file=file.name,
-            sha256=hash_file(file),
-            size_bytes=file.stat().st_size,
-            spec=spec,
-            parity=error,
-            tolerance=TOLERANCE_FLOAT32,
-            seconds=round(time.monotonic() - started, 2),
-        )
-        progress(name, "done")
+    records = {}
+    with WeightsFile(folder) as weights:
+        for name in target.graph_names:
+            records[name] = _build_one(source, specs[name], folder, weights, target, progress)
+            progress(name, "done")
+            gc.collect()
+    if target.native and not target.strip_weights:
+        # the engines hold their weights themselves
+        for file in [*folder.glob("*.onnx"), folder / WEIGHTS_FILE]:
+            file.unlink()
     return records
 
 
-def _check_names(spec: IOSpec, session: Any) -> None:
-    """A graph may drop an input that does not reach an output; then its caller would fail."""
-    inputs = tuple(entry.name for entry in session.get_inputs())
-    outputs = tuple(entry.name for entry in session.get_outputs())
-    if (inputs, outputs) != (spec.input_names, spec.output_names):
+def _build_one(
+    source: ModelSource,
+    spec: IOSpec,
+    folder: Path,
+    weights: WeightsFile,
+    target: Target,
+    progress: Progress,
+) -> GraphRecord:
+    started, name = time.monotonic(), spec.graph
+    vocabulary = len(source.tokenizer)
+    module = source.graph(name, target.height, target.width)
+    # OpenVINO takes float32 graphs, and rounds by itself
+    exported: Precision = "float32" if target.backend == "openvino" else target.precision
+    compiled = compile_graph(
+        spec,
+        at_precision(name, module, exported),
+        folder,
+        weights,
+        target,
+        vocabulary=vocabulary,
+        progress=lambda stage: progress(name, stage),
+    )
+    progress(name, "validate")
+    cases = 1 if sum(p.numel() for p in module.parameters()) > _LARGE else None
+    error = measure(spec, module, compiled.run, vocabulary=vocabulary, cases=cases)
+    tolerance = TOLERANCES[target.precision]
+    if not error <= tolerance:
         raise EngineError(
-            f"the exported graph {spec.graph} has other inputs or outputs than its signature",
-            value=f"{inputs} -> {outputs}",
+            f"the compiled graph {name} does not agree with torch",
+            value=f"relative error {error:.2e}, tolerance {tolerance:.0e}",
             remedy="This is a fault of the export: report it, with hcma-fast doctor.",
         )
+    return _record(spec, compiled, error, tolerance, time.monotonic() - started)
 
 
-def _backend_version(backend: str) -> str:
-    if backend not in COMPILED_BACKENDS:
-        raise BackendError(
-            "engines cannot be built for this backend",
-            value=backend,
-            remedy=f"Backends: {', '.join(COMPILED_BACKENDS)}.",
-        )
-    return onnxruntime_version()
-
-
-def _code_hash() -> str:
-    """Our own code decides what a graph computes: a changed line must not find an old engine."""
-    digest = hashlib.sha256()
-    files = [_PACKAGE / name for name in ("specs.py", "losses.py", "config.py")]
-    folders = [Path(__file__).parent, _PACKAGE / "models"]
-    for path in sorted([*files, *(p for folder in folders for p in folder.glob("*.py"))]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
-    return digest.hexdigest()
+def _record(
+    spec: IOSpec, compiled: CompiledGraph, error: float, tolerance: float, seconds: float
+) -> GraphRecord:
+    return GraphRecord(
+        file=compiled.file.name,
+        sha256=hash_file(compiled.file),
+        size_bytes=compiled.file.stat().st_size,
+        spec=spec,
+        checked=compiled.checked,
+        parity=error,
+        tolerance=tolerance,
+        seconds=round(seconds, 2),
+        engine=compiled.report,
+    )
 
 
 def _check_target(folder: Path, force: bool) -> None:

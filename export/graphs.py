@@ -11,19 +11,52 @@ from torch._decomp import get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from hcma_fast.config import TOKEN_LENGTH
+from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
+from hcma_fast.models.step import FusedStep, step_plan
+from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import BATCH, GraphName, IOSpec, TensorSpec
 
 _aten = torch.ops.aten
 #: operators of the backward pass (and LayerNorm's three outputs) that have no plain ONNX form
 _DECOMPOSED = (
     _aten.native_layer_norm,
-    _aten.native_layer_norm_backward,
     _aten.gelu_backward,
-    _aten._softmax_backward_data,
     _aten.silu_backward,
     _aten.sigmoid_backward,
 )
+
+
+def _safe_softmax(x: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Softmax in float32. Safe means: rows that are masked out whole; the aligner masks nothing."""
+    return torch.softmax(x.float(), dim).to(x.dtype)
+
+
+def _softmax_backward(grad: Tensor, output: Tensor, dim: int, input_dtype: torch.dtype) -> Tensor:
+    grad, y = grad.float(), output.float()
+    return (y * (grad - (grad * y).sum(dim, keepdim=True))).to(input_dtype)
+
+
+def _layer_norm_backward(
+    grad: Tensor,
+    x: Tensor,
+    shape: list[int],
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    needed: list[bool],
+) -> tuple[Tensor, None, None]:
+    """With respect to ``x`` alone, by means over the last dimension: fewer nodes than torch's."""
+    normed, grad = (x - mean) * rstd, grad * weight
+    across = (grad * normed).mean(-1, keepdim=True)
+    return rstd * (grad - grad.mean(-1, keepdim=True) - normed * across), None, None
+
+
+_OURS = {
+    _aten._safe_softmax.default: _safe_softmax,
+    _aten._softmax_backward_data.default: _softmax_backward,
+    _aten.native_layer_norm_backward.default: _layer_norm_backward,
+}
 
 
 def random_inputs(
@@ -53,6 +86,12 @@ def random_inputs(
             return torch.rand(size, generator=generator) * valid
         if tensor.name == "lambdas":
             return torch.tensor([1.0, 0.5])
+        if tensor.name == "plan":
+            return step_plan(plms_table(50), eta_table(50, AlignmentSettings()))
+        if tensor.name == "index":
+            return torch.randint(0, 51, size, generator=generator)
+        if tensor.name == "guidance_scale":
+            return torch.tensor([7.5])
         drawn = torch.randn(size, generator=generator)
         if tensor.name == "label_embeddings":
             # padding holds zeros, at which norms and their gradients are easily NaN
@@ -63,10 +102,16 @@ def random_inputs(
 
 
 def traceable(name: GraphName, module: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
-    """The module itself; for `align`, its forward and backward traced into one plain graph."""
-    if name != "align":
-        return module
-    return trace_gradient(module, example)
+    """The module itself; what of it calls autograd is traced, forward and backward together."""
+    if name == "align":
+        return trace_gradient(module, example)
+    if isinstance(module, FusedStep):
+        z, _, _, _, _, _, lambdas, *fixed = example[:11]
+        eta = torch.zeros(len(z))
+        times = (eta.long(),) if module.timed else ()
+        align = trace_gradient(module.align, (z, *fixed, eta, lambdas, *times))
+        return FusedStep(align, module.unet, timed=module.timed)
+    return module
 
 
 def trace_gradient(module: Callable[..., Any], example: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -74,7 +119,7 @@ def trace_gradient(module: Callable[..., Any], example: tuple[Tensor, ...]) -> f
     with sdpa_kernel(SDPBackend.MATH):
         traced: fx.GraphModule = make_fx(
             module,
-            decomposition_table=cast(Any, get_decompositions(_DECOMPOSED)),
+            decomposition_table=cast(Any, get_decompositions(_DECOMPOSED) | _OURS),
             tracing_mode="symbolic",
             _allow_non_fake_inputs=True,
         )(*example)

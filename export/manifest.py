@@ -10,11 +10,14 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.errors import EngineError
+from hcma_fast.export.target import Target, backend_version, machine
+from hcma_fast.export.trt_engine import TRTReport
+from hcma_fast.export.weights_file import check_external_data
 from hcma_fast.models.checkpoint import CheckpointInfo, first_line
-from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
+from hcma_fast.specs import GraphName, IOSpec
 
 MANIFEST_FILE = "manifest.json"
-FORMAT: Literal[1] = 1
+FORMAT: Literal[2] = 2
 
 
 class _Strict(BaseModel):
@@ -22,31 +25,46 @@ class _Strict(BaseModel):
 
 
 class GraphRecord(_Strict):
-    """One graph: its file and how far its outputs lie from torch's."""
+    """One graph: its file and how far its outputs lie from torch's in float32."""
 
     file: str
     sha256: str
     size_bytes: int = Field(ge=0)
     spec: IOSpec
+    checked: Literal["engine", "onnx"] = Field(
+        description="whose values were compared: the engine's own, or those of the ONNX graph that "
+        "it was built from, where there is no GPU to run it; then it was parsed and built"
+    )
     parity: float = Field(ge=0, description="largest relative error over all validation inputs")
     tolerance: float = Field(gt=0)
-    seconds: float = Field(ge=0, description="export and validation")
+    seconds: float = Field(ge=0, description="export, compilation and validation")
+    engine: TRTReport | None = Field(None, description="TensorRT's inspection of the network")
 
 
 class Manifest(_Strict):
     """All of manifest.json. ``files`` holds the sha256 of every other file, by relative path."""
 
-    format: Literal[1] = FORMAT
-    backend: str
+    format: Literal[2] = FORMAT
+    target: Target
     backend_version: str
     torch_version: str
-    precision: str
     opset: int
     info: CheckpointInfo
     weights_hash: str
     key: str
+    key_parts: dict[str, str]
     graphs: dict[GraphName, GraphRecord]
     files: dict[str, str]
+
+    @property
+    def backend(self) -> str:
+        """What runs the engines."""
+        return self.target.backend
+
+    @property
+    def precision(self) -> str:
+        """float32, float16 or bfloat16."""
+        return self.target.precision
 
     @property
     def engine_hash(self) -> str:
@@ -95,9 +113,9 @@ def load_manifest(folder: Path) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
         raise _unusable(f"its manifest cannot be read: {first_line(error)}", path) from error
-    lost = set(GRAPH_NAMES) - set(manifest.graphs)
+    lost = set(manifest.target.graph_names) ^ set(manifest.graphs)
     if lost:
-        raise _unusable(f"its manifest lacks {', '.join(sorted(lost))}", path)
+        raise _unusable(f"its manifest lacks, or has too many: {', '.join(sorted(lost))}", path)
     for record in manifest.graphs.values():
         if manifest.files.get(record.file) != record.sha256:
             raise _unusable("its manifest contradicts itself", folder / record.file)
@@ -112,7 +130,25 @@ def load_manifest(folder: Path) -> Manifest:
             raise _unusable("a file is missing", file)
         if hash_file(file) != expected:
             raise _unusable("a file has changed since it was built", file)
+    for record in manifest.graphs.values():
+        if record.file.endswith(".onnx"):
+            check_external_data(folder / record.file)
     return manifest
+
+
+def check_usable(manifest: Manifest) -> None:
+    """Can this machine run the engines, with what is installed?
+
+    Raises:
+        BackendError: the backend is not installed.
+        EngineError: they were built with another version of it, or for another machine.
+    """
+    version = backend_version(manifest.backend)
+    if version != manifest.backend_version:
+        raise _unusable(f"it was built with {manifest.backend} {manifest.backend_version}", version)
+    built_for = manifest.key_parts["machine"]
+    if manifest.backend == "torch-compile" and machine(manifest.target) != built_for:
+        raise _unusable(f"it was built for {built_for}", machine(manifest.target))
 
 
 def _is_linked(folder: Path, inside: PurePosixPath) -> bool:

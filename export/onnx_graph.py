@@ -1,4 +1,4 @@
-"""One graph as an ONNX file: named inputs and outputs, dynamic batch, by torch.onnx.export."""
+"""One graph as an ONNX file with named inputs and outputs, by torch.onnx.export."""
 
 from __future__ import annotations
 
@@ -13,27 +13,32 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.export.graphs import random_inputs, traceable
-from hcma_fast.specs import BATCH, IOSpec
+from hcma_fast.export.translations import TRANSLATIONS
+from hcma_fast.export.weights_file import WeightsFile
+from hcma_fast.specs import BATCH, MAX_BATCH, IOSpec
 
-OPSET = 20
-"""ONNX operator set of every exported graph (the first with Gelu)."""
+OPSET = 23
+"""ONNX operator set of every exported graph (the first with Attention)."""
 
 #: a batch that no other size of a graph has: torch.export would tie equal sizes together
 _EXAMPLE_BATCH = 3
 
 
-def export_onnx(spec: IOSpec, module: nn.Module, path: Path, *, vocabulary: int) -> None:
-    """Write ``module`` to ``path`` in float32, weights inside.
+def export_onnx(
+    spec: IOSpec, module: nn.Module, path: Path, weights: WeightsFile, *, vocabulary: int
+) -> None:
+    """Write ``module`` to ``path``, and its weights to ``weights`` in the same folder.
 
     Args:
-        spec: names and shapes; every ``"batch"`` becomes one symbolic dimension.
+        spec: names and shapes; ``"batch"`` becomes one symbolic dimension unless it is static.
         module: takes the inputs in the spec's order and returns a tuple of outputs.
         vocabulary: token ids of the example lie below it.
     """
     generator = torch.Generator().manual_seed(0)
-    inputs = random_inputs(spec, _EXAMPLE_BATCH, generator, vocabulary)
+    size = spec.batch.min if spec.batch.static else _EXAMPLE_BATCH
+    inputs = random_inputs(spec, size, generator, vocabulary)
     example = tuple(inputs[name] for name in spec.input_names)
-    batch = torch.export.Dim(BATCH, min=1, max=1024)
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
     dynamic = tuple(
         {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
         for tensor in spec.inputs
@@ -43,14 +48,15 @@ def export_onnx(spec: IOSpec, module: nn.Module, path: Path, *, vocabulary: int)
             _Positional(traceable(spec.graph, module, example)),
             example,
             dynamo=True,
-            dynamic_shapes=(dynamic,),
+            dynamic_shapes=None if spec.batch.static else (dynamic,),
+            custom_translation_table=TRANSLATIONS,
             input_names=list(spec.input_names),
             output_names=list(spec.output_names),
             opset_version=OPSET,
             verbose=False,
         )
         assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
-        program.save(path, external_data=False)
+        weights.save(program.model, path)
 
 
 class _Positional(nn.Module):

@@ -6,13 +6,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, EngineError
-from hcma_fast.specs import IOSpec
+from hcma_fast.specs import BATCH, IOSpec
 
 CPU = ("CPUExecutionProvider",)
+CUDA = ("CUDAExecutionProvider",)
 
 
 def onnxruntime_version() -> str:
@@ -37,8 +39,8 @@ def open_session(path: Path, providers: Sequence[str] = CPU) -> Any:
         raise _no_provider(missing)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only: they are raised as well
-    # every session has threads of its own; spinning, they would take the cores from the next one
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # every session has threads of its own; spinning on, they would take the cores from the next one
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises kinds of its own that share no base class
@@ -60,6 +62,36 @@ def runner(session: Any, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[
         outputs = session.run(list(spec.output_names), feed)
         pairs = zip(spec.output_names, outputs, strict=True)
         return {name: torch.from_numpy(value) for name, value in pairs}
+
+    return run
+
+
+def cuda_runner(
+    session: Any, spec: IOSpec, device: torch.device
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """As :func:`runner`, for a session on CUDA: torch's CUDA tensors are bound where they lie."""
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        given = {name: inputs[name].contiguous() for name in spec.input_names}
+        batch = next(iter(given.values())).shape[0]
+        outputs = {
+            tensor.name: torch.empty(
+                [batch if size == BATCH else int(size) for size in tensor.shape],
+                dtype=getattr(torch, tensor.dtype),
+                device=device,
+            )
+            for tensor in spec.outputs
+        }
+        binding = session.io_binding()
+        for bind, tensors in ((binding.bind_input, given), (binding.bind_output, outputs)):
+            for name, value in tensors.items():
+                kind = np.int64 if value.dtype == torch.int64 else np.float32
+                bind(name, "cuda", device.index or 0, kind, list(value.shape), value.data_ptr())
+        # ONNX Runtime has a stream of its own: what torch has queued must be done before
+        torch.cuda.current_stream(device).synchronize()
+        session.run_with_iobinding(binding)
+        binding.synchronize_outputs()
+        return outputs
 
     return run
 

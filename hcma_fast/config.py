@@ -18,7 +18,7 @@ TOKEN_LENGTH = 77
 PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 """Checkpoints that are embedded in the package."""
 
-BACKENDS = ("eager", "onnxruntime")
+BACKENDS = ("eager", "onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx")
 """Backends that the pipeline runs on: torch eager is the reference."""
 
 

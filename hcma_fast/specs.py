@@ -1,16 +1,23 @@
-"""Signatures of the six graphs: names, shapes and dtypes, shared by export, engines and tests."""
+"""Signatures of the graphs: names, shapes and dtypes, shared by export, engines and tests."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
 from hcma_fast.errors import UsageError
 
 GraphName = Literal[
-    "text_encoder", "grounding", "align", "unet_grounded", "unet_plain", "vae_decoder"
+    "text_encoder",
+    "grounding",
+    "align",
+    "unet_grounded",
+    "unet_plain",
+    "vae_decoder",
+    "step_grounded",
+    "step_plain",
 ]
 GRAPH_NAMES: tuple[GraphName, ...] = (
     "text_encoder",
@@ -20,8 +27,15 @@ GRAPH_NAMES: tuple[GraphName, ...] = (
     "unet_plain",
     "vae_decoder",
 )
+STEP_NAMES: tuple[GraphName, ...] = ("step_grounded", "step_plain")
+"""An evaluation in one graph; only built when asked for"""
+PLAN_ROWS, PLAN_COLUMNS = 1000, 10
+"""Of the coefficients that a step graph takes: the most evaluations, see models.step.step_plan"""
+HISTORY = 3
 BATCH = "batch"
 MAX_BATCH = 1024
+_TEXTS = 32
+"""texts that the text encoder takes at once, at least"""
 DType = Literal["float32", "float16", "bfloat16", "int64"]
 
 
@@ -44,7 +58,7 @@ class BatchRange:
 
     min: int = 1
     opt: int = 1
-    max: int = 1024
+    max: int = MAX_BATCH // 2
 
     def __post_init__(self) -> None:
         if not 1 <= self.min <= self.opt <= self.max <= MAX_BATCH:
@@ -84,6 +98,9 @@ class BatchRange:
         return str(self.min) if self.static else f"{self.min}:{self.opt}:{self.max}"
 
 
+ANY_BATCH = BatchRange()
+
+
 @dataclass(frozen=True)
 class IOSpec:
     """Inputs and outputs of one graph, in call order, and the batch sizes that it takes."""
@@ -91,7 +108,7 @@ class IOSpec:
     graph: GraphName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    batch: BatchRange = BatchRange()
+    batch: BatchRange = ANY_BATCH
 
     @property
     def input_names(self) -> tuple[str, ...]:
@@ -111,25 +128,33 @@ def graph_specs(
     latent_height: int,
     latent_width: int,
     text_width: int,
+    context_width: int,
     patch_size: int,
     vae_factor: int,
     latent_channels: int = 4,
     time_conditioned: bool = False,
+    batch: BatchRange = ANY_BATCH,
 ) -> dict[GraphName, IOSpec]:
-    """The six signatures for one latent size (design.md section 4)."""
+    """The signatures for one latent size (design.md section 4), the step graphs last.
+
+    Args:
+        context_width: sum of ``models.unet.context_widths``.
+        batch: images at once. The UNet's batch is that of both halves of the guidance, or of one.
+    """
+    halves = batch.times(2) if batch.static else replace(batch.times(2), min=batch.min)
+    # as many texts as there are prompts and phrases, in several calls if need be
+    texts = BatchRange(1, min(batch.opt * 2, _TEXTS), max(batch.max, _TEXTS))
     latent = (latent_channels, latent_height, latent_width)
     cells = (latent_height // patch_size) * (latent_width // patch_size)
     caption = _tensor("caption_embedding", text_width)
     labels = _tensor("label_embeddings", MAX_OBJECTS, text_width)
     mask = _tensor("region_mask", MAX_OBJECTS)
     regions = _tensor("regions", MAX_OBJECTS, cells)
-    grounding_tokens = _tensor("grounding_tokens", MAX_OBJECTS, text_width)
+    hidden = _tensor("encoder_hidden_states", TOKEN_LENGTH, text_width)
+    text_context = _tensor("text_context", TOKEN_LENGTH, context_width)
+    objects = _tensor("grounding_context", MAX_OBJECTS, context_width)
     timestep = _tensor("timestep", dtype="int64")
-    unet = (
-        _tensor("sample", *latent),
-        timestep,
-        _tensor("encoder_hidden_states", TOKEN_LENGTH, text_width),
-    )
+    unet = (_tensor("sample", *latent), timestep, text_context)
     noise = (_tensor("noise_pred", *latent),)
     align = (
         _tensor("z", *latent),
@@ -141,7 +166,7 @@ def graph_specs(
         TensorSpec("lambdas", (2,)),
         *((timestep,) if time_conditioned else ()),
     )
-    specs = (
+    specs: tuple[IOSpec, ...] = (
         IOSpec(
             "text_encoder",
             (_tensor("input_ids", TOKEN_LENGTH, dtype="int64"),),
@@ -149,11 +174,13 @@ def graph_specs(
                 _tensor("last_hidden_state", TOKEN_LENGTH, text_width),
                 _tensor("pooler_output", text_width),
             ),
+            texts,
         ),
         IOSpec(
             "grounding",
-            (_tensor("boxes", MAX_OBJECTS, 4), mask, labels),
-            (grounding_tokens, regions),
+            (_tensor("boxes", MAX_OBJECTS, 4), mask, labels, hidden),
+            (text_context, objects, regions),
+            batch,
         ),
         IOSpec(
             "align",
@@ -163,13 +190,42 @@ def graph_specs(
                 _tensor("loss_global"),
                 _tensor("loss_local", MAX_OBJECTS),
             ),
+            batch,
         ),
-        IOSpec("unet_grounded", (*unet, grounding_tokens), noise),
-        IOSpec("unet_plain", unet, noise),
+        IOSpec("unet_grounded", (*unet, objects), noise, halves),
+        IOSpec("unet_plain", unet, noise, halves),
         IOSpec(
             "vae_decoder",
             (_tensor("z", *latent),),
             (_tensor("image", 3, latent_height * vae_factor, latent_width * vae_factor),),
+            batch,
         ),
     )
+    history = _tensor("history", HISTORY, *latent)
+    index = TensorSpec("index", (1,), "int64")
+    halves_of = [replace(t, shape=(BATCH, 2, *t.shape[1:])) for t in (text_context, objects)]
+    fixed = (
+        _tensor("z", *latent),
+        _tensor("stored", *latent),
+        history,
+        index,
+        TensorSpec("plan", (PLAN_ROWS, PLAN_COLUMNS)),
+        TensorSpec("guidance_scale", (1,)),
+        TensorSpec("lambdas", (2,)),
+        caption,
+        labels,
+        regions,
+        mask,
+    )
+    moved = (*fixed[:4], _tensor("loss_global"), _tensor("loss_local", MAX_OBJECTS))
+    specs += (
+        IOSpec("step_grounded", (*fixed, *halves_of), _renamed(moved), batch),
+        IOSpec("step_plain", (*fixed, halves_of[0]), _renamed(moved), batch),
+    )
     return {spec.graph: spec for spec in specs}
+
+
+def _renamed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:
+    """Outputs that are the next call's inputs: ONNX wants names of their own."""
+    state = ("z", "stored", "history", "index")
+    return tuple(replace(t, name=f"next_{t.name}") if t.name in state else t for t in tensors)

@@ -15,6 +15,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.export.build import build
+from hcma_fast.export.target import Target
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import CheckpointInfo, write_info
 from hcma_fast.models.weights import Components, load_components
@@ -135,5 +136,5 @@ def random_engine(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "random-engine"
     with FileLock(f"{shared}.lock"):
         if not shared.exists():
-            build(load_components(random_checkpoint), shared)
+            build(load_components(random_checkpoint), shared, Target(backend="onnxruntime"))
     return shared

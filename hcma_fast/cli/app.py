@@ -13,6 +13,7 @@ import typer
 from hcma_fast import __version__
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.cli.build import build
+from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.generate import generate
 from hcma_fast.cli.output import OutputError, print_error
@@ -33,6 +34,7 @@ app.command()(build)
 app.command()(generate)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
+app.add_typer(cache_app, name="cache")
 
 
 def _print_version(wanted: bool) -> None:

@@ -43,7 +43,10 @@ def speed(
     memory: Annotated[bool, typer.Option(help="Also measure generate's peak memory.")] = True,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """Time a plain diffusers loop and the pipeline in turns, on the same weights and seed."""
+    """Time a plain diffusers loop and the pipeline in turns, on the same weights and seed.
+
+    Each has a process of its own, as it would have at a user's.
+    """
     from hcma_fast.bench.speed import measure_speed
 
     report = measure_speed(
@@ -99,7 +102,7 @@ def quality(
     """Generate a split's layouts and count the boxes in which the judge sees what was asked for."""
     from hcma_fast.bench.evaluate import evaluate
     from hcma_fast.bench.judge import Judge
-    from hcma_fast.export.build import cache_root
+    from hcma_fast.config import cache_root
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
     if split not in ("test", "val"):

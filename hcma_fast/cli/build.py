@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 import typer
 from rich import box
@@ -12,25 +12,51 @@ from rich.table import Table
 
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import BACKENDS
-from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.errors import BackendError, EngineError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
-    from hcma_fast.models.weights import Components
+    from hcma_fast.export.target import Target
+    from hcma_fast.models.weights import ModelSource
     from hcma_fast.specs import TensorSpec
 
+_BATCH = "1:1:16"
 _MIB = 2**20
 
 
 def build(
     *,
     model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
-    backend: Annotated[str, typer.Option(help="Compiled backend to build for.")] = "onnxruntime",
+    backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
+    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    batch: Annotated[
+        str, typer.Option(help="Images at once: one size, such as 4, or min:opt:max.")
+    ] = _BATCH,
+    height: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
+    width: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
+    gpu_arch: Annotated[
+        str, typer.Option(help="GPUs for tensorrt-rtx, such as sm89,sm120; default: the one here.")
+    ] = "",
+    workspace: Annotated[
+        int | None, typer.Option(help="Most scratch memory of a TensorRT layer, in MiB.")
+    ] = None,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="TensorRT engines that are refitted at load.")
+    ] = False,
+    fuse: Annotated[
+        str, typer.Option(help="step: also build graphs that do a whole step in one call.")
+    ] = "none",
+    random_weights: Annotated[
+        bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="Engine folder; by default one in the user's cache.")
     ] = None,
     aligner: Annotated[
         Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+    ] = None,
+    verify: Annotated[
+        Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine folder, or build a cached one again.")
@@ -42,39 +68,85 @@ def build(
         bool, typer.Option("--dry-run", help="Show what would be built; write nothing.")
     ] = False,
 ) -> None:
-    """Export all six graphs, check each against torch, and write an engine folder.
+    """Export and compile all six graphs, check each against torch, and write an engine folder.
 
     Prints the folder, which `generate --model` takes.
     """
     _check_backend(backend)
     # libraries print while they export; stdout is for the result alone
     with redirect_stdout(stderr.file):
-        report = _build(model, backend, out, aligner, force=force, dry_run=dry_run)
+        if verify is not None:
+            report = _verify(verify, _source(model, aligner, random_weights))
+        else:
+            from hcma_fast.export.precision import Precision
+            from hcma_fast.export.target import Target
+            from hcma_fast.specs import BatchRange
+
+            target = Target(
+                backend=_chosen(backend),
+                precision=cast(Precision, precision),
+                batch=BatchRange.parse(batch),
+                height=height,
+                width=width,
+                architectures=tuple(name.strip() for name in gpu_arch.split(",") if name.strip()),
+                workspace_mib=workspace,
+                strip_weights=strip_weights,
+                fuse=cast(Literal["none", "step"], fuse),
+            )
+            source = _source(model, aligner, random_weights)
+            report = _build(source, target, out, force=force, dry_run=dry_run)
     if json_:
         print_json(report)
     else:
         typer.echo(report["folder"])
 
 
-def _build(
-    model: str, backend: str, out: Path | None, aligner: Path | None, *, force: bool, dry_run: bool
-) -> dict[str, Any]:
-    from hcma_fast.export.build import build as build_folder
-    from hcma_fast.export.build import cached_folder, find_or_build, load_manifest
+def _chosen(backend: str) -> str:
+    if backend != "auto":
+        return backend
+    from hcma_fast.runtime.open import choose_backend
+
+    name, why = choose_backend()
+    print_note(f"Backend {name}: {why}.")
+    return name
+
+
+def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:
+    if random_weights:
+        from hcma_fast.models.random_sd14 import RandomSD14
+
+        if model != "sd14" or aligner is not None:
+            raise UsageError(
+                "random weights are made for the preset sd14, aligner included",
+                value=model,
+                remedy="Use --model sd14 --random-weights.",
+            )
+        return RandomSD14()
     from hcma_fast.models.weights import load_components
 
-    components = load_components(model, aligner=aligner)
-    folder = cached_folder(components.weights_hash, backend) if out is None else out
+    return load_components(model, aligner=aligner)
+
+
+def _build(
+    source: ModelSource, target: Target, out: Path | None, *, force: bool, dry_run: bool
+) -> dict[str, Any]:
+    from hcma_fast.export.build import build as build_folder
+    from hcma_fast.export.cache import cached_folder, find_or_build
+    from hcma_fast.export.manifest import load_manifest
+
+    folder = cached_folder(source.weights_hash, target) if out is None else out
     if dry_run:
-        return _plan(components, backend, folder)
-    with BuildProgress(f"Building engines for {backend}.") as progress:
+        return _plan(source, target, folder)
+    with BuildProgress(f"Building engines for {target.backend}.") as progress:
         if out is None:
-            folder = find_or_build(components, backend, progress=progress, force=force)
+            folder = find_or_build(
+                source.weights_hash, lambda: source, target, progress=progress, force=force
+            )
             manifest = load_manifest(folder)
             if not progress.started:
                 print_note("These engines are in the cache already; --force builds them again.")
         else:
-            manifest = build_folder(components, folder, backend, progress=progress, force=force)
+            manifest = build_folder(source, folder, target, progress=progress, force=force)
     stderr.print(_table(manifest))
     return {
         "folder": str(folder),
@@ -83,10 +155,32 @@ def _build(
     }
 
 
+def _verify(folder: Path, source: ModelSource) -> dict[str, Any]:
+    from hcma_fast.runtime.open import verify
+
+    table = Table("graph", box=box.SIMPLE)
+    for column in ("parity now", "when built", "tolerance"):
+        table.add_column(column, justify="right")
+    found, wrong = {}, []
+    for name, record, error in verify(folder, source):
+        found[name] = error
+        table.add_row(name, f"{error:.1e}", f"{record.parity:.1e}", f"{record.tolerance:.0e}")
+        if not error <= record.tolerance:
+            wrong.append(name)
+    stderr.print(table)
+    if wrong:
+        raise EngineError(
+            f"these engines do not agree with torch: {', '.join(wrong)}",
+            value=str(folder),
+            remedy="Build them again: hcma-fast build --force.",
+        )
+    return {"folder": str(folder), "verified": found}
+
+
 def _check_backend(backend: str) -> None:
-    if backend not in BACKENDS:
+    if backend not in ("auto", *BACKENDS):
         raise BackendError(
-            "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+            "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
     if backend == "eager":
         raise UsageError(
@@ -96,8 +190,14 @@ def _check_backend(backend: str) -> None:
         )
 
 
-def _plan(components: Components, backend: str, folder: Path) -> dict[str, Any]:
-    specs = components.specs()
+def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
+    from hcma_fast.export.estimate import estimate
+    from hcma_fast.export.key import key_of, key_parts
+
+    signatures = source.specs(target.height, target.width, target.batch)
+    specs = {name: signatures[name] for name in target.graph_names}
+    parts = key_parts(source.weights_hash, target)
+    needs = estimate(source, target)
     table = Table("graph", "", "tensor", "shape", "dtype", box=box.SIMPLE)
     for name, spec in specs.items():
         for number, (way, tensor) in enumerate(
@@ -106,15 +206,23 @@ def _plan(components: Components, backend: str, folder: Path) -> dict[str, Any]:
             shape = f"({', '.join(map(str, tensor.shape))})"
             table.add_row("" if number else name, way, tensor.name, shape, tensor.dtype)
     stderr.print(table)
-    print_note("Nothing was built (--dry-run).")
+    print_note(
+        f"About {needs.disk_bytes / _MIB:.0f} MiB on disk and {needs.memory_bytes / _MIB:.0f} MiB "
+        "of memory while it builds. Nothing was built (--dry-run)."
+    )
     return {
         "dry_run": True,
-        "backend": backend,
+        "backend": target.backend,
         "folder": str(folder),
         "exists": folder.exists(),
-        "weights_hash": components.weights_hash,
+        "weights_hash": source.weights_hash,
+        "key": key_of(parts),
+        "key_parts": parts,
+        "estimated_disk_bytes": needs.disk_bytes,
+        "estimated_memory_bytes": needs.memory_bytes,
         "graphs": {
             name: {
+                "batch": str(spec.batch),
                 "inputs": {tensor.name: _describe(tensor) for tensor in spec.inputs},
                 "outputs": {tensor.name: _describe(tensor) for tensor in spec.outputs},
             }
@@ -129,12 +237,13 @@ def _describe(tensor: TensorSpec) -> dict[str, Any]:
 
 def _table(manifest: Manifest) -> Table:
     table = Table("graph", box=box.SIMPLE)
-    for column in ("MiB", "parity", "tolerance", "seconds"):
+    for column in ("MiB", "checked", "parity", "tolerance", "seconds"):
         table.add_column(column, justify="right")
     for name, graph in manifest.graphs.items():
         table.add_row(
             name,
             f"{graph.size_bytes / _MIB:.1f}",
+            graph.checked,
             f"{graph.parity:.1e}",
             f"{graph.tolerance:.0e}",
             f"{graph.seconds:.1f}",

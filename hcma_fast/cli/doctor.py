@@ -25,16 +25,20 @@ _PACKAGES = (
     *("torch", "diffusers", "transformers", "tokenizers", "safetensors", "huggingface-hub"),
     *("onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "numpy", "pillow", "pydantic"),
 )
+_TENSORRT = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12")
+_TENSORRT_RTX = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 #: what a backend runs on: any distribution of each group; the first group gives its version
 _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "eager": (("torch",), ("diffusers",), ("transformers",)),
     "onnxruntime": (("onnxruntime", "onnxruntime-gpu"), ("torch",), ("onnx",), ("onnxscript",)),
+    "openvino": (("openvino",), ("torch",)),
+    "torch-compile": (("torch",),),
+    "tensorrt": (_TENSORRT, ("torch",)),
+    "tensorrt-rtx": (_TENSORRT_RTX, ("torch",)),
 }
+_EXTRAS = {"eager": "", "torch-compile": "", "tensorrt": "[tensorrt]", "tensorrt-rtx": "[rtx]"}
 #: library -> its distributions, and the extra that brings it
 _LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
-    "openvino": (("openvino",), "cpu"),
-    "tensorrt": (("tensorrt", "tensorrt-cu13", "tensorrt-cu12"), "tensorrt"),
-    "tensorrt_rtx": (("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12"), "rtx"),
     "triton": (("triton",), "gpu"),
 }
 _GPU_QUERY = "name,memory.total,driver_version,compute_cap"
@@ -128,11 +132,15 @@ def _backend(name: str) -> Found:
     versions = {" or ".join(group): _version(*group) for group in _NEEDED[name]}
     missing = [group for group, version in versions.items() if version is None]
     if missing:
-        extra = "" if name == "eager" else "[cpu]"
+        extra = _EXTRAS.get(name, "[cpu]")
         return Found(
             version=None,
             problem=f"{', '.join(missing)} not installed",
             remedy=f'pip install "hcma-fast{extra}"',
+        )
+    if name == "torch-compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return Found(
+            version=None, problem="no C++ compiler found", remedy="apt install g++, or set CXX"
         )
     return Found(version=next(iter(versions.values())))
 

@@ -52,10 +52,12 @@ def generate(
         Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help=f"One of {', '.join(BACKENDS)}.", show_default="onnxruntime")
+        str | None,
+        typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
     ] = None,
     device: Annotated[
-        str | None, typer.Option(help="Where eager runs: cpu or cuda.", show_default="cpu")
+        str | None,
+        typer.Option(help="cpu or cuda.", show_default="cuda for TensorRT, else cpu"),
     ] = None,
     seed: Annotated[
         int | None,
@@ -155,12 +157,10 @@ def generate(
         ]
         name = model or "tiny"
         fallback = None if is_engine_folder(name) else _DEFAULT_BACKEND
-        plan = Plan(
-            name, aligner, backend or fallback, device or "cpu", steps or _DEFAULT_STEPS, overrides
-        )
-    if plan.backend is not None and plan.backend not in BACKENDS:
+        plan = Plan(name, aligner, backend or fallback, device, steps or _DEFAULT_STEPS, overrides)
+    if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(
-            "unknown backend", value=plan.backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+            "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
     check_outputs(jobs, out, force=force)
     with output_folder(out):

@@ -30,7 +30,7 @@ class Plan:
     aligner: Path | None
     backend: str | None
     """None leaves it to the engine folder that ``model`` names"""
-    device: str
+    device: str | None
     steps: int
     overrides: dict[str, Any]
     """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
@@ -140,7 +140,7 @@ def render(
         "preset": pipe.preset,
         "image_size": pipe.image_size,
         "backend": pipe.backend,
-        "device": plan.device,
+        "device": pipe.device,
         "weights_hash": pipe.weights_hash,
         "engine_hash": pipe.engine_hash,
         "versions": current_versions(pipe.backend),

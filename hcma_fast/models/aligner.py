@@ -19,6 +19,8 @@ from hcma_fast.models.heads import CaptionHead, RegionHead
 from hcma_fast.models.vit import LatentViT
 
 _NORM_FLOOR = 1e-12
+_FLOAT16_SCALE = 2.0**10
+"""Of the objective, where the backward pass runs in float16: small gradients would become 0"""
 
 
 class Aligner(nn.Module):
@@ -31,9 +33,11 @@ class Aligner(nn.Module):
         self.caption_head = CaptionHead(config)
         self.region_head = RegionHead(config)
 
-    def region_map(self, boxes: Tensor, mask: Tensor) -> Tensor:
+    def region_map(
+        self, boxes: Tensor, mask: Tensor, grid: tuple[int, int] | None = None
+    ) -> Tensor:
         """(B, M, 4), (B, M) -> region map (B, M, N); see :meth:`RegionHead.region_map`."""
-        return self.region_head.region_map(boxes, mask)
+        return self.region_head.region_map(boxes, mask, grid)
 
     def features(
         self, z: Tensor, regions: Tensor, timestep: Tensor | None = None
@@ -132,7 +136,10 @@ class AlignStep(nn.Module):
             )
             # the sum over the batch keeps each image's gradient its own
             objective = lambdas[0] * loss_global + lambdas[1] * local_mean(loss_local, region_mask)
-            (gradient,) = torch.autograd.grad(objective.sum(), leaf)
+            half = self.aligner.vit.project.weight.dtype == torch.float16
+            scale = _FLOAT16_SCALE if half else 1.0
+            (gradient,) = torch.autograd.grad(objective.sum() * scale, leaf)
+            gradient = gradient / scale
         rate = eta.view(-1, 1, 1, 1)
         if self.normalized:
             rate = rate * _norm(z) / _norm(gradient)

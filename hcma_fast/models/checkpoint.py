@@ -45,6 +45,13 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if name == "sd14":
+        raise WeightsError(
+            "the weights of sd14 do not come with the package",
+            value=name,
+            remedy="Give a folder in diffusers' layout, or a hub id such as "
+            "masterful/gligen-1-4-generation-text-box; to build only, add --random-weights.",
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists():
         raise WeightsError(
             "no such preset or folder",

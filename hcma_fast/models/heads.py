@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hcma_fast.config import AlignerConfig
@@ -40,22 +41,33 @@ class RegionHead(nn.Module):
             nn.init.zeros_(last.bias)
             self.gate = nn.Sequential(nn.Linear(FOURIER_WIDTH, width), nn.SiLU(), last)
 
-    def region_map(self, boxes: Tensor, mask: Tensor) -> Tensor:
-        """B_i(n) for each box and cell of the learned grid; 0 for masked boxes.
+    def region_map(
+        self, boxes: Tensor, mask: Tensor, grid: tuple[int, int] | None = None
+    ) -> Tensor:
+        """B_i(n) for each box and cell; 0 for masked boxes.
 
         The gate has one value per box *and cell*: a single value per box would cancel in the mean.
 
         Args:
-            boxes: (B, M, 4) xyxy in [0, 1]; mask: (B, M). Returns (B, M, N), not negative.
+            boxes: (B, M, 4) xyxy in [0, 1]; mask: (B, M).
+            grid: rows and columns; default those of the latent that the gate was trained at. Its
+            values are interpolated (bilinear) for any other.
+        Returns:
+            (B, M, N), not negative.
         """
-        grid = self.config.grid
+        trained = self.config.grid
+        rows, columns = grid or (trained, trained)
         weights = torch.ones(
-            (*boxes.shape[:2], grid * grid), dtype=boxes.dtype, device=boxes.device
+            (*boxes.shape[:2], rows * columns), dtype=boxes.dtype, device=boxes.device
         )
         if "coverage" in self.config.region:
-            weights = cell_coverage(boxes, grid, grid)
+            weights = cell_coverage(boxes, rows, columns)
         if self.gate is not None:
-            weights = weights * 2 * torch.sigmoid(self.gate(fourier_embed(boxes)))
+            gate = 2 * torch.sigmoid(self.gate(fourier_embed(boxes)))
+            if (rows, columns) != (trained, trained):
+                square = gate.unflatten(-1, (trained, trained))
+                gate = F.interpolate(square, (rows, columns), mode="bilinear").flatten(-2)
+            weights = weights * gate
         return weights * mask.unsqueeze(-1)
 
     def forward(self, local: Tensor, regions: Tensor) -> Tensor:
@@ -63,4 +75,4 @@ class RegionHead(nn.Module):
         total = regions.sum(-1, keepdim=True)
         # an empty row stays zero: its weight is 0 and its denominator 1
         weights = regions / torch.where(total > 0, total, torch.ones_like(total))
-        return self.project(weights @ local)  # type: ignore[no-any-return]
+        return self.project(weights.to(local.dtype) @ local)  # type: ignore[no-any-return]

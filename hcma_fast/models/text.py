@@ -52,4 +52,4 @@ class TextEncoder(nn.Module):
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 77) int64 -> last_hidden_state (B, 77, d), pooler_output (B, d), unprojected."""
         output = self.encoder(input_ids=input_ids)
-        return output.last_hidden_state, output.pooler_output
+        return output.last_hidden_state.float(), output.pooler_output.float()

@@ -1,49 +1,102 @@
-"""diffusers' gated UNet as the graphs `unet_grounded`, `unet_plain` and `grounding`."""
+"""diffusers' gated UNet as the graphs `grounding`, `unet_grounded` and `unet_plain`.
+
+Keys and values of the caption and of the boxes do not depend on the latent. `grounding` computes
+those of all attention layers once per image, as two tensors with the layers side by side; the
+UNet graphs, which run at every step, take them as inputs.
+"""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from hcma_fast.models.aligner import Aligner
 
+KeyValues = tuple[Tensor, ...]
+"""Key and value of each transformer block in turn, (B, T, C) each"""
 
-class _GroundingTokens(nn.Module):
-    """Stands where the UNet expects its position net, once the tokens are computed outside."""
 
-    def forward(self, objs: Tensor) -> Tensor:
-        return objs
+def attention_blocks(unet: UNet2DConditionModel) -> list[Any]:
+    """The transformer blocks with cross-attention, in the order that the contexts have."""
+    return [block for block in unet.modules() if isinstance(block, BasicTransformerBlock)]
+
+
+def context_widths(unet: UNet2DConditionModel) -> list[int]:
+    """Widths of all keys and values that lie side by side in a context: key, value, key, ..."""
+    return [block.attn2.to_k.out_features for block in attention_blocks(unet) for _ in range(2)]
+
+
+class Grounding(nn.Module):
+    """All that depends on texts and layout alone, for one half of the guidance."""
+
+    def __init__(
+        self, unet: UNet2DConditionModel, aligner: Aligner, grid: tuple[int, int] | None = None
+    ) -> None:
+        super().__init__()
+        self.grid = grid
+        blocks = attention_blocks(unet)
+        self.position_net: Any = unet.position_net
+        self.caption_layers = nn.ModuleList(block.attn2 for block in blocks)
+        self.box_layers = nn.ModuleList(block.fuser for block in blocks)
+        self.aligner = aligner
+
+    def forward(
+        self,
+        boxes: Tensor,
+        region_mask: Tensor,
+        label_embeddings: Tensor,
+        encoder_hidden_states: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Positions net, keys and values, region map.
+
+        Args:
+            boxes: (B, M, 4); region_mask: (B, M); label_embeddings: (B, M, d);
+            encoder_hidden_states: (B, 77, d).
+        Returns:
+            text_context (B, 77, W), grounding_context (B, M, W), regions (B, M, N), where W is
+            the sum of :func:`context_widths`.
+        """
+        caption: list[Tensor] = []
+        layer: Any
+        for layer in self.caption_layers:
+            caption += [layer.to_k(encoder_hidden_states), layer.to_v(encoder_hidden_states)]
+        tokens = self.position_net(
+            boxes=boxes, masks=region_mask, positive_embeddings=label_embeddings
+        )
+        objects: list[Tensor] = []
+        for layer in self.box_layers:
+            # LayerNorm works token by token: the boxes' tokens may have it before they are joined
+            normed = layer.norm1(layer.linear(tokens))
+            objects += [layer.attn.to_k(normed), layer.attn.to_v(normed)]
+        regions = self.aligner.region_map(boxes, region_mask, self.grid)
+        return torch.cat(caption, -1), torch.cat(objects, -1), regions
 
 
 class GroundedUNet(nn.Module):
-    """The UNet with gated attention over precomputed grounding tokens (GLIGEN, Eq. 8)."""
+    """The UNet with gated attention over the boxes (GLIGEN, Eq. 8), on precomputed contexts."""
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        # a shallow copy shares every weight; only the slot of the position net differs
-        shared = copy.copy(unet)
-        shared._modules = {**unet._modules, "position_net": _GroundingTokens()}
-        self.unet = shared
+        self.unet = _on_contexts(unet, gated=True)
+        self.widths = context_widths(unet)
 
     def forward(
         self,
         sample: Tensor,
         timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        grounding_tokens: Tensor,
+        text_context: Tensor,
+        grounding_context: Tensor,
     ) -> tuple[Tensor]:
-        """(B, 4, h, w), (B,), (B, 77, d), (B, M, d) -> noise prediction (B, 4, h, w)."""
-        gligen = {"objs": grounding_tokens}
-        output = self.unet(
-            sample,
-            timestep,
-            encoder_hidden_states,
-            cross_attention_kwargs={"gligen": gligen},
-            return_dict=False,
-        )
-        return (output[0],)
+        """(B, 4, h, w), (B,), (B, 77, W), (B, M, W) -> noise prediction (B, 4, h, w) float32."""
+        dtype = self.unet.conv_in.weight.dtype
+        objects = grounding_context.to(dtype).split(self.widths, dim=-1)
+        return _predict(self.unet, self.widths, sample, timestep, text_context, objects)
 
 
 class PlainUNet(nn.Module):
@@ -51,28 +104,94 @@ class PlainUNet(nn.Module):
 
     def __init__(self, unet: UNet2DConditionModel) -> None:
         super().__init__()
-        self.unet = unet
+        self.unet = _on_contexts(unet, gated=False)
+        self.widths = context_widths(unet)
 
-    def forward(
-        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor
-    ) -> tuple[Tensor]:
-        """(B, 4, h, w), (B,), (B, 77, d) -> noise prediction (B, 4, h, w)."""
-        return (self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
+    def forward(self, sample: Tensor, timestep: Tensor, text_context: Tensor) -> tuple[Tensor]:
+        """(B, 4, h, w), (B,), (B, 77, W) -> noise prediction (B, 4, h, w) float32."""
+        return _predict(self.unet, self.widths, sample, timestep, text_context, None)
 
 
-class Grounding(nn.Module):
-    """All that depends on the layout alone: GLIGEN's tokens and the aligner's region map."""
+def _predict(
+    unet: Any,
+    widths: list[int],
+    sample: Tensor,
+    timestep: Tensor,
+    text_context: Tensor,
+    objects: KeyValues | None,
+) -> tuple[Tensor]:
+    dtype = unet.conv_in.weight.dtype
+    # diffusers hands both on to the attention layers without a look at them
+    noise = unet(
+        sample.to(dtype),
+        timestep,
+        text_context.to(dtype).split(widths, dim=-1),
+        cross_attention_kwargs=None if objects is None else {"gligen": {"objs": objects}},
+        return_dict=False,
+    )[0]
+    return (noise.float(),)
 
-    def __init__(self, unet: UNet2DConditionModel, aligner: Aligner) -> None:
+
+def _on_contexts(unet: UNet2DConditionModel, *, gated: bool) -> Any:
+    """A copy that shares every weight, whose attention layers take keys and values as they are."""
+    shared = {id(value): value for value in (*unet.parameters(), *unet.buffers())}
+    copied = copy.deepcopy(unet, shared)
+    copied.position_net = _GroundingTokens()
+    for index, block in enumerate(attention_blocks(copied)):
+        block.attn2 = _CaptionAttention(block.attn2, index)
+        block.fuser = _GatedAttention(block.fuser, index) if gated else None
+    return copied
+
+
+class _GroundingTokens(nn.Module):
+    """Stands where the UNet expects its position net, once that has run outside."""
+
+    def forward(self, objs: KeyValues) -> KeyValues:
+        return objs
+
+
+class _CaptionAttention(nn.Module):
+    """Cross-attention of block ``index``, with the caption's keys and values given."""
+
+    def __init__(self, attention: Any, index: int) -> None:
         super().__init__()
-        self.position_net = unet.position_net
-        self.aligner = aligner
+        self.to_q, self.to_out, self.heads = attention.to_q, attention.to_out, attention.heads
+        self.index = index
 
     def forward(
-        self, boxes: Tensor, region_mask: Tensor, label_embeddings: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(B, M, 4), (B, M), (B, M, d) -> grounding tokens (B, M, d), regions (B, M, N)."""
-        tokens = self.position_net(
-            boxes=boxes, masks=region_mask, positive_embeddings=label_embeddings
-        )
-        return tokens, self.aligner.region_map(boxes, region_mask)
+        self, hidden: Tensor, encoder_hidden_states: KeyValues, attention_mask: None = None
+    ) -> Tensor:
+        key, value = encoder_hidden_states[2 * self.index : 2 * self.index + 2]
+        return self.to_out[0](_attend(self.to_q(hidden), key, value, self.heads))  # type: ignore[no-any-return]
+
+
+class _GatedAttention(nn.Module):
+    """GLIGEN's gated self-attention of block ``index``, with the boxes' keys and values given.
+
+    The boxes' tokens are asked by the image's, but ask nothing themselves: what diffusers computes
+    for them and throws away is left out.
+    """
+
+    def __init__(self, fuser: Any, index: int) -> None:
+        super().__init__()
+        attention = fuser.attn
+        self.to_q, self.to_k, self.to_v = attention.to_q, attention.to_k, attention.to_v
+        self.to_out, self.heads = attention.to_out, attention.heads
+        self.ff, self.norm1, self.norm2 = fuser.ff, fuser.norm1, fuser.norm2
+        self.alpha_attn, self.alpha_dense = fuser.alpha_attn, fuser.alpha_dense
+        self.index = index
+
+    def forward(self, hidden: Tensor, objects: KeyValues) -> Tensor:
+        normed = self.norm1(hidden)
+        box_key, box_value = objects[2 * self.index : 2 * self.index + 2]
+        key = torch.cat([self.to_k(normed), box_key], 1)
+        value = torch.cat([self.to_v(normed), box_value], 1)
+        attended = self.to_out[0](_attend(self.to_q(normed), key, value, self.heads))
+        hidden = hidden + self.alpha_attn.tanh() * attended
+        return hidden + self.alpha_dense.tanh() * self.ff(self.norm2(hidden))  # type: ignore[no-any-return]
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Multi-head attention: (B, T, C), (B, S, C), (B, S, C) -> (B, T, C)."""
+    query, key, value = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)

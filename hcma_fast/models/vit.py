@@ -117,9 +117,9 @@ class LatentViT(nn.Module):
         return torch.cat([cls, resampled.flatten(2).transpose(1, 2)], dim=1)
 
     def forward(self, z: Tensor, timestep: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """z (B, C, h, w) noise-scaled latent -> Z^G (B, d_v), Z^L (B, N, d_v)."""
-        size = self.config.patch_size
-        tokens = self.embed(self.project(self.patchify(z)))
+        """z (B, C, h, w) noise-scaled latent -> Z^G (B, d_v), Z^L (B, N, d_v), as the weights."""
+        size, dtype = self.config.patch_size, self.project.weight.dtype
+        tokens = self.embed(self.project(self.patchify(z).to(dtype)))
         tokens = torch.cat([self.cls.expand(z.shape[0], -1, -1), tokens], dim=1)
         tokens = tokens + self.positions_for(z.shape[2] // size, z.shape[3] // size)
         time = None
@@ -129,7 +129,7 @@ class LatentViT(nn.Module):
                     "an aligner with time conditioning needs the timestep",
                     remedy="Pass timestep (B,), or train with time_conditioning='none'.",
                 )
-            time = self.time(timestep_features(timestep, 64).to(z.dtype))
+            time = self.time(timestep_features(timestep, 64).to(dtype))
         for block in self.blocks:
             tokens = block(tokens, time)
         tokens = self.norm(tokens)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -27,14 +27,24 @@ from hcma_fast.models.checkpoint import (
     read_info,
     resolve_folder,
 )
+from hcma_fast.models.step import FusedStep
 from hcma_fast.models.text import TextEncoder
-from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet
-from hcma_fast.specs import GraphName, IOSpec, graph_specs
+from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
+from hcma_fast.specs import (
+    ANY_BATCH,
+    GRAPH_NAMES,
+    STEP_NAMES,
+    BatchRange,
+    GraphName,
+    IOSpec,
+    graph_specs,
+)
 
 __all__ = [
     "Checkpoint",
     "CheckpointInfo",
     "Components",
+    "ModelSource",
     "VAEDecoder",
     "load_components",
     "load_tokenizer",
@@ -52,8 +62,30 @@ class VAEDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
         """z (B, 4, h, w) scaled latent -> image (B, 3, H, W) in [-1, 1]."""
-        image: Tensor = self.vae.decode(z / self.scaling_factor, return_dict=False)[0]
-        return (image.clamp(-1, 1),)
+        latent = (z / self.scaling_factor).to(self.vae.decoder.conv_in.weight.dtype)
+        image: Tensor = self.vae.decode(latent, return_dict=False)[0]
+        return (image.float().clamp(-1, 1),)
+
+
+class ModelSource(Protocol):
+    """What engines are built from: a loaded checkpoint, or one that is made up part by part."""
+
+    @property
+    def info(self) -> CheckpointInfo: ...
+    @property
+    def tokenizer(self) -> CLIPTokenizer: ...
+    @property
+    def weights_hash(self) -> str: ...
+    def graph(
+        self, name: GraphName, height: int | None = None, width: int | None = None
+    ) -> nn.Module: ...
+    def specs(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch: BatchRange | None = None,
+    ) -> dict[GraphName, IOSpec]: ...
+    def parameter_counts(self) -> dict[GraphName, int]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +103,8 @@ class Components:
     """side of the square images that the model was trained at, in pixels"""
     weights_hash: str
     """sha256 of the files' contents, the same wherever the folder lies"""
-    source: Path
+    source: Path | None
+    """folder that it was loaded from; None for made-up weights"""
 
     @property
     def info(self) -> CheckpointInfo:
@@ -91,23 +124,57 @@ class Components:
         unet_factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
         return int(self.vae_factor * max(self.aligner.config.patch_size, unet_factor))
 
-    def graphs(self) -> dict[GraphName, nn.Module]:
-        """The six graphs as modules: positional inputs, a tuple of outputs, in the specs' order."""
+    def graph(
+        self, name: GraphName, height: int | None = None, width: int | None = None
+    ) -> nn.Module:
+        """A graph as a module: positional inputs, a tuple of outputs, in its spec's order.
+
+        Args:
+            height, width: of the images, in pixels; default the trained size.
+        """
+        if name == "text_encoder":
+            return TextEncoder(self.text_encoder)
+        if name == "grounding":
+            cell = self.vae_factor * self.aligner.config.patch_size
+            sides = (height or self.image_size, width or self.image_size)
+            return Grounding(self.unet, self.aligner, (sides[0] // cell, sides[1] // cell))
+        if name == "align":
+            return AlignStep(self.aligner, normalized=self.settings.normalized)
+        if name == "vae_decoder":
+            return VAEDecoder(self.vae)
+        unet = (GroundedUNet if name.endswith("grounded") else PlainUNet)(self.unet)
+        if name in STEP_NAMES:
+            timed = self.aligner.config.time_conditioning != "none"
+            return FusedStep(self.graph("align", height, width), unet, timed=timed)
+        return unet
+
+    def graphs(
+        self, height: int | None = None, width: int | None = None
+    ) -> dict[GraphName, nn.Module]:
+        """All six, see :meth:`graph`."""
+        return {name: self.graph(name, height, width) for name in GRAPH_NAMES}
+
+    def parameter_counts(self) -> dict[GraphName, int]:
+        """Weights of each graph; the UNet graphs share theirs."""
         return {
-            "text_encoder": TextEncoder(self.text_encoder),
-            "grounding": Grounding(self.unet, self.aligner),
-            "align": AlignStep(self.aligner, normalized=self.settings.normalized),
-            "unet_grounded": GroundedUNet(self.unet),
-            "unet_plain": PlainUNet(self.unet),
-            "vae_decoder": VAEDecoder(self.vae),
+            name: sum(parameter.numel() for parameter in module.parameters())
+            for name, module in self.graphs().items()
         }
 
-    def specs(self, height: int | None = None, width: int | None = None) -> dict[GraphName, IOSpec]:
-        """Signatures of the six graphs for an image size in pixels (default: the trained one).
+    def specs(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        batch: BatchRange | None = None,
+    ) -> dict[GraphName, IOSpec]:
+        """Signatures of the six graphs.
+
+        Args:
+            height, width: of the images, in pixels; default the trained size.
+            batch: images at once; default any number.
 
         Raises:
-            InputError: a side is not a multiple of :attr:`side_multiple`, or not the trained size,
-                the only one that the aligner's region map is learned for.
+            InputError: a side is not a multiple of :attr:`side_multiple`.
         """
         height, width = height or self.image_size, width or self.image_size
         for side in (height, width):
@@ -117,20 +184,16 @@ class Components:
                     value=side,
                     remedy=f"Use {self.image_size}, the size that this model was trained at.",
                 )
-            if side != self.aligner.config.latent_size * self.vae_factor:
-                raise InputError(
-                    "the aligner of this model has learned its region map for one image size only",
-                    value=side,
-                    remedy=f"Use {self.aligner.config.latent_size * self.vae_factor}.",
-                )
         return graph_specs(
             latent_height=height // self.vae_factor,
             latent_width=width // self.vae_factor,
             text_width=self.text_encoder.config.hidden_size,
+            context_width=sum(context_widths(self.unet)),
             patch_size=self.aligner.config.patch_size,
             vae_factor=self.vae_factor,
             latent_channels=self.vae.config.latent_channels,
             time_conditioned=self.aligner.config.time_conditioning != "none",
+            batch=batch or ANY_BATCH,
         )
 
 

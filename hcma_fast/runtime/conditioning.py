@@ -24,7 +24,7 @@ def condition(
     layouts: Sequence[Layout],
     device: str = "cpu",
 ) -> Conditioning:
-    """Encode prompts and phrases, compute grounding tokens and region maps.
+    """Encode prompts and phrases, compute keys and values and region maps.
 
     Args:
         prompts, layouts: one per image.
@@ -40,23 +40,39 @@ def condition(
     phrase_ids = tokenize(tokenizer, phrases, "phrase").to(device)
 
     text = engines["text_encoder"]
-    encoded = text({"input_ids": prompt_ids})
+    encoded = _in_chunks(text, prompt_ids)
     hidden, caption = encoded["last_hidden_state"], encoded["pooler_output"]
     padded = [layout.padded() for layout in layouts]
     boxes = torch.from_numpy(np.stack([box for box, _ in padded])).to(device)
     mask = torch.from_numpy(np.stack([valid for _, valid in padded])).to(device)
     labels = torch.zeros(*mask.shape, caption.shape[-1], device=device)
     if phrases:
-        pooled = text({"input_ids": phrase_ids})["pooler_output"]
+        pooled = _in_chunks(text, phrase_ids)["pooler_output"]
         for row, layout in enumerate(layouts):
             for slot, phrase in enumerate(layout.phrases):
                 labels[row, slot] = pooled[phrases.index(phrase)]
 
-    inputs: dict[str, Tensor] = {"boxes": boxes, "region_mask": mask, "label_embeddings": labels}
-    grounded = engines["grounding"](inputs)
-    tokens = grounded["grounding_tokens"]
+    inputs = {
+        "boxes": boxes,
+        "region_mask": mask,
+        "label_embeddings": labels,
+        "encoder_hidden_states": hidden,
+    }
+    halves = [engines["grounding"](inputs)]
+    regions = halves[0]["regions"]
     if negatives is not None:
-        without_boxes = engines["grounding"]({**inputs, "region_mask": torch.zeros_like(mask)})
-        tokens = torch.cat([without_boxes["grounding_tokens"], tokens])
-        hidden = torch.cat([text({"input_ids": negative_ids})["last_hidden_state"], hidden])
-    return Conditioning(hidden, tokens, caption, labels, grounded["regions"], mask)
+        unconditional = {
+            "region_mask": torch.zeros_like(mask),
+            "encoder_hidden_states": _in_chunks(text, negative_ids)["last_hidden_state"],
+        }
+        halves.insert(0, engines["grounding"]({**inputs, **unconditional}))
+    text_context, grounding_context = (
+        torch.cat([half[name] for half in halves]) for name in ("text_context", "grounding_context")
+    )
+    return Conditioning(text_context, grounding_context, caption, labels, regions, mask)
+
+
+def _in_chunks(text: Engine, ids: Tensor) -> dict[str, Tensor]:
+    """Encode texts, no more at once than the engine takes."""
+    parts = [text({"input_ids": chunk}) for chunk in ids.split(text.spec.batch.max)]
+    return {name: torch.cat([part[name] for part in parts]) for name in text.spec.output_names}

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.session import open_session, runner
+from hcma_fast.export.session import CUDA, cuda_runner, open_session, runner
 from hcma_fast.specs import IOSpec
 
 
 class OrtEngine:
-    """Runs one ONNX file on the CPU; tensors go in and out without a copy."""
+    """Runs one ONNX file; tensors go in and out without a copy.
 
-    def __init__(self, path: Path, spec: IOSpec) -> None:
+    Args:
+        device: "cpu" or "cuda"; tensors must lie there.
+
+    Raises:
+        BackendError: this ONNX Runtime has no CUDA.
+        EngineError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, spec: IOSpec, *, device: str = "cpu") -> None:
         self.spec = spec
-        self._run = runner(open_session(path), spec)
+        if torch.device(device).type == "cuda":
+            self._run = cuda_runner(open_session(path, CUDA), spec, torch.device(device))
+        else:
+            self._run = runner(open_session(path), spec)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from hcma_fast.config import BACKENDS, AlignmentSettings
-from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import (
     CheckpointInfo,
@@ -34,10 +35,17 @@ from hcma_fast.runtime.requests import (
     spread_negatives,
     spread_seeds,
 )
-from hcma_fast.runtime.sampler import Schedule, StepLosses, sample
+from hcma_fast.runtime.sampler import Schedule, StepLosses, sample, sample_fused
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import GraphName
 
+_log = logging.getLogger("hcma_fast")
+_DEVICES = {
+    "eager": ("cpu", "cuda", "mps"),
+    "onnxruntime": ("cpu", "cuda"),
+    "tensorrt": ("cuda",),
+    "tensorrt-rtx": ("cuda",),
+}
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 ENGINE_MANIFEST = "manifest.json"
@@ -105,45 +113,68 @@ class HCMAPipeline:
         name_or_path: str | Path = "tiny",
         *,
         backend: str | None = None,
-        device: str = "cpu",
+        precision: str | None = None,
+        device: str | None = None,
         aligner: str | Path | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
         """Load a preset, a folder, a hub id, or an engine folder.
 
         Args:
-            backend: one of ``config.BACKENDS``; default eager, or the engine folder's own. A
-                compiled backend is built into the user's cache on first use.
-            device: where eager runs, such as "cpu" or "cuda".
+            backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
+                eager, or the engine folder's own. A compiled backend is built into the user's
+                cache on first use.
+            precision: float32, float16 or bfloat16, of a compiled backend.
+            device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
             progress: called with (graph, stage) while engines are built.
 
         Raises:
             WeightsError, BackendError, EngineError, UsageError.
         """
-        if backend is not None and backend not in BACKENDS:
+        if backend not in (None, "auto", *BACKENDS):
             raise BackendError(
-                "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+                "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
             )
-        _check_device(device, backend)
         if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
-            if aligner is not None or device != "cpu":
+            if aligner is not None or precision is not None:
                 raise UsageError(
-                    "an engine folder has its aligner inside, and runs on the CPU",
-                    value=device if aligner is None else str(aligner),
-                    remedy="Leave out aligner and device, or load the checkpoint instead.",
+                    "an engine folder has its aligner inside, and its precision",
+                    value=precision if aligner is None else str(aligner),
+                    remedy="Leave out aligner and precision, or load the checkpoint instead.",
                 )
-            return cls.from_engines(Path(name_or_path), backend=backend)
+            chosen = None if backend == "auto" else backend
+            return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
+        if backend == "auto":
+            from hcma_fast.runtime.open import choose_backend
+
+            backend, why = choose_backend()
+            _log.info("Backend %s: %s.", backend, why)
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):
+            if precision not in (None, "float32"):
+                raise UsageError(
+                    "eager computes in float32 only",
+                    value=precision,
+                    remedy="Use a compiled backend.",
+                )
+            device = device or "cpu"
+            _check_device(device, "eager")
             return cls.from_components(load_components(checkpoint), device=device)
-        from hcma_fast.export.build import cached_engine, find_or_build
+        from hcma_fast.export.cache import find_or_build
+        from hcma_fast.export.precision import Precision
+        from hcma_fast.export.target import Target
 
-        # an engine that is there needs no weights beside it
-        folder = cached_engine(checkpoint.weights_hash, backend) or find_or_build(
-            load_components(checkpoint), backend, progress=progress
+        target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
+        _check_device(device or "cpu", backend)
+        folder = find_or_build(
+            checkpoint.weights_hash,
+            # an engine that is there needs no weights beside it
+            lambda: load_components(checkpoint),
+            target,
+            progress=progress,
         )
-        return cls.from_engines(folder, backend=backend)
+        return cls.from_engines(folder, backend=backend, device=device)
 
     @classmethod
     def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
@@ -164,15 +195,18 @@ class HCMAPipeline:
         )
 
     @classmethod
-    def from_engines(cls, folder: Path, *, backend: str | None = None) -> HCMAPipeline:
+    def from_engines(
+        cls, folder: Path, *, backend: str | None = None, device: str | None = None
+    ) -> HCMAPipeline:
         """Open an engine folder; every file's hash is checked before it is read.
 
         Raises:
-            EngineError: it is incomplete, stale or was tampered with.
-            BackendError: it was built for another backend than the one asked for.
+            EngineError: it is incomplete, of another version or machine, or was tampered with.
+            BackendError: it was built for another backend than the one asked for, which is not
+                installed, or does not run on ``device``.
         """
-        from hcma_fast.export.build import load_manifest
-        from hcma_fast.runtime.ort import OrtEngine
+        from hcma_fast.export.manifest import load_manifest
+        from hcma_fast.runtime.open import default_device, open_engines
 
         manifest = load_manifest(folder)
         if backend not in (None, manifest.backend):
@@ -181,17 +215,16 @@ class HCMAPipeline:
                 value=backend,
                 remedy=f"Leave it out, or build again: hcma-fast build --backend {backend}.",
             )
-        engines = {
-            name: OrtEngine(folder / graph.file, graph.spec)
-            for name, graph in manifest.graphs.items()
-        }
+        device = device or default_device(manifest.backend)
+        _check_device(device, manifest.backend)
         return cls(
-            engines,
+            open_engines(folder, manifest, device),
             load_tokenizer(folder / "tokenizer"),
             manifest.info,
             backend=manifest.backend,
             weights_hash=manifest.weights_hash,
             engine_hash=manifest.engine_hash,
+            device=device,
         )
 
     @torch.no_grad()
@@ -249,6 +282,8 @@ class HCMAPipeline:
         batch = len(prompts)
         negatives = spread_negatives(negative_prompt, batch)
         seeds = spread_seeds(seed, batch) if latents is None else []
+        guided = settings.guidance_scale > 1
+        self._check_batch(batch, guided)
         shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
         noise = (
             noise_from_seeds(seeds, shape)
@@ -263,7 +298,6 @@ class HCMAPipeline:
             settings.guidance_scale,
             settings.grounding_beta,
         )
-        guided = settings.guidance_scale > 1
         conditioning = condition(
             self.engines,
             self.tokenizer,
@@ -282,7 +316,9 @@ class HCMAPipeline:
             changed = callback_on_step_end(self, step, time, {"latents": z})
             return changed.get("latents", z) if changed else z
 
-        z, losses = sample(
+        aligning = bool((schedule.etas > 0).any())
+        fused = "step_grounded" in self.engines and guided and aligning
+        z, losses = (sample_fused if fused else sample)(
             self.engines, noise.to(self.device), conditioning, schedule, on_evaluation
         )
         if not bool(z.isfinite().all()):
@@ -292,6 +328,21 @@ class HCMAPipeline:
                 remedy="Lower eta0 or guidance_scale.",
             )
         return HCMAOutput(self._decode(z, output_type), losses, seeds, z)
+
+    def _check_batch(self, batch: int, guided: bool) -> None:
+        images = self.engines["align"].spec.batch
+        if not images.min <= batch <= images.max:
+            raise InputError(
+                f"these engines were built for batches of {images}",
+                value=batch,
+                remedy="Generate as many images at once, or build for more with --batch.",
+            )
+        if images.static and not guided:
+            raise UsageError(
+                "engines of one batch size always compute both halves of the guidance",
+                value=1,
+                remedy="Use a guidance_scale above 1, or build with a range such as --batch 1:1:4.",
+            )
 
     def _decode(self, z: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
@@ -305,7 +356,7 @@ class HCMAPipeline:
         return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in array]
 
 
-def _check_device(device: str, backend: str | None) -> None:
+def _check_device(device: str, backend: str) -> None:
     try:
         kind = torch.device(device).type
     except RuntimeError as error:
@@ -316,9 +367,10 @@ def _check_device(device: str, backend: str | None) -> None:
             value=device,
             remedy='Use device="cpu"; see hcma-fast doctor.',
         )
-    if kind != "cpu" and backend not in (None, "eager"):
+    runs_on = _DEVICES.get(backend, ("cpu",))
+    if kind not in runs_on:
         raise BackendError(
-            f"the backend {backend} runs on the CPU only",
+            f"the backend {backend} does not run on this device",
             value=device,
-            remedy='Use device="cpu", or backend="eager".',
+            remedy=f"Use device={runs_on[0]!r}, or another backend.",
         )

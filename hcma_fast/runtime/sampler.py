@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hcma_fast.models.step import step_plan
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.schedule import PLMSTable
-from hcma_fast.specs import GraphName
+from hcma_fast.specs import HISTORY, GraphName
 
 
 @dataclass(frozen=True)
 class Conditioning:
     """What stays fixed over the steps. C = 2B with guidance (unconditional half first), else B."""
 
-    encoder_hidden_states: Tensor
-    """(C, 77, d)"""
-    grounding_tokens: Tensor
-    """(C, M, d)"""
+    text_context: Tensor
+    """(C, 77, W) keys and values of the caption in every attention layer"""
+    grounding_context: Tensor
+    """(C, M, W) those of the boxes"""
     caption_embedding: Tensor
     """(B, d)"""
     label_embeddings: Tensor
@@ -69,7 +70,7 @@ def sample(
     go on with.
     """
     table, batch, device = schedule.table, len(z), z.device
-    guided = len(conditioning.encoder_hidden_states) == 2 * batch
+    guided = len(conditioning.text_context) == 2 * batch
     aligning = bool((schedule.etas > 0).any())
     fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
     grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
@@ -104,6 +105,41 @@ def sample(
         if on_evaluation is not None:
             z = on_evaluation(k, z)
     return z, losses
+
+
+def sample_fused(
+    engines: Mapping[GraphName, Engine],
+    z: Tensor,
+    conditioning: Conditioning,
+    schedule: Schedule,
+    on_evaluation: Callable[[int, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, list[StepLosses]]:
+    """The same as :func:`sample` by the step graphs, one call per evaluation; guided only.
+
+    The state goes in and comes out as it is: index and history stay where the engine left them.
+    """
+    table, device = schedule.table, z.device
+    fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
+    for name in ("text_context", "grounding_context"):
+        # (2B, T, W), halves one after the other -> (B, 2, T, W)
+        fixed[name] = fixed[name].unflatten(0, (2, len(z))).transpose(0, 1).contiguous()
+    fixed["plan"] = step_plan(table, schedule.etas).to(device)
+    fixed["guidance_scale"] = torch.tensor([schedule.guidance_scale], device=device)
+    history = torch.zeros(len(z), HISTORY, *z.shape[1:], device=device)
+    state = {"z": z, "stored": z, "history": history}
+    state["index"] = torch.zeros(1, dtype=torch.int64, device=device)
+    grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
+    losses: list[StepLosses] = []
+    steps = zip(table.step_index.tolist(), table.timesteps.tolist(), strict=True)
+    for k, (step, time) in enumerate(steps):
+        engine = engines["step_grounded" if step < grounded_steps else "step_plain"]
+        found = engine({**fixed, **state})
+        state = {name: found[f"next_{name}"] for name in state}
+        if table.aligns[k]:
+            losses.append(StepLosses(step, time, found["loss_global"], found["loss_local"]))
+        if on_evaluation is not None:
+            state["z"] = on_evaluation(k, state["z"])
+    return state["z"], losses
 
 
 def _times(timestep: int, like: Tensor) -> Tensor:

@@ -1,52 +1,152 @@
-"""The speed report: turns, ratios, void rows, memory of a child, and the command."""
+"""The speed report: turns, ratios, void rows, a process for each, and the command."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import os
 import resource
 import shutil
+import signal
+import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from hcma_fast.bench.contestants import LAYOUT, PROMPT, Run, load_ours, load_plain
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.speed import (
-    LAYOUT,
     PLAIN,
-    Contestant,
     generate_command,
     measure_speed,
     peak_rss_mib,
     time_in_turns,
 )
+from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app, speed_table
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.export.build import cached_folder, load_manifest
 from hcma_fast.layout import Layout
+from hcma_fast.models.weights import Components
 
-GOOD = torch.tensor([3.0, 4.0])
+GOOD = np.array([3.0, 4.0], dtype=np.float32)
+
+#: contestants without a model, that workers can import; the backend says how they behave
+FAKES = """
+import os, signal, sys, time
+import numpy as np
+from hcma_fast.bench.contestants import Contestant
+from hcma_fast.errors import BackendError
+
+def load_plain(model, steps, batch):
+    return load_ours(model, "plain", steps, batch)
+
+def load_ours(model, backend, steps, batch):
+    def note(event):
+        with open(os.environ["FAKES_LOG"], "a") as log:
+            log.write(f"{event} {backend} {os.getpid()}\\n")
+
+    def generate():
+        note("start")
+        time.sleep(600 if backend == "endless" else 0.02)
+        if backend == "failing":
+            raise BackendError("lost the device", value=backend, remedy="Plug it in.")
+        if backend == "full":
+            raise MemoryError
+        if backend == "faulty":
+            return 1 // 0
+        if backend == "dying":
+            print("x" * 100_000, "these are my last words", file=sys.stderr)
+            os._exit(7)
+        if backend == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if backend == "loud":
+            print("x" * 1_000_000)
+            print("x" * 1_000_000, file=sys.stderr)
+        note("end")
+        return np.full((batch, 4, 2, 2), 1.01 if backend == "wrong" else 1, np.float32)
+
+    note("load")
+    if backend == "refused":
+        raise BackendError("not on this machine", value=backend, remedy="Take another.")
+    return Contestant(generate, "fake", "0" * 64)
+"""
 
 
-def recording(name: str, latents: Tensor, calls: list[str]) -> Contestant:
-    def run() -> Tensor:
+class Fakes:
+    """What the contestants of :data:`FAKES` wrote down."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+
+    def events(self) -> list[tuple[str, str, int]]:
+        """(event, contestant, process id), in the order in which they happened."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [(event, name, int(pid)) for event, name, pid in map(str.split, lines)]
+
+    def steps(self) -> list[tuple[str, str]]:
+        return [(event, name) for event, name, _ in self.events()]
+
+    def alive(self) -> set[int]:
+        """Those of their processes that still run."""
+        return {pid for *_, pid in self.events() if runs(pid)}
+
+
+def runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    try:
+        # a zombie whose new parent does not care for it has ended too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
+    """``measure_speed`` and the command time fakes: no model, and no import of diffusers."""
+    folder = tmp_path / "fakes"
+    folder.mkdir()
+    (folder / "fake_contestants.py").write_text(FAKES)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("FAKES_LOG", str(tmp_path / "log"))
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "fake_contestants", raising=False)
+    module = importlib.import_module("fake_contestants")
+    for name in ("load_plain", "load_ours"):
+        monkeypatch.setattr(f"hcma_fast.bench.speed.{name}", getattr(module, name))
+    return Fakes(tmp_path / "log")
+
+
+def recording(
+    name: str, latents: NDArray[np.float32], calls: list[str], *seconds: float
+) -> Callable[[], Run]:
+    left = list(seconds)
+
+    def run() -> Run:
         calls.append(name)
-        return latents
+        return Run(left.pop(0) if left else 1.0, latents)
 
     return run
 
 
-def test_contestants_take_turns_after_one_warm_up() -> None:
+def test_contestants_take_turns_there_and_back_after_one_warm_up() -> None:
     calls: list[str] = []
     said: list[str] = []
     rows = time_in_turns(
         {name: recording(name, GOOD, calls) for name in "ABC"}, rounds=2, batch=2, say=said.append
     )
-    assert calls == list("ABC" * 3)
+    assert calls == list("ABCCBAABC")
     assert said[0] == "A, warm-up" and said[-1] == "C, round 2 of 2"
     assert [row.name for row in rows] == list("ABC")
     for row in rows:
@@ -55,24 +155,14 @@ def test_contestants_take_turns_after_one_warm_up() -> None:
     assert rows[0].speedup == 1 and rows[0].relative_error == 0
 
 
-def test_seconds_are_per_image_and_speedups_are_ratios_within_a_round(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # a clock that the contestants move on, by another amount in each round
-    clock = [0.0]
-    monkeypatch.setattr("hcma_fast.bench.speed.time.perf_counter", lambda: clock[0])
-
-    def taking(*durations: float) -> Contestant:
-        left = list(durations)
-
-        def run() -> Tensor:
-            clock[0] += left.pop(0)
-            return GOOD
-
-        return run
-
+def test_seconds_are_per_image_and_speedups_are_ratios_within_a_round() -> None:
     plain, ours = time_in_turns(
-        {PLAIN: taking(90, 4, 8, 12), "ours": taking(50, 2, 2, 2)}, rounds=3, batch=4
+        {
+            PLAIN: recording(PLAIN, GOOD, [], 90, 4, 8, 12),
+            "ours": recording("ours", GOOD, [], 50, 2, 2, 2),
+        },
+        rounds=3,
+        batch=4,
     )
     assert plain.seconds == (1, 2, 3) and plain.median_s == 2
     assert ours.seconds == (0.5, 0.5, 0.5)
@@ -83,19 +173,142 @@ def test_seconds_are_per_image_and_speedups_are_ratios_within_a_round(
 @pytest.mark.parametrize(
     ("latents", "error"),
     [
-        (GOOD * 1.0005, 5e-4),
-        (GOOD * 1.01, 1e-2),
-        (GOOD * math.nan, None),
-        (GOOD * math.inf, None),
+        (GOOD * np.float32(1.0005), 5e-4),
+        (GOOD * np.float32(1.01), 1e-2),
+        (GOOD * np.float32(math.nan), None),
+        (GOOD * np.float32(math.inf), None),
     ],
 )
-def test_a_row_that_does_not_agree_is_void(latents: Tensor, error: float | None) -> None:
+def test_a_row_that_does_not_agree_is_void(
+    latents: NDArray[np.float32], error: float | None
+) -> None:
     _, row = time_in_turns(
         {"A": recording("A", GOOD, []), "B": recording("B", latents, [])}, rounds=1, batch=1
     )
     assert row.relative_error == (None if error is None else pytest.approx(error, rel=1e-3))
     assert row.void == (error is None or error > 1e-3)
     assert (row.speedup is None) == (row.speedup_interval is None) == row.void
+
+
+def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes) -> None:
+    # a loud one would fill a pipe, and wait for ever
+    report = measure_speed("-", backends=["loud", "c"], rounds=2, batch=2, memory=False)
+    events = fakes.events()
+    pids = {name: pid for _, name, pid in events}
+    assert len({*pids.values(), os.getpid()}) == 4
+    assert fakes.steps()[:3] == [("load", "plain"), ("load", "loud"), ("load", "c")]
+    order = ["plain", "loud", "c", "c", "loud", "plain", "plain", "loud", "c"]
+    assert events[3:] == [(event, name, pids[name]) for name in order for event in ("start", "end")]
+    assert fakes.alive() == set()
+    assert (report.preset, report.weights_hash) == ("fake", "0" * 64)
+    for row in report.rows:
+        assert row.relative_error == 0
+        # what the contestant measured: half of a sleep of 0.02 s, as there are two images
+        assert len(row.seconds) == 2 and min(row.seconds) >= 0.01
+
+
+@pytest.mark.parametrize(
+    ("backend", "kind", "words"),
+    [
+        ("refused", BackendError, "not on this machine (got 'refused'). Take another."),
+        ("failing", BackendError, "lost the device (got 'failing'). Plug it in."),
+        ("full", MemoryError, ""),
+        ("faulty", HcmaError, "ZeroDivisionError"),
+        ("dying", HcmaError, "x these are my last words (got 7)"),
+        ("killed", HcmaError, "hcma-fast killed died: it said nothing (got -9)"),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_raised_here_and_ends_all(
+    fakes: Fakes, backend: str, kind: type[Exception], words: str
+) -> None:
+    with pytest.raises(kind) as caught:
+        measure_speed("-", backends=["b", backend], memory=False)
+    assert type(caught.value) is kind
+    assert words in str(caught.value) and len(str(caught.value)) < 600
+    if kind is not HcmaError:
+        assert "fake_contestants.py" in caught.value.__notes__[0]
+    assert len({pid for *_, pid in fakes.events()}) == 3
+    assert fakes.alive() == set()
+
+
+def test_the_command_ends_with_the_code_of_a_contestants_error(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "speed", "--backend", "refused", "--no-memory"]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.endswith("error: not on this machine (got 'refused'). Take another.\n")
+    assert fakes.alive() == set()
+
+
+#: as in tests/cli/conftest.py: a background shell would have SIGINT ignored
+COMMAND = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+import fake_contestants
+from hcma_fast.bench import speed
+from hcma_fast.cli.app import main
+speed.load_plain, speed.load_ours = fake_contestants.load_plain, fake_contestants.load_ours
+sys.exit(main(["bench", "speed", "--backend", "endless", "--no-memory"]))
+"""
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_nothing_is_left_after_an_interrupt_or_a_kill(fakes: Fakes, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", COMMAND],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+        start_new_session=True,
+    )
+    try:
+        while process.poll() is None and ("start", "endless") not in fakes.steps():
+            time.sleep(0.02)
+        assert len(fakes.alive()) == 2
+        # a terminal sends it to the whole group
+        os.killpg(process.pid, how)
+        _, stderr = process.communicate(timeout=600)
+    finally:
+        process.kill()
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL), stderr
+    assert "Traceback" not in stderr
+    if how == signal.SIGKILL:  # they notice by themselves, a moment later
+        deadline = time.monotonic() + 60
+        while fakes.alive() and time.monotonic() < deadline:
+            time.sleep(0.02)
+    assert fakes.alive() == set()
+
+
+def test_a_missing_engine_is_built_before_any_contestant_loads(
+    fakes: Fakes, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
+    said: list[str] = []
+
+    def build(
+        components: Components, backend: str, *, progress: Callable[[str, str], None]
+    ) -> None:
+        assert (components.preset, backend, fakes.events()) == ("random", "onnxruntime", [])
+        progress("align", "export")
+
+    monkeypatch.setattr("hcma_fast.export.build.find_or_build", build)
+    measure_speed(
+        random_checkpoint, backends=["onnxruntime"], rounds=1, memory=False, progress=said.append
+    )
+    assert said[:2] == ["export align", f"load {PLAIN}"]
+
+
+def test_real_contestants_agree(random_checkpoint: Path) -> None:
+    plain = load_plain(random_checkpoint, 3, 2)
+    ours = load_ours(random_checkpoint, "eager", 3, 2)
+    assert plain.preset == ours.preset == "random"
+    assert plain.weights_hash == ours.weights_hash
+    expected, found = plain.generate(), ours.generate()
+    assert expected.shape == (2, 4, 8, 8) and expected.dtype == np.float32
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < 1e-5
+    assert not np.allclose(expected[0], expected[1])
 
 
 def test_peak_memory_is_the_childs_own() -> None:
@@ -122,6 +335,12 @@ def test_the_measured_command_draws_the_scene_that_was_timed(tmp_path: Path) -> 
     assert command[command.index("--steps") + 1] == "7"
 
 
+def test_the_measured_command_runs(random_checkpoint: Path, tmp_path: Path) -> None:
+    command = generate_command(random_checkpoint, "eager", 2, str(tmp_path))
+    assert main(command[command.index("generate") :]) == 0
+    assert len(list(tmp_path.glob("*.png"))) == 1
+
+
 def test_machine_is_described() -> None:
     machine = describe_machine()
     assert machine.cpu and machine.cores >= 1 and machine.memory_gib > 0
@@ -134,16 +353,18 @@ def test_bad_numbers_are_refused(random_checkpoint: Path, changes: dict[str, int
         measure_speed(random_checkpoint, backends=["eager"], memory=False, **changes)
 
 
-def test_report_and_table_on_a_random_checkpoint(random_checkpoint: Path) -> None:
-    report = measure_speed(
-        random_checkpoint, backends=["eager"], num_inference_steps=3, rounds=1, memory=False
-    )
-    plain, eager = report.rows
-    assert (plain.name, eager.name) == (PLAIN, "hcma-fast eager")
-    assert eager.relative_error is not None and 0 < eager.relative_error < 1e-5
-    assert report.preset == "random" and report.generate_peak_rss_mib == {}
+def test_report_and_table(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    def peak(command: list[str]) -> float:
+        assert fakes.alive() == set()
+        return 100.0 + command.count("b")
+
+    monkeypatch.setattr("hcma_fast.bench.speed.peak_rss_mib", peak)
+    report = measure_speed("-", backends=["a", "b"], num_inference_steps=3, rounds=1)
+    assert [row.name for row in report.rows] == [PLAIN, "hcma-fast a", "hcma-fast b"]
+    assert report.generate_peak_rss_mib == {"a": 100, "b": 101}
     table = speed_table(report)
-    assert f"| {PLAIN} | {plain.median_s:.3f} |" in table
+    assert f"| {PLAIN} | {report.rows[0].median_s:.3f} |" in table
+    assert "Peak memory of generate on b: 101 MiB." in table
     assert report.weights_hash[:16] in table and report.machine.cpu in table
 
 
@@ -157,25 +378,21 @@ def test_command_prints_json_on_stdout_alone(
     built = cached_folder(load_manifest(random_engine).weights_hash, "onnxruntime")
     shutil.copytree(random_engine, built)
     arguments = ["--model", str(random_checkpoint), "--steps", "4", "--rounds", "2", "--json"]
-    result = CliRunner().invoke(bench_app, ["speed", *arguments])
+    result = CliRunner().invoke(bench_app, ["speed", *arguments, "--no-memory"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     names = [row["name"] for row in report["rows"]]
     assert names == [PLAIN, "hcma-fast eager", "hcma-fast onnxruntime"]
     assert all(len(row["seconds"]) == 2 and not row["void"] for row in report["rows"])
     assert all(row["speedup"] > 0 for row in report["rows"])
-    peaks = report["generate_peak_rss_mib"]
-    assert set(peaks) == {"eager", "onnxruntime"}
-    assert all(50 < mib < 1500 for mib in peaks.values())
+    assert report["preset"] == "random" and report["prompt"] == PROMPT
+    assert report["generate_peak_rss_mib"] == {}
     assert "warm-up" in result.stderr
     assert "export" not in result.stderr
 
 
-def test_command_fails_when_the_latents_do_not_agree(
-    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("hcma_fast.bench.speed.MAX_ERROR", 0.0)
-    arguments = ["--model", str(random_checkpoint), "--backend", "eager", "--no-memory"]
-    result = CliRunner().invoke(bench_app, ["speed", *arguments, "--steps", "3", "--rounds", "1"])
+def test_command_fails_when_the_latents_do_not_agree(fakes: Fakes) -> None:
+    arguments = ["--backend", "wrong", "--no-memory", "--rounds", "1"]
+    result = CliRunner().invoke(bench_app, ["speed", *arguments])
     assert isinstance(result.exception, HcmaError) and "void" in str(result.exception)
-    assert "| void | void |" in result.stdout
+    assert "| hcma-fast wrong |" in result.stdout and "| void | void | 1.0e-02 |" in result.stdout

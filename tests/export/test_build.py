@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,21 +14,39 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 from hcma_fast import HCMAPipeline, Layout
+from hcma_fast.config import cache_root
 from hcma_fast.errors import BackendError, EngineError, InputError, UsageError
-from hcma_fast.export import build as module
-from hcma_fast.export.build import (
-    build,
-    cache_root,
+from hcma_fast.export import build as build_module
+from hcma_fast.export import cache as module
+from hcma_fast.export import key as key_module
+from hcma_fast.export.build import build
+from hcma_fast.export.cache import (
     cached_engine,
     cached_folder,
-    engine_key,
     find_or_build,
+    list_cache,
+    prune_cache,
 )
+from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
+from hcma_fast.export.target import Target
+from hcma_fast.export.weights_file import WEIGHTS_FILE
 from hcma_fast.models.weights import Components
-from hcma_fast.specs import GRAPH_NAMES
+from hcma_fast.specs import GRAPH_NAMES, BatchRange
+
+ORT = Target(backend="onnxruntime")
+
+
+def find(components: Components) -> Path:
+    return find_or_build(components.weights_hash, lambda: components, ORT)
+
+
+def key(weights_hash: str, **target: object) -> str:
+    return key_of(key_parts(weights_hash, Target(**{"backend": "onnxruntime", **target})))  # type: ignore[arg-type]
+
 
 LAYOUTS = [
     Layout(["dog", "cat"], [[0.0, 0.1, 0.5, 0.6], [0.45, 0.3, 1.0, 1.0]]),
@@ -44,7 +63,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def cached(cache: Path, random_engine: Path, random_components: Components) -> Path:
     """A copy of the engine, in the place where the cache looks for it."""
-    folder = cached_folder(random_components.weights_hash, "onnxruntime")
+    folder = cached_folder(random_components.weights_hash, ORT)
     shutil.copytree(random_engine, folder)
     return folder
 
@@ -64,10 +83,12 @@ def test_folder_holds_six_validated_graphs(
     assert set(manifest.graphs) == set(GRAPH_NAMES)
     for name, record in manifest.graphs.items():
         assert record.spec == random_components.specs()[name]
+        assert record.checked == "engine"
         assert 0 <= record.parity <= record.tolerance <= 1e-4
         assert (random_engine / record.file).stat().st_size == record.size_bytes
     assert manifest.weights_hash == random_components.weights_hash
-    assert manifest.key == engine_key(random_components.weights_hash, "onnxruntime")
+    assert manifest.key == key(random_components.weights_hash)
+    assert manifest.target == ORT
     on_disk = {p.relative_to(random_engine).as_posix() for p in random_engine.rglob("*.*")}
     assert on_disk == {*manifest.files, MANIFEST_FILE}
 
@@ -103,12 +124,17 @@ def test_from_pretrained_takes_the_cached_engine_without_loading_weights(
         HCMAPipeline.from_pretrained(cached, backend="eager")
 
 
-@pytest.mark.parametrize("arguments", [{"device": "meta"}, {"aligner": "elsewhere"}])
-def test_an_engine_folder_takes_no_device_and_no_aligner(
+@pytest.mark.parametrize("arguments", [{"precision": "float16"}, {"aligner": "elsewhere"}])
+def test_an_engine_folder_takes_no_precision_and_no_aligner(
     random_engine: Path, arguments: dict[str, str]
 ) -> None:
     with pytest.raises(UsageError, match="engine folder"):
         HCMAPipeline.from_pretrained(random_engine, **arguments)  # type: ignore[arg-type]
+
+
+def test_an_engine_folder_runs_where_its_backend_does(random_engine: Path) -> None:
+    with pytest.raises(BackendError, match="onnxruntime does not run on this device"):
+        HCMAPipeline.from_pretrained(random_engine, device="meta")
 
 
 def test_half_a_cached_engine_is_replaced(
@@ -119,17 +145,17 @@ def test_half_a_cached_engine_is_replaced(
 ) -> None:
     (cached / MANIFEST_FILE).unlink()
 
-    def stand_in(components: Components, target: Path, *args: object, **kwargs: object) -> None:
-        shutil.copytree(random_engine, target)
+    def stand_in(components: Components, folder: Path, *args: object, **kwargs: object) -> None:
+        shutil.copytree(random_engine, folder)
 
     monkeypatch.setattr(module, "build", stand_in)
-    assert find_or_build(random_components, "onnxruntime") == cached
+    assert find(random_components) == cached
     load_manifest(cached)
 
 
 @pytest.mark.usefixtures("no_build")
 def test_second_call_finds_the_first_build(cached: Path, random_components: Components) -> None:
-    assert find_or_build(random_components, "onnxruntime") == cached
+    assert find(random_components) == cached
 
 
 def test_a_damaged_cached_engine_is_reported_and_not_used(
@@ -140,19 +166,85 @@ def test_a_damaged_cached_engine_is_reported_and_not_used(
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     with caplog.at_level(logging.WARNING, "hcma_fast"):
-        assert cached_engine(random_components.weights_hash, "onnxruntime") is None
+        assert cached_engine(random_components.weights_hash, ORT) is None
     assert "align.onnx" in caplog.text
 
 
-def test_key_follows_weights_versions_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    key = engine_key("a", "onnxruntime")
-    assert key == engine_key("a", "onnxruntime")
-    assert key != engine_key("b", "onnxruntime")
-    monkeypatch.setattr(module, "onnxruntime_version", lambda: "0.0")
-    assert key != engine_key("a", "onnxruntime")
+def test_key_follows_weights_target_versions_and_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = key("a")
+    assert first == key("a")
+    others = [
+        key("b"),
+        key("a", precision="float16"),
+        key("a", batch=BatchRange(1, 1, 1)),
+        key("a", height=128),
+        key("a", backend="openvino"),
+    ]
+    monkeypatch.setattr("hcma_fast.export.target.onnxruntime_version", lambda: "0.0")
+    others.append(key("a"))
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_code_hash", lambda: "other")
-    assert key != engine_key("a", "onnxruntime")
+    monkeypatch.setattr(key_module, "code_hash", lambda: "other")
+    others.append(key("a"))
+    assert len({first, *others}) == 1 + len(others)
+
+
+def test_a_miss_says_what_differs(
+    cached: Path, random_components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "hcma_fast"):
+        other = Target(backend="onnxruntime", precision="float16")
+        assert cached_engine(random_components.weights_hash, other) is None
+    assert "another precision." in caplog.text
+
+
+def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (cached.parent / f".{cached.name}.part-abc").mkdir()
+    (cached.parent / "onnxruntime-broken").mkdir()
+    stale = cached.parent / "onnxruntime-stale"
+    shutil.copytree(random_engine, stale)
+    manifest = json.loads((stale / MANIFEST_FILE).read_text())
+    manifest["key_parts"]["libraries"] = "torch 1.0"
+    (stale / MANIFEST_FILE).write_text(json.dumps(manifest))
+    states = {entry.folder.name: entry.state for entry in list_cache()}
+    assert states == {
+        cached.name: "current",
+        f".{cached.name}.part-abc": "leftover",
+        "onnxruntime-broken": "damaged",
+        "onnxruntime-stale": "stale",
+    }
+    entry = next(entry for entry in list_cache() if entry.folder == stale)
+    assert entry.reason == "another libraries" and entry.size_bytes > 1000
+    held = FileLock(cached.with_name(f".{cached.name}.lock"))
+    with held.acquire():
+        # its build may still run
+        assert {path.name for path in prune_cache()} == {"onnxruntime-broken", "onnxruntime-stale"}
+    assert [path.name for path in prune_cache()] == [f".{cached.name}.part-abc"]
+    assert prune_cache(older_than_days=1) == [] and prune_cache(older_than_days=-1) == [cached]
+    assert list_cache() == []
+
+
+def test_engines_of_another_version_or_machine_are_refused(
+    random_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcma_fast.export.target.onnxruntime_version", lambda: "0.0")
+    with pytest.raises(EngineError, match=r"built with onnxruntime 1\.") as caught:
+        HCMAPipeline.from_pretrained(random_engine)
+    assert caught.value.exit_code == 6
+
+
+def test_equal_weights_are_stored_once(random_engine: Path, random_components: Components) -> None:
+    unet = sum(p.numel() * 4 for p in random_components.unet.parameters())
+    everything = sum(
+        sum(p.numel() * 4 for p in part.parameters())
+        for part in (
+            random_components.text_encoder,
+            random_components.aligner,
+            random_components.vae.decoder,
+        )
+    )
+    size = (random_engine / WEIGHTS_FILE).stat().st_size
+    # two UNet graphs and the grounding's share of them, in the space of one
+    assert size < 1.05 * (unet + everything)
 
 
 def test_cache_root_is_the_users_unless_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,20 +259,20 @@ def test_refuses_to_replace_what_it_did_not_write(
 ) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="not an engine folder"):
-        build(random_components, tmp_path, force=True)
+        build(random_components, tmp_path, ORT, force=True)
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
     with pytest.raises(InputError, match="--force"):
-        build(random_components, random_engine)
+        build(random_components, random_engine, ORT)
 
 
 def test_unknown_and_missing_backends(
     random_components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(BackendError, match="Backends: onnxruntime"):
-        build(random_components, tmp_path / "x", "caffe")
+        Target(backend="caffe")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install .*hcma-fast\[cpu\]"):
-        build(random_components, tmp_path / "x")
+        build(random_components, tmp_path / "x", ORT)
     assert not (tmp_path / "x").exists()
 
 
@@ -189,18 +281,18 @@ def test_unwritable_places_are_typed_errors(
 ) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="--out"):
-        build(random_components, tmp_path / "file" / "engine")
+        build(random_components, tmp_path / "file" / "engine", ORT)
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="HCMA_FAST_CACHE"):
-        find_or_build(random_components, "onnxruntime")
+        find(random_components)
 
 
 def test_a_failed_validation_leaves_nothing(
     random_components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "measure", lambda *args, **kwargs: 0.5)
+    monkeypatch.setattr(build_module, "measure", lambda *args, **kwargs: 0.5)
     with pytest.raises(EngineError, match="text_encoder does not agree"):
-        build(random_components, tmp_path / "engine")
+        build(random_components, tmp_path / "engine", ORT)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -212,10 +304,12 @@ def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     script = (
-        "import sys; from hcma_fast.export.build import find_or_build\n"
+        "import sys; from hcma_fast.export.cache import find_or_build\n"
+        "from hcma_fast.export.target import Target\n"
         "from hcma_fast.models.weights import load_components\n"
         "tell = lambda graph, stage: print(graph, stage, flush=True)\n"
-        "find_or_build(load_components(sys.argv[1]), 'onnxruntime', progress=tell)"
+        "parts = load_components(sys.argv[1])\n"
+        "find_or_build(parts.weights_hash, lambda: parts, Target('onnxruntime'), progress=tell)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", script, str(random_checkpoint)],
@@ -231,17 +325,17 @@ def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     process.stdout.close()
-    folder = cached_folder(random_components.weights_hash, "onnxruntime")
+    folder = cached_folder(random_components.weights_hash, ORT)
     leftovers = [path for path in cache.iterdir() if path.is_dir()]
     assert len(leftovers) == 1 and leftovers[0].name.startswith(f".{folder.name}.part-")
-    assert cached_engine(random_components.weights_hash, "onnxruntime") is None
+    assert cached_engine(random_components.weights_hash, ORT) is None
 
-    def stand_in(components: Components, target: Path, *args: object, **kwargs: object) -> None:
-        shutil.copytree(random_engine, target)
+    def stand_in(components: Components, folder: Path, *args: object, **kwargs: object) -> None:
+        shutil.copytree(random_engine, folder)
 
     monkeypatch.setattr(module, "build", stand_in)
     started = time.monotonic()
-    assert find_or_build(random_components, "onnxruntime") == folder
+    assert find(random_components) == folder
     assert time.monotonic() - started < 60, "the lock of a killed process must not be waited for"
     assert not leftovers[0].exists()
 
@@ -251,4 +345,4 @@ def test_the_lock_is_free_again_after_each_call(
     cached: Path, random_components: Components
 ) -> None:
     for _ in range(3):
-        assert find_or_build(random_components, "onnxruntime") == cached
+        assert find(random_components) == cached

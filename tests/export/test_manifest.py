@@ -50,7 +50,7 @@ def test_damaged_files_are_found_before_anything_is_read(
     "values",
     [
         {"surprise": 1},
-        {"format": 2},
+        {"format": 1},
         {"graphs": {}},
         {"graphs": None},
         {"files": {}},

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export import session as session_module
-from hcma_fast.export.build import _check_names
+from hcma_fast.export.compile import _check_names
 from hcma_fast.export.graphs import random_inputs
 from hcma_fast.export.session import open_session
-from hcma_fast.export.validate import TOLERANCE_FLOAT32, measure
+from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.models.weights import Components
 from hcma_fast.specs import IOSpec, TensorSpec
 
@@ -40,7 +40,9 @@ def test_equal_graphs_have_no_error() -> None:
 
 def test_small_and_large_errors_are_measured() -> None:
     assert run(lambda image: image * 1.01) == pytest.approx(0.01, rel=1e-3)
-    assert run(lambda image: image + (torch.arange(len(image)) == 4)[:, None]) > TOLERANCE_FLOAT32
+    assert (
+        run(lambda image: image + (torch.arange(len(image)) == 4)[:, None]) > TOLERANCES["float32"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.layout import Layout
+from hcma_fast.models.unet import Grounding
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.eager import EagerEngine
@@ -35,19 +36,24 @@ def build(parts: Components, negatives: list[str] | None) -> Conditioning:
 def test_unconditional_half_comes_first_and_is_not_grounded(random_components: Components) -> None:
     parts, given = random_components, build(random_components, NEGATIVES)
     hidden, pooled = encode(parts, PROMPTS)
-    torch.testing.assert_close(given.encoder_hidden_states[:2], encode(parts, NEGATIVES)[0])
-    torch.testing.assert_close(given.encoder_hidden_states[2:], hidden)
     torch.testing.assert_close(given.caption_embedding, pooled)
-    boxes = torch.from_numpy(LAYOUTS[0].padded()[0])[None]
-    gligen = {"boxes": boxes, "positive_embeddings": given.label_embeddings[:1]}
-    mask = given.region_mask[:1]
-    null = parts.unet.position_net(masks=torch.zeros_like(mask), **gligen)
-    grounded = parts.unet.position_net(masks=mask, **gligen)
-    torch.testing.assert_close(given.grounding_tokens[:1], null)
-    torch.testing.assert_close(given.grounding_tokens[2:3], grounded)
-    assert (null - grounded)[:, :3].abs().amax(-1).min() > 1e-3
+    boxes = torch.stack([torch.from_numpy(layout.padded()[0]) for layout in LAYOUTS])
+    grounding = Grounding(parts.unet, parts.aligner)
+
+    def expect(hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return grounding(boxes, mask, given.label_embeddings, hidden)  # type: ignore[no-any-return]
+
+    mask = given.region_mask
+    text, objects, regions = expect(hidden, mask)
+    torch.testing.assert_close(given.text_context[2:], text)
+    torch.testing.assert_close(given.grounding_context[2:], objects)
+    torch.testing.assert_close(given.regions, regions)
+    text, null, _ = expect(encode(parts, NEGATIVES)[0], torch.zeros_like(mask))
+    torch.testing.assert_close(given.text_context[:2], text)
+    torch.testing.assert_close(given.grounding_context[:2], null)
+    assert (null - objects)[0, :3].abs().amax(-1).min() > 1e-3
     # an image without boxes has the null tokens in both halves
-    torch.testing.assert_close(given.grounding_tokens[1], given.grounding_tokens[3])
+    torch.testing.assert_close(given.grounding_context[1], given.grounding_context[3])
 
 
 @torch.no_grad()
@@ -61,6 +67,6 @@ def test_each_slot_has_its_own_phrase(random_components: Components) -> None:
 
 def test_without_guidance_there_is_one_half(random_components: Components) -> None:
     alone, both = build(random_components, None), build(random_components, NEGATIVES)
-    assert len(alone.encoder_hidden_states) == len(alone.grounding_tokens) == 2
-    torch.testing.assert_close(alone.encoder_hidden_states, both.encoder_hidden_states[2:])
-    torch.testing.assert_close(alone.grounding_tokens, both.grounding_tokens[2:])
+    assert len(alone.text_context) == len(alone.grounding_context) == 2
+    torch.testing.assert_close(alone.text_context, both.text_context[2:])
+    torch.testing.assert_close(alone.grounding_context, both.grounding_context[2:])

@@ -11,12 +11,14 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH, AlignmentSettings
+from hcma_fast.errors import InputError
+from hcma_fast.models.step import step_plan
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning, Schedule, StepLosses, sample
+from hcma_fast.runtime.sampler import Conditioning, Schedule, StepLosses, sample, sample_fused
 from hcma_fast.schedule import eta_table, plms_table
-from hcma_fast.specs import GraphName, IOSpec
+from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName, IOSpec
 
 BATCH, STEPS = 2, 10
 
@@ -64,15 +66,20 @@ def scene(random_components: Components) -> dict[str, Tensor]:
 def condition(
     engines: Mapping[GraphName, Engine], scene: Mapping[str, Tensor], guided: bool
 ) -> Conditioning:
-    boxes = {"boxes": scene["boxes"], "label_embeddings": scene["labels"]}
-    grounded = engines["grounding"]({**boxes, "region_mask": scene["mask"]})
-    tokens, hidden = grounded["grounding_tokens"], scene["cond"]
-    if guided:
-        null = engines["grounding"]({**boxes, "region_mask": torch.zeros_like(scene["mask"])})
-        tokens = torch.cat([null["grounding_tokens"], tokens])
-        hidden = torch.cat([scene["uncond"], hidden])
+    fixed = {"boxes": scene["boxes"], "label_embeddings": scene["labels"]}
+    cond = {"region_mask": scene["mask"], "encoder_hidden_states": scene["cond"]}
+    null = {
+        "region_mask": torch.zeros_like(scene["mask"]),
+        "encoder_hidden_states": scene["uncond"],
+    }
+    halves = [
+        engines["grounding"]({**fixed, **half}) for half in ([null, cond] if guided else [cond])
+    ]
+    text, objects = (
+        torch.cat([half[name] for half in halves]) for name in ("text_context", "grounding_context")
+    )
     return Conditioning(
-        hidden, tokens, scene["caption"], scene["labels"], grounded["regions"], scene["mask"]
+        text, objects, scene["caption"], scene["labels"], halves[-1]["regions"], scene["mask"]
     )
 
 
@@ -219,3 +226,42 @@ def test_the_hook_sees_every_evaluation_and_may_replace_the_latent(
     z, _ = sample(engines, scene["noise"], conditioning, schedule(eta0=0.0), hook)
     assert seen == list(range(STEPS + 1))
     assert z.abs().max() == 0
+
+
+@pytest.mark.parametrize("window", [(0.0, 1.0), (0.2, 0.6)])
+@pytest.mark.parametrize("beta", [1.0, 0.4])
+def test_fused_steps_equal_separate_graphs(
+    random_components: Components,
+    engines: dict[GraphName, Engine],
+    scene: dict[str, Tensor],
+    window: tuple[float, float],
+    beta: float,
+) -> None:
+    specs = random_components.specs()
+    steps = {n: EagerEngine(random_components.graph(n), specs[n]) for n in STEP_NAMES}
+    plan, given = schedule(2.0, beta=beta, window=window), condition(engines, scene, guided=True)
+    expected, losses = sample(engines, scene["noise"], given, plan)
+    seen: list[int] = []
+
+    def watch(k: int, z: Tensor) -> Tensor:
+        seen.append(k)
+        return z
+
+    found, fused = sample_fused({**engines, **steps}, scene["noise"], given, plan, watch)
+    assert seen == list(range(STEPS + 1))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for one, other in zip(fused, losses, strict=True):
+        assert (one.step, one.timestep) == (other.step, other.timestep)
+        torch.testing.assert_close(one.loss_local, other.loss_local, rtol=1e-3, atol=1e-4)
+
+
+def test_a_plan_has_a_row_per_evaluation() -> None:
+    table = plms_table(STEPS)
+    with pytest.raises(InputError, match="one alignment rate per evaluation"):
+        step_plan(table, torch.zeros(STEPS))
+    longest = plms_table(999)
+    plan = step_plan(longest, eta_table(999, AlignmentSettings()))
+    assert (
+        plan.shape == (PLAN_ROWS, PLAN_COLUMNS)
+        and plan[:, 0].tolist() == longest.timesteps.tolist()
+    )

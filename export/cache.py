@@ -1,0 +1,202 @@
+"""The user's cache of engine folders: find, build once, list, prune."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+
+from hcma_fast.config import cache_root
+from hcma_fast.errors import EngineError, HcmaError, InputError
+from hcma_fast.export.build import Progress, build
+from hcma_fast.export.key import key_of, key_parts
+from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
+from hcma_fast.export.target import Target
+from hcma_fast.models.weights import ModelSource
+
+_log = logging.getLogger("hcma_fast")
+_KEY_LETTERS = 24
+
+
+def cached_folder(weights_hash: str, target: Target) -> Path:
+    """The folder in the user's cache where the engine is, or would be."""
+    key = key_of(key_parts(weights_hash, target))
+    return cache_root() / f"{target.backend}-{key[:_KEY_LETTERS]}"
+
+
+def cached_engine(weights_hash: str, target: Target) -> Path | None:
+    """The engine folder in the user's cache, checked; None when it is missing or damaged.
+
+    The log says why: what is damaged, or what the nearest engine in the cache differs in.
+    """
+    folder = cached_folder(weights_hash, target)
+    if not (folder / MANIFEST_FILE).is_file():
+        differs = _nearest_difference(key_parts(weights_hash, target))
+        if differs:
+            _log.info("The engines in the cache are for another %s.", " and ".join(differs))
+        return None
+    try:
+        load_manifest(folder)
+    except EngineError as error:
+        _log.warning("The cached engine is built again. %s", error)
+        return None
+    return folder
+
+
+def find_or_build(
+    weights_hash: str,
+    load: Callable[[], ModelSource],
+    target: Target,
+    *,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> Path:
+    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
+
+    Two processes that want the same engine build it once: the second waits for the first.
+
+    Args:
+        load: gives the model, when there is something to build.
+
+    Raises:
+        InputError: the cache cannot be written.
+        BackendError, EngineError, DeviceMemoryError: see :func:`hcma_fast.export.build.build`.
+    """
+    folder = cached_folder(weights_hash, target)
+    if not force and (found := cached_engine(weights_hash, target)) is not None:
+        return found
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
+    except OSError as error:
+        raise InputError(
+            f"the engine cache cannot be written: {error.strerror}",
+            value=str(folder.parent),
+            remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
+        ) from error
+    with held:
+        if force or cached_engine(weights_hash, target) is None:
+            # what a killed build left; the lock says that nobody is at work on it
+            for leftover in folder.parent.glob(f".{folder.name}.*-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            if not (folder / MANIFEST_FILE).is_file():
+                # half an engine, after somebody's clean-up
+                shutil.rmtree(folder, ignore_errors=True)
+            build(load(), folder, target, progress=progress, force=True)
+    return folder
+
+
+class CacheEntry(BaseModel):
+    """One folder of the cache."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    state: Literal["current", "stale", "damaged", "leftover"]
+    """stale: of other versions or another machine, so it is never found; leftover: of a build that
+    was killed"""
+    reason: str
+    backend: str | None
+    precision: str | None
+    preset: str | None
+    size_bytes: int
+    age_days: float
+
+
+def list_cache() -> list[CacheEntry]:
+    """All folders in the cache, the newest first. Files are not hashed."""
+    root = cache_root()
+    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    return sorted((_entry(folder) for folder in folders), key=lambda entry: entry.age_days)
+
+
+def prune_cache(*, older_than_days: float | None = None, everything: bool = False) -> list[Path]:
+    """Remove what can no longer be used, and what is older than asked; returns what was removed.
+
+    A folder that somebody builds at this moment is left alone.
+
+    Raises:
+        InputError: a folder cannot be removed.
+    """
+    removed = []
+    for entry in list_cache():
+        old = older_than_days is not None and entry.age_days > older_than_days
+        if not (everything or old or entry.state != "current"):
+            continue
+        # .NAME.part-xyz and NAME belong to the lock .NAME.lock
+        name = entry.folder.name.lstrip(".").split(".")[0]
+        lock = FileLock(entry.folder.with_name(f".{name}.lock"), blocking=False)
+        try:
+            with lock:
+                shutil.rmtree(entry.folder)
+        except TimeoutError:
+            _log.warning("%s is left: it is being built.", entry.folder)
+            continue
+        except OSError as error:
+            raise InputError(
+                f"an engine cannot be removed: {error.strerror}",
+                value=str(entry.folder),
+                remedy="Remove it by hand.",
+            ) from error
+        removed.append(entry.folder)
+    return removed
+
+
+def _entry(folder: Path) -> CacheEntry:
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    manifest, state, reason = _judge(folder)
+    return CacheEntry(
+        folder=folder,
+        state=state,
+        reason=reason,
+        backend=manifest.backend if manifest else None,
+        precision=manifest.precision if manifest else None,
+        preset=manifest.info.preset if manifest else None,
+        size_bytes=size,
+        age_days=(time.time() - folder.stat().st_mtime) / 86400,
+    )
+
+
+def _judge(
+    folder: Path,
+) -> tuple[Manifest | None, Literal["current", "stale", "damaged", "leftover"], str]:
+    if folder.name.startswith("."):
+        return None, "leftover", "of a build that did not end"
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+    except (OSError, ValueError) as error:
+        return None, "damaged", f"manifest: {type(error).__name__}"
+    try:
+        parts = key_parts(manifest.weights_hash, manifest.target)
+    except HcmaError as error:  # the backend is gone
+        return manifest, "stale", str(error.what)
+    differs = [name for name, value in parts.items() if manifest.key_parts.get(name) != value]
+    if differs:
+        return manifest, "stale", f"another {' and '.join(differs)}"
+    return manifest, "current", ""
+
+
+def _nearest_difference(parts: dict[str, str]) -> list[str]:
+    """In what the most similar engine of the cache differs; nothing when there is no engine."""
+    found = [
+        [name for name, value in parts.items() if other.get(name) != value]
+        for other in _all_key_parts()
+    ]
+    return min(found, key=len, default=[])
+
+
+def _all_key_parts() -> Iterator[dict[str, Any]]:
+    for path in cache_root().glob(f"*/{MANIFEST_FILE}"):
+        try:
+            parts = json.loads(path.read_bytes())["key_parts"]
+        except (OSError, ValueError, KeyError):
+            continue
+        if isinstance(parts, dict):
+            yield parts

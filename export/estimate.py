@@ -1,0 +1,66 @@
+"""What a build will take, before it starts: refused then rather than after minutes."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from hcma_fast.errors import DeviceMemoryError, InputError
+from hcma_fast.export.target import TRT_LIBRARIES, Target
+from hcma_fast.models.weights import ModelSource
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_LIBRARIES_BYTES = 1_000_000_000
+"""torch, the exporter and the backend themselves, and graphs without their weights"""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Upper bounds, from the counts of parameters."""
+
+    disk_bytes: int
+    memory_bytes: int
+
+
+def estimate(source: ModelSource, target: Target) -> Estimate:
+    """Disk and memory that building for ``target`` takes at its peak."""
+    counts = source.parameter_counts()
+    size = 4 if target.backend == "openvino" else _BYTES[target.precision]
+    # the two UNet graphs share their weights in ONNX; a compiled engine holds its own
+    shared = sum(n for name, n in counts.items() if name != "unet_plain") * size
+    engines = sum(counts.values()) * size if target.native else 0
+    # torch's weights in float32 and those of the export, and a session with both of its own
+    largest = max(counts.values())
+    held = 4 + (0 if size == 4 else size) + (4 if size == 4 else 6)
+    if target.backend in TRT_LIBRARIES:
+        held = max(held, 4 + 3 * size)
+    return Estimate(shared + engines, largest * held + _LIBRARIES_BYTES)
+
+
+def check_resources(source: ModelSource, target: Target, folder: Path) -> None:
+    """Refuse a build that will not fit.
+
+    Raises:
+        InputError: too little disk where ``folder`` will be.
+        DeviceMemoryError: too little memory.
+    """
+    needs = estimate(source, target)
+    place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needs.disk_bytes:
+        raise InputError(
+            f"the build needs about {needs.disk_bytes / 2**30:.1f} GiB of disk, "
+            f"{free / 2**30:.1f} GiB are free",
+            value=str(place),
+            remedy="Make room (hcma-fast cache prune), or choose another folder with --out.",
+        )
+    available = psutil.virtual_memory().available
+    if available < needs.memory_bytes:
+        raise DeviceMemoryError(
+            f"the build needs about {needs.memory_bytes / 2**30:.1f} GiB of memory, "
+            f"{available / 2**30:.1f} GiB are free",
+            remedy="Close other programs, or build on a larger machine.",
+        )

@@ -1,0 +1,152 @@
+"""OpenVINO models on the CPU, at the precision that was asked for; never a silent fallback."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError
+from hcma_fast.specs import IOSpec
+
+OpenVINOPrecision = Literal["float32", "bfloat16"]
+#: ours -> how a device lists it, how a compiled model reports it
+_PRECISIONS = {"float32": ("FP32", "f32"), "bfloat16": ("BF16", "bf16")}
+
+
+def openvino_version() -> str:
+    """Version of the installed OpenVINO.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    return str(_openvino().__version__)
+
+
+def open_model(
+    path: Path, *, precision: OpenVINOPrecision = "float32", threads: int | None = None
+) -> Any:
+    """An ``openvino.CompiledModel`` of the ONNX file at ``path``, tuned for latency.
+
+    Args:
+        precision: of the products inside; inputs and outputs keep the file's dtypes.
+        threads: default: all cores.
+
+    Raises:
+        BackendError: OpenVINO is missing, or would compute in another precision on this CPU.
+        EngineError: the file cannot be read as a graph.
+        DeviceMemoryError: the host has no memory left.
+    """
+    openvino = _openvino()
+    core = openvino.Core()
+    listed, hint = _PRECISIONS[precision]
+    if listed not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise _no_precision(precision)
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": hint,
+        "PERFORMANCE_HINT": "LATENCY",
+        **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
+    }
+    try:
+        # by name: read_model would try every format that it knows on a file that is none
+        frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+        model = frontend.convert(frontend.load(str(path)))
+        _part_shared_weights(openvino, model)
+        compiled = core.compile_model(model, "CPU", options)
+    except Exception as error:  # OpenVINO raises plain RuntimeError for most, not for all
+        if is_out_of_memory(error):
+            raise DeviceMemoryError(
+                "out of memory while OpenVINO compiles a graph",
+                value=str(path),
+                remedy="Close other programs, or use a smaller model.",
+            ) from error
+        raise EngineError(
+            f"OpenVINO cannot read this graph ({_reason(error)})",
+            value=str(path),
+            remedy="Build it again: hcma-fast build --force.",
+        ) from error
+    if compiled.get_property("INFERENCE_PRECISION_HINT").to_string() != hint:
+        raise _no_precision(precision)
+    return compiled
+
+
+def runner(compiled: Any, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """A function that runs ``compiled`` on CPU tensors, from any thread.
+
+    Inputs are read where they lie. Outputs are copied out of OpenVINO's buffers, which the next
+    call overwrites, so that they are the caller's.
+    """
+    request = compiled.create_infer_request()
+    lock = threading.Lock()  # a request serves one call at a time
+
+    def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        feed = {name: inputs[name].contiguous().numpy() for name in spec.input_names}
+        with lock:
+            found = request.infer(feed, share_inputs=True, share_outputs=False)
+        return {name: torch.from_numpy(found[name]) for name in spec.output_names}
+
+    return run
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether OpenVINO means by ``error`` that the host has no memory left."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or any(
+        sign in text for sign in ("bad_alloc", "out of memory", "allocate", "create a memory")
+    )
+
+
+def _part_shared_weights(openvino: Any, model: Any) -> None:
+    """Give each use of a square weight a copy of its own.
+
+    OpenVINO's CPU plugin (2026.4) packs a weight once per address and shape. Where a graph
+    multiplies by a square weight and by its transpose, as every gradient does, the second product
+    silently gets the first one's packing. tests/runtime/test_openvino.py shows it.
+    """
+    seen = set()
+    for node in model.get_ops():
+        if node.get_type_name() != "Constant":
+            continue
+        shape = tuple(node.get_output_shape(0))
+        if len(shape) < 2 or shape[-1] != shape[-2]:
+            continue
+        address = node.data.ctypes.data
+        for use in node.output(0).get_target_inputs():
+            if address in seen:
+                use.replace_source_output(_copy(openvino, node).output(0))
+            seen.add(address)
+
+
+def _copy(openvino: Any, constant: Any) -> Any:
+    # numpy has no bfloat16 and shows its bits as float16: the type must come from the constant
+    own = openvino.Tensor(constant.get_element_type(), constant.get_output_shape(0))
+    own.data[...] = constant.data
+    return openvino.op.Constant(own, shared_memory=True)
+
+
+def _openvino() -> Any:
+    try:
+        import openvino
+        import openvino.frontend
+    except ImportError as error:
+        raise BackendError(
+            "the backend openvino is not installed", remedy='Run pip install "hcma-fast[cpu]".'
+        ) from error
+    return openvino
+
+
+def _no_precision(precision: str) -> BackendError:
+    return BackendError(
+        "OpenVINO cannot compute at this precision on this CPU",
+        value=precision,
+        remedy="Use float32.",
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The last line of OpenVINO's message, which says what; those before say where."""
+    return str(error).strip().splitlines()[-1][:200]

@@ -1,0 +1,64 @@
+"""A graph's module in half precision, with the parts that need it left in float32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from hcma_fast.specs import GraphName
+
+Precision = Literal["float32", "float16", "bfloat16"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+#: Runs once per image, and holds what half precision is too coarse for: Fourier features of the
+#: boxes and exact cell coverage.
+_FLOAT32_GRAPHS = ("grounding",)
+
+
+def at_precision(name: GraphName, module: nn.Module, precision: Precision) -> nn.Module:
+    """``module`` itself for float32, else a copy with weights and products in half precision.
+
+    Inputs and outputs stay float32, and inside the norms, softmax, cosine losses and the update
+    of the latent. The models cast where they meet (``.to(weight.dtype)``).
+    """
+    if precision == "float32" or name in _FLOAT32_GRAPHS:
+        return module
+    dtype = getattr(torch, precision)
+    converted = copy.deepcopy(module).to(dtype)
+    _restore_norms(converted)
+    return converted
+
+
+def _restore_norms(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.LayerNorm | nn.GroupNorm):
+            setattr(module, name, _Float32Norm(child))
+        else:
+            _restore_norms(child)
+
+
+class _Float32Norm(nn.Module):
+    """LayerNorm or GroupNorm that computes in float32; its few weights are kept in half precision.
+
+    The libraries look at the dtype of such weights to know their own.
+    """
+
+    def __init__(self, norm: nn.LayerNorm | nn.GroupNorm) -> None:
+        super().__init__()
+        self.weight, self.bias = norm.weight, norm.bias
+        self.compute: Callable[..., Tensor] = (
+            partial(F.group_norm, num_groups=norm.num_groups, eps=norm.eps)
+            if isinstance(norm, nn.GroupNorm)
+            else partial(F.layer_norm, normalized_shape=norm.normalized_shape, eps=norm.eps)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return self.compute(x.float(), weight=weight, bias=bias).to(x.dtype)

@@ -1,0 +1,131 @@
+"""What engines are built for: backend, precision, batch sizes, image size, GPU architectures."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.export.openvino_model import openvino_version
+from hcma_fast.export.precision import PRECISIONS, Precision
+from hcma_fast.export.session import onnxruntime_version
+from hcma_fast.export.trt_engine import TRTLibrary, check_architectures, trt_version
+from hcma_fast.specs import ANY_BATCH, GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName
+
+Backend = Literal["onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx"]
+COMPILED_BACKENDS: tuple[Backend, ...] = get_args(Backend)
+TRT_LIBRARIES: tuple[TRTLibrary, ...] = get_args(TRTLibrary)
+
+#: What each can compute in. OpenVINO rounds float32 graphs to bfloat16 itself, where the CPU has it
+_PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
+    "onnxruntime": ("float32", "float16"),
+    "openvino": ("float32", "bfloat16"),
+    "torch-compile": PRECISIONS,
+    "tensorrt": ("float32", "float16"),
+    "tensorrt-rtx": ("float32", "float16"),
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """What to build for. Checked when it is made, before anything is loaded.
+
+    Args:
+        batch: images at once; with guidance the UNet's batch is twice that.
+        height, width: of the images, in pixels; None for the size that the model was trained at.
+        architectures: NVIDIA GPUs, such as "sm89"; for tensorrt-rtx.
+        workspace_mib, strip_weights: see ``trt_engine.TRTOptions``.
+        fuse: "step" adds graphs that do a whole evaluation, see ``models.step``.
+
+    Raises:
+        BackendError: unknown backend, or a precision or architecture that it lacks.
+        UsageError: an option that the backend does not have.
+    """
+
+    backend: str
+    precision: Precision = "float32"
+    batch: BatchRange = ANY_BATCH
+    height: int | None = None
+    width: int | None = None
+    architectures: tuple[str, ...] = ()
+    workspace_mib: int | None = None
+    strip_weights: bool = False
+    fuse: Literal["none", "step"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.backend not in COMPILED_BACKENDS:
+            raise BackendError(
+                "engines cannot be built for this backend",
+                value=self.backend,
+                remedy=f"Backends: {', '.join(COMPILED_BACKENDS)}.",
+            )
+        if self.fuse not in ("none", "step"):
+            raise UsageError(
+                "unknown fusion of graphs", value=self.fuse, remedy="Use none or step."
+            )
+        possible = _PRECISIONS[self.backend]
+        if self.precision not in possible:
+            raise BackendError(
+                f"the backend {self.backend} does not compute in this precision",
+                value=self.precision,
+                remedy=f"Use one of {', '.join(possible)}.",
+            )
+        if self.backend in TRT_LIBRARIES:
+            check_architectures(self.backend, self.architectures)
+        elif self.architectures or self.strip_weights or self.workspace_mib is not None:
+            raise UsageError(
+                "architectures, workspace and stripped weights are options of TensorRT",
+                value=self.backend,
+                remedy=f"Leave them out, or use one of {', '.join(TRT_LIBRARIES)}.",
+            )
+
+    @property
+    def graph_names(self) -> tuple[GraphName, ...]:
+        """What is built."""
+        return GRAPH_NAMES + (STEP_NAMES if self.fuse == "step" else ())
+
+    @property
+    def native(self) -> bool:
+        """The engines are code for one kind of machine, rather than ONNX graphs."""
+        return self.backend not in ("onnxruntime", "openvino")
+
+
+def backend_version(backend: str) -> str:
+    """Version of what runs the engines, which are not used with another one.
+
+    Raises:
+        BackendError: it is not installed.
+    """
+    if backend == "onnxruntime":
+        return onnxruntime_version()
+    if backend == "openvino":
+        return openvino_version()
+    if backend in TRT_LIBRARIES:
+        return trt_version(backend)
+    return str(torch.__version__)
+
+
+def machine(target: Target) -> str:
+    """What native code is tied to: the GPUs or, for CPU code, the CPU's instructions."""
+    if not target.native:
+        return "any"
+    if target.backend == "torch-compile":
+        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+    if target.architectures:
+        return " ".join(target.architectures)
+    return f"{torch.cuda.get_device_name()} driver {_driver()}" if _has_gpu() else "no GPU"
+
+
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+def _driver() -> str:
+    with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as file:
+        return file.readline().split("  ")[1]
+    return os.environ.get("NVIDIA_DRIVER_VERSION", "unknown")

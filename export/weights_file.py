@@ -1,0 +1,122 @@
+"""The weights of all graphs of a folder, in one file: what two graphs share is written once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+from typing import Self
+
+import onnx
+import onnx_ir as ir
+from onnx.external_data_helper import uses_external_data
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+from hcma_fast.errors import EngineError
+
+WEIGHTS_FILE = "weights.bin"
+_SMALL_BYTES = 1024
+"""tensors up to this size stay in the graph, where shape inference needs them"""
+_ALIGNMENT = 64
+"""of each tensor in the file, for loaders that map it into memory"""
+
+
+class WeightsFile:
+    """Moves the weights of graphs into ``folder/weights.bin``; a context manager."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[bytes, tuple[int, int]] = {}
+
+    def __enter__(self) -> Self:
+        self._file = (self.folder / WEIGHTS_FILE).open("wb")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def save(self, model: ir.Model, path: Path) -> None:
+        """Write ``model`` to ``path``, in this folder, and what it weighs to the shared file."""
+        for initializer in model.graph.initializers.values():
+            tensor = initializer.const_value
+            if tensor is None or tensor.nbytes <= _SMALL_BYTES:
+                continue
+            offset, length = self._place(tensor)
+            initializer.const_value = ir.ExternalTensor(
+                WEIGHTS_FILE,
+                offset,
+                length,
+                tensor.dtype,
+                shape=ir.Shape(tensor.shape.numpy()),
+                name=initializer.name or "",
+                base_dir=self.folder,
+            )
+        self._file.flush()
+        # where each node comes from in torch and in this file system: half of the graph's size
+        ClearMetadataAndDocStringPass()(model)
+        ir.save(model, path)
+
+    def _place(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
+        data = tensor.tobytes()
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._places:
+            padding = -self._file.tell() % _ALIGNMENT
+            self._file.write(bytes(padding))
+            self._places[digest] = (self._file.tell(), len(data))
+            self._file.write(data)
+        return self._places[digest]
+
+
+def check_external_data(path: Path) -> None:
+    """Refuse a graph that reads its weights from anywhere but plain files of its own folder.
+
+    Raises:
+        EngineError: it is no ONNX file, or names a file that is absolute, outside of the folder,
+            missing, a symbolic or hard link, or shorter than what the graph wants from it.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf and onnx raise kinds of their own
+        raise _refuse("this file is not an ONNX graph", path) from error
+    for tensor in _tensors(model):
+        if not uses_external_data(tensor):
+            continue
+        entries = {entry.key: entry.value for entry in tensor.external_data}
+        location = PurePosixPath(entries.get("location", ""))
+        file = path.parent / location
+        if location.is_absolute() or len(location.parts) != 1 or location.parts[0] == "..":
+            raise _refuse("a graph reads weights outside of its folder", str(location))
+        if file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1:
+            raise _refuse("a graph's weights are missing, or a link", str(file))
+        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        if end > file.stat().st_size:
+            raise _refuse("a graph's weights are cut off", str(file))
+
+
+def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Every tensor of the model, those of attributes and of graphs inside of nodes included."""
+    found: list[onnx.TensorProto] = []
+
+    def visit(nodes: object) -> None:
+        for node in nodes:  # type: ignore[attr-defined]
+            for attribute in node.attribute:
+                found.extend([attribute.t, *attribute.tensors])
+                for graph in (attribute.g, *attribute.graphs):
+                    found.extend(graph.initializer)
+                    visit(graph.node)
+
+    found.extend(model.graph.initializer)
+    visit(model.graph.node)
+    for function in model.functions:
+        visit(function.node)
+    return found
+
+
+def _refuse(problem: str, value: object) -> EngineError:
+    return EngineError(
+        f"this engine folder cannot be used: {problem}",
+        value=str(value),
+        remedy="Build it again: hcma-fast build --out FOLDER --force.",
+    )

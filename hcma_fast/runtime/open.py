@@ -1,0 +1,112 @@
+"""From an engine folder to engines, and which backend to take when the user leaves it open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
+from hcma_fast.export.openvino_model import OpenVINOPrecision
+from hcma_fast.export.target import TRT_LIBRARIES
+from hcma_fast.export.validate import measure
+from hcma_fast.models.weights import ModelSource
+from hcma_fast.runtime.compiled import CompiledEngine
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.openvino import OpenVINOEngine
+from hcma_fast.runtime.ort import OrtEngine
+from hcma_fast.runtime.trt import TRTEngine
+from hcma_fast.specs import GraphName
+
+_MODULES = {
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+}
+
+
+def choose_backend() -> tuple[str, str]:
+    """The backend for ``auto``, by what is installed and if there is a GPU: its name, and why.
+
+    Raises:
+        BackendError: no compiled backend is installed.
+    """
+    gpu = torch.cuda.is_available()
+    order = [*(TRT_LIBRARIES if gpu else ()), "onnxruntime", "openvino"]
+    there = f"torch finds {'an NVIDIA GPU' if gpu else 'no NVIDIA GPU'}"
+    for name in order:
+        if find_spec(_MODULES[name]) is not None:
+            skipped = order[: order.index(name)]
+            missing = f"; {', '.join(skipped)} not installed" if skipped else ""
+            return name, f"{there}, and {name} is installed{missing}"
+    raise BackendError(
+        "no compiled backend is installed",
+        remedy='Run pip install "hcma-fast[cpu]", or use backend="eager".',
+    )
+
+
+def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphName, Engine]:
+    """All engines of a folder whose hashes :func:`load_manifest` has checked.
+
+    Raises:
+        BackendError: the backend is not installed, or does not run on ``device``.
+        EngineError: the folder is of another version or machine.
+        DeviceMemoryError: out of memory.
+    """
+    check_usable(manifest)
+    return {name: _open(folder, manifest, name, device) for name in manifest.graphs}
+
+
+def _open(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Engine:
+    record, backend = manifest.graphs[name], manifest.backend
+    file = folder / record.file
+    if backend in TRT_LIBRARIES:
+        onnx = file.with_suffix(".onnx") if manifest.target.strip_weights else None
+        return TRTEngine(file, record.spec, backend, weights_onnx=onnx)
+    if backend == "onnxruntime":
+        return OrtEngine(file, record.spec, device=device)
+    if backend == "openvino":
+        precision = cast(OpenVINOPrecision, manifest.precision)
+        return OpenVINOEngine(file, record.spec, precision=precision)
+    return CompiledEngine(file, record.spec)
+
+
+def default_device(backend: str) -> str:
+    """Where a backend's engines run unless the user says otherwise."""
+    return "cuda" if backend in TRT_LIBRARIES else "cpu"
+
+
+def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, GraphRecord, float]]:
+    """Compare every engine of a folder with torch again: graph, its record, relative error now.
+
+    Raises:
+        EngineError: the folder is damaged, of another version, or of other weights.
+    """
+    manifest = load_manifest(folder)
+    if manifest.weights_hash != source.weights_hash:
+        raise EngineError(
+            "these engines were built from other weights than those of the model",
+            value=manifest.weights_hash[:16],
+            remedy="Name the model that they were built from with --model.",
+        )
+    device, target = default_device(manifest.backend), manifest.target
+    engines = open_engines(folder, manifest, device)
+    for name, engine in engines.items():
+        module = source.graph(name, target.height, target.width)
+        error = measure(
+            engine.spec,
+            module,
+            lambda inputs, engine=engine: {  # type: ignore[misc]
+                key: value.cpu()
+                for key, value in engine(
+                    {key: value.to(device) for key, value in inputs.items()}
+                ).items()
+            },
+            vocabulary=len(source.tokenizer),
+        )
+        yield name, manifest.graphs[name], error
