@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import redirect_stdout
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
+from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
 from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -35,7 +36,7 @@ _BUILDING = "Building engines, once for this model; the next run finds them in t
 def speed(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
     backend: Annotated[
-        list[str] | None, typer.Option(help="What to compare; repeat it.  [default: all]")
+        list[str] | None, typer.Option(help="What to compare; repeat it.  [default: eager, onnxruntime]")
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
@@ -51,7 +52,7 @@ def speed(
 
     report = measure_speed(
         model,
-        backends=backend or BACKENDS,
+        backends=backend or ("eager", "onnxruntime"),
         num_inference_steps=steps,
         batch=batch,
         rounds=rounds,
@@ -227,3 +228,31 @@ def _shown(share: Share) -> str:
         return "no such box"
     low, high = share.interval
     return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%}) of {share.total}"
+
+
+@bench_app.command()
+def kernels(
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Compile and count; needs no GPU.")
+    ] = False,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write the report as a page of Markdown.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
+) -> None:
+    """Registers, spills, shared memory and bytes of the Triton kernels, per GPU architecture."""
+    from hcma_fast.bench.kernels import kernels_markdown, offline_table
+
+    if not offline:
+        raise UsageError(
+            "kernels are not timed yet", value="no --offline", remedy="Add --offline to count."
+        )
+    with redirect_stdout(stderr.file):
+        report = offline_table(progress=print_note)
+    page = kernels_markdown(report)
+    if markdown is not None:
+        write_file(markdown, page.encode())
+    if json_:
+        print_json(report.model_dump(mode="json"))
+    else:
+        typer.echo(page)

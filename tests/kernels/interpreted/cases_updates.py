@@ -1,0 +1,188 @@
+"""Both updates, and the bytes of every kernel, in Triton's interpreter; see test_interpreter.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from interpreter_rules import DTYPES, EXAMPLES, check, double, rows_of
+from torch import Tensor
+from triton.runtime import interpreter
+
+from hcma_fast.bench.kernels import CASES
+from hcma_fast.kernels.align_update import (
+    align_update_cuda,
+    align_update_in_place_cuda,
+    align_update_reference,
+)
+from hcma_fast.kernels.denoise_update import (
+    denoise_table,
+    denoise_update_cuda,
+    denoise_update_reference,
+)
+from hcma_fast.schedule import plms_table
+
+
+def predictions(shape: tuple[int, ...], dtype: torch.dtype, count: int) -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        [torch.randn(shape, generator=generator).to(dtype) for _ in range(2)] for _ in range(count)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "latent_dtype", "guided"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.float32, torch.float32, False),
+        (torch.float16, torch.float32, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.float16, torch.float16, True),
+        (torch.bfloat16, torch.bfloat16, True),
+    ],
+)
+def test_denoise_update_over_all_evaluations(
+    dtype: torch.dtype, latent_dtype: torch.dtype, guided: bool
+) -> None:
+    """Per image: other lengths of the trajectory, and other guidance scales."""
+    tables = [denoise_table(plms_table(steps), scale, 52) for steps, scale in ((50, 7.5), (20, 3))]
+    table, shape = torch.cat(tables), (2, 3, 5, 7)
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(latent_dtype)
+    # NaN: nothing may be read before it was written
+    empty = torch.full((3, *shape), torch.nan, dtype=latent_dtype)
+    kernel = [start.clone(), empty.clone(), empty[0].clone()]
+    peer: tuple[Tensor, ...] = tuple(v.clone() for v in kernel)
+    exact: tuple[Tensor, ...] = tuple(double(kernel))
+    for k, (first, second) in enumerate(predictions(shape, dtype, 52)):
+        step, eps = torch.tensor([k]), (first if guided else None, second)
+        wide = tuple(None if e is None else e.double() for e in eps)
+        denoise_update_cuda(*kernel, *eps, table.float(), step)
+        peer = denoise_update_reference(*peer, *eps, table.float(), step)
+        exact = denoise_update_reference(*exact, *wide, table, step)
+        check(kernel[:1], peer[:1], exact[:1])
+    assert torch.isfinite(kernel[1]).all() and torch.isfinite(kernel[2]).all()
+
+
+@pytest.mark.parametrize("step", [-1, 51, 10**12])
+def test_updates_outside_the_table_change_nothing(step: int) -> None:
+    table, counter = denoise_table(plms_table(50), 7.5).float(), torch.tensor([step])
+    targets = [torch.randn(1, 4, 9), torch.randn(3, 1, 4, 9), torch.randn(1, 4, 9)]
+    before = [target.clone() for target in targets]
+    eps = torch.full((1, 4, 9), torch.nan)
+    denoise_update_cuda(*targets, eps, eps, table, counter)
+    align_update_in_place_cuda(targets[0], torch.ones(1, 4, 9), table[..., 5], counter, False)
+    for target, truth in zip(targets, before, strict=True):
+        assert torch.equal(target, truth)
+
+
+def align_by_torch(
+    z: Tensor, gradient: Tensor, table: Tensor, step: Tensor, normalized: bool
+) -> Tensor:
+    """As AlignStep writes it."""
+    rate = table[torch.arange(len(z)), step].view(-1, 1, 1, 1).to(z.dtype)
+    if normalized:
+        norms = [
+            (v * v).sum((1, 2, 3), keepdim=True).clamp(min=1e-12).sqrt() for v in (z, gradient)
+        ]
+        rate = rate * norms[0] / norms[1]
+    return z - rate * gradient
+
+
+def check_align(
+    shape: tuple[int, ...], dtype: torch.dtype, normalized: bool, scale: float = 1.0
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    z, gradient = (torch.randn(shape, generator=generator) for _ in range(2))
+    z, gradient = z.to(dtype), (scale * gradient).to(dtype)
+    table = torch.rand(shape[0], 5, generator=generator)
+    step = torch.randint(5, (shape[0],), generator=generator)
+    found = align_update_cuda(z, gradient, table, step, normalized)
+    same = align_by_torch(z, gradient, table, step, normalized)
+    exact = align_by_torch(*double((z, gradient, table)), step, normalized)
+    check([found], [same], [exact])
+    reference = align_update_reference(*double((z, gradient, table)), step, normalized)
+    torch.testing.assert_close(reference, exact)
+    align_update_in_place_cuda(z, gradient, table, step, normalized)
+    assert torch.equal(z, found)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normalized", [False, True])
+# the last one is too large to be held between the norms and the update
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 4, 9, 7), (2, 4, 64, 64), (2, 4, 72, 61)])
+def test_align_update(shape: tuple[int, ...], normalized: bool, dtype: torch.dtype) -> None:
+    check_align(shape, dtype, normalized)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_align_update_without_a_gradient(normalized: bool) -> None:
+    check_align((2, 4, 5, 3), torch.float32, normalized, scale=0.0)
+
+
+@EXAMPLES
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.booleans())
+def test_align_update_shapes(batch: int, height: int, width: int, normalized: bool) -> None:
+    check_align((batch, 4, height, width), DTYPES[height % 3], normalized)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_batch_are_independent(dtype: torch.dtype) -> None:
+    latents, table = [torch.randn(3, 4, 6, 5).to(dtype) for _ in range(5)], torch.rand(3, 4)
+    step = torch.tensor([3, 0, 1])
+    for normalized in (False, True):
+        rows_of(lambda *v, n=normalized: align_update_cuda(*v, n), [*latents[:2], table, step])
+    rows = torch.cat([denoise_table(plms_table(50), scale) for scale in (1, 3, 7.5)]).float()
+
+    def denoise(*values: Tensor) -> tuple[Tensor, ...]:
+        history = torch.stack(values[:3])
+        targets = [values[0].clone(), history, values[4].clone()]
+        denoise_update_cuda(*targets, values[3], values[4], *values[5:])
+        return targets[0], history.transpose(0, 1), targets[2]
+
+    rows_of(denoise, [*latents, rows, torch.tensor([0, 1, 9])])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("kernel", CASES)
+def test_bytes_of_the_offline_table_are_those_that_the_kernel_asks_for(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted where the interpreter loads and stores, masks considered."""
+    launch, traffic = CASES[kernel](dtype, 2)
+
+    def data(name: str, tensor: Tensor) -> Tensor:
+        if name == "step":
+            return torch.full(tensor.shape, 5)
+        if name == "table" and kernel == "denoise_update":
+            return denoise_table(plms_table(50), 7.5).float()
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    arguments = {
+        name: data(name, value) if isinstance(value, Tensor) else value
+        for name, value in launch.arguments.items()
+    }
+    asked = 0
+    builder = interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def counted(ptrs, mask):  # type: ignore[no-untyped-def]
+        nonlocal asked
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        asked += int(np.broadcast_to(mask.data, ptrs.data.shape).sum()) * size
+
+    def counting_load(self, ptrs, mask, *rest):  # type: ignore[no-untyped-def]
+        counted(ptrs, mask)
+        return load(self, ptrs, mask, *rest)
+
+    def counting_store(self, ptrs, value, mask, *rest):  # type: ignore[no-untyped-def]
+        counted(ptrs, mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    monkeypatch.setattr(builder, "create_masked_load", counting_load)
+    monkeypatch.setattr(builder, "create_masked_store", counting_store)
+    replace(launch, arguments=arguments).run()
+    assert asked == traffic.moved
