@@ -60,7 +60,7 @@ def build(
         DeviceMemoryError: out of memory.
     """
     version = backend_version(target.backend)
-    specs = source.specs(target.height, target.width, target.batch)
+    specs = source.specs(target.height, target.width, target.batch_range)
     folder = Path(os.path.abspath(folder))
     _check_target(folder, force)
     check_resources(source, target, folder)

@@ -29,7 +29,7 @@ def key_parts(weights_hash: str, target: Target) -> dict[str, str]:
         "backend": target.backend,
         "backend version": backend_version(target.backend),
         "precision": target.precision,
-        "batch": str(target.batch),
+        "batch": str(target.batch_range),
         "image size": size,
         "machine": machine(target),
         "options": f"fuse {target.fuse}, strip {target.strip_weights}, "

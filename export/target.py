@@ -18,6 +18,7 @@ from hcma_fast.export.trt_engine import TRTLibrary, check_architectures, trt_ver
 from hcma_fast.specs import ANY_BATCH, GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName
 
 Backend = Literal["onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx"]
+_TRT_BATCH = BatchRange(1, 1, 8)
 COMPILED_BACKENDS: tuple[Backend, ...] = get_args(Backend)
 TRT_LIBRARIES: tuple[TRTLibrary, ...] = get_args(TRTLibrary)
 
@@ -36,7 +37,8 @@ class Target:
     """What to build for. Checked when it is made, before anything is loaded.
 
     Args:
-        batch: images at once; with guidance the UNet's batch is twice that.
+        batch: images at once; with guidance the UNet's batch is twice that. None for any number,
+            with TensorRT for up to eight.
         height, width: of the images, in pixels; None for the size that the model was trained at.
         architectures: NVIDIA GPUs, such as "sm89"; for tensorrt-rtx.
         workspace_mib, strip_weights: see ``trt_engine.TRTOptions``.
@@ -49,7 +51,7 @@ class Target:
 
     backend: str
     precision: Precision = "float32"
-    batch: BatchRange = ANY_BATCH
+    batch: BatchRange | None = None
     height: int | None = None
     width: int | None = None
     architectures: tuple[str, ...] = ()
@@ -88,6 +90,11 @@ class Target:
     def graph_names(self) -> tuple[GraphName, ...]:
         """What is built."""
         return GRAPH_NAMES + (STEP_NAMES if self.fuse == "step" else ())
+
+    @property
+    def batch_range(self) -> BatchRange:
+        """Images at once."""
+        return self.batch or (_TRT_BATCH if self.backend in TRT_LIBRARIES else ANY_BATCH)
 
     @property
     def native(self) -> bool:

@@ -36,7 +36,8 @@ _BUILDING = "Building engines, once for this model; the next run finds them in t
 def speed(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
     backend: Annotated[
-        list[str] | None, typer.Option(help="What to compare; repeat it.  [default: eager, onnxruntime]")
+        list[str] | None,
+        typer.Option(help="What to compare; repeat it.  [default: eager, onnxruntime]"),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,

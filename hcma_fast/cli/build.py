@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from hcma_fast.models.weights import ModelSource
     from hcma_fast.specs import TensorSpec
 
-_BATCH = "1:1:16"
 _MIB = 2**20
 
 
@@ -30,8 +29,12 @@ def build(
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
     precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
     batch: Annotated[
-        str, typer.Option(help="Images at once: one size, such as 4, or min:opt:max.")
-    ] = _BATCH,
+        str | None,
+        typer.Option(
+            help="Images at once: one size, such as 4, or min:opt:max.",
+            show_default="any; 1:1:8 for TensorRT",
+        ),
+    ] = None,
     height: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
     width: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
     gpu_arch: Annotated[
@@ -85,7 +88,7 @@ def build(
             target = Target(
                 backend=_chosen(backend),
                 precision=cast(Precision, precision),
-                batch=BatchRange.parse(batch),
+                batch=BatchRange.parse(batch) if batch else None,
                 height=height,
                 width=width,
                 architectures=tuple(name.strip() for name in gpu_arch.split(",") if name.strip()),
@@ -194,7 +197,7 @@ def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
     from hcma_fast.export.estimate import estimate
     from hcma_fast.export.key import key_of, key_parts
 
-    signatures = source.specs(target.height, target.width, target.batch)
+    signatures = source.specs(target.height, target.width, target.batch_range)
     specs = {name: signatures[name] for name in target.graph_names}
     parts = key_parts(source.weights_hash, target)
     needs = estimate(source, target)

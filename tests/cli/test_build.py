@@ -45,6 +45,14 @@ def test_dry_run_shows_graphs_and_folder_and_writes_nothing(build: Any, tmp_path
     ("code", "argv", "word"),
     [
         (4, ["--backend", "magic"], "magic"),
+        (4, ["--precision", "bfloat16"], "float16"),
+        (4, ["--precision", "int4"], "int4"),
+        (2, ["--batch", "8:4:16"], "1:8:16"),
+        (2, ["--gpu-arch", "sm89"], "TensorRT"),
+        (2, ["--strip-weights"], "TensorRT"),
+        (2, ["--fuse", "everything"], "everything"),
+        (3, ["--height", "17"], "multiples of 4"),
+        (2, ["--random-weights"], "sd14"),
         (2, ["--backend", "eager"], "nothing to build"),
         (3, ["--model", "tiniest"], "tiniest"),
         (3, ["--out", "file"], "file"),
@@ -79,9 +87,11 @@ def test_build_prints_the_folder_and_a_table(build: Any) -> None:
 @pytest.fixture
 def cached(cli: Any, random_engine: Path) -> Path:
     """``random_engine``, put where the command looks for it in the user's cache."""
-    from hcma_fast.export.build import cached_folder, load_manifest
+    from hcma_fast.export.cache import cached_folder
+    from hcma_fast.export.manifest import load_manifest
+    from hcma_fast.export.target import Target
 
-    folder = cached_folder(load_manifest(random_engine).weights_hash, "onnxruntime")
+    folder = cached_folder(load_manifest(random_engine).weights_hash, Target("onnxruntime"))
     shutil.copytree(random_engine, folder)
     return folder
 
@@ -142,6 +152,37 @@ def test_a_damaged_engine_is_never_opened(build: Any, cli: Any, random_engine: P
     (engine / "manifest.json").write_text("{")
     cli("generate", *OPTIONS, "--model", engine, "--out", "three").failed(6, "manifest")
     assert not Path("three").exists()
+
+
+def test_verify_compares_again(build: Any, random_engine: Path) -> None:
+    result = build("--verify", random_engine, "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert set(report["verified"]) == set(GRAPH_NAMES)
+    assert all(0 <= error < 1e-4 for error in report["verified"].values())
+    build("--verify", random_engine, "--model", "tiny").failed(6, "other weights")
+
+
+def test_cache_list_and_prune(cli: Any, cached: Path) -> None:
+    (cached.parent / "onnxruntime-broken").mkdir()
+    listed = json.loads(cli("cache", "list", "--json").out)
+    assert {entry["state"] for entry in listed} == {"current", "damaged"}
+    assert cli("cache", "list").out.split() == [entry["folder"] for entry in listed]
+    assert cli("cache", "prune").out == f"{cached.parent / 'onnxruntime-broken'}\n"
+    assert cli("cache", "prune", "--all").out == f"{cached}\n"
+    assert cli("cache", "list").out == ""
+
+
+def test_full_size_dry_run_needs_no_weights(cli: Any) -> None:
+    options = ("--backend", "tensorrt-rtx", "--precision", "float16", "--gpu-arch", "sm89")
+    result = cli("build", "--model", "sd14", "--random-weights", *options, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    report = json.loads(result.out)
+    assert 4e9 < report["estimated_disk_bytes"] < 12e9
+    assert report["estimated_memory_bytes"] < 16e9
+    assert report["graphs"]["unet_grounded"]["inputs"]["text_context"]["shape"][1:] == [77, 24960]
+    assert report["key_parts"]["machine"] == "sm89"
+    cli("build", "--model", "sd14").failed(3, "--random-weights")
 
 
 def test_a_missing_backend_is_exit_4_with_what_brings_it(

@@ -120,7 +120,7 @@ def test_a_file_as_cache_is_not_writable(
 def test_cache_is_where_the_builder_keeps_it(
     monkeypatch: pytest.MonkeyPatch, given: str | None
 ) -> None:
-    from hcma_fast.export.build import cache_root
+    from hcma_fast.config import cache_root
 
     monkeypatch.delenv("HCMA_FAST_CACHE", raising=False)
     if given is not None:
