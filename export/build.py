@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hcma_fast.errors import EngineError, InputError
-from hcma_fast.export.compile import CompiledGraph, compile_graph
+from hcma_fast.export.compile import compile_engine, export_graph, open_graph
 from hcma_fast.export.estimate import check_resources
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import (
@@ -26,8 +26,8 @@ from hcma_fast.export.manifest import (
 )
 from hcma_fast.export.onnx_graph import OPSET
 from hcma_fast.export.precision import Precision, at_precision
-from hcma_fast.export.target import Target, backend_version
-from hcma_fast.export.validate import TOLERANCES, measure
+from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version
+from hcma_fast.export.validate import TOLERANCES, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
@@ -49,7 +49,8 @@ def build(
     """Export, compile and validate all graphs of ``target`` into ``folder``, one at a time.
 
     Args:
-        progress: called with (graph, stage); stages are "export", "compile", "validate", "done".
+        progress: called with (graph, stage); stages are "export", "validate",
+            "compile" (TensorRT; torch-compile instead of "export"), "done".
         force: replace an engine folder that is there already; anything else is never replaced.
 
     Raises:
@@ -132,23 +133,21 @@ def _build_one(
     target: Target,
     progress: Progress,
 ) -> GraphRecord:
+    """One graph. What the next stage does not need is freed first: it may be gigabytes."""
     started, name = time.monotonic(), spec.graph
     vocabulary = len(source.tokenizer)
+    progress(name, "compile" if target.backend == "torch-compile" else "export")
     module = source.graph(name, target.height, target.width)
+    cases = 1 if sum(p.numel() for p in module.parameters()) > _LARGE else None
+    expected = references(spec, module, vocabulary=vocabulary, cases=cases)
     # OpenVINO takes float32 graphs, and rounds by itself
     exported: Precision = "float32" if target.backend == "openvino" else target.precision
-    compiled = compile_graph(
-        spec,
-        at_precision(name, module, exported),
-        folder,
-        weights,
-        target,
-        vocabulary=vocabulary,
-        progress=lambda stage: progress(name, stage),
-    )
+    module = at_precision(name, module, exported)
+    file = export_graph(spec, module, folder, weights, target, vocabulary=vocabulary)
+    del module
+    gc.collect()
     progress(name, "validate")
-    cases = 1 if sum(p.numel() for p in module.parameters()) > _LARGE else None
-    error = measure(spec, module, compiled.run, vocabulary=vocabulary, cases=cases)
+    error = compare(spec, expected, open_graph(file, spec, target))
     tolerance = TOLERANCES[target.precision]
     if not error <= tolerance:
         raise EngineError(
@@ -156,22 +155,20 @@ def _build_one(
             value=f"relative error {error:.2e}, tolerance {tolerance:.0e}",
             remedy="This is a fault of the export: report it, with hcma-fast doctor.",
         )
-    return _record(spec, compiled, error, tolerance, time.monotonic() - started)
-
-
-def _record(
-    spec: IOSpec, compiled: CompiledGraph, error: float, tolerance: float, seconds: float
-) -> GraphRecord:
+    gc.collect()
+    if target.backend in TRT_LIBRARIES:
+        progress(name, "compile")
+    engine, report = compile_engine(file, spec, target)
     return GraphRecord(
-        file=compiled.file.name,
-        sha256=hash_file(compiled.file),
-        size_bytes=compiled.file.stat().st_size,
+        file=engine.name,
+        sha256=hash_file(engine),
+        size_bytes=engine.stat().st_size,
         spec=spec,
-        checked=compiled.checked,
+        checked="engine" if engine == file else "onnx",
         parity=error,
         tolerance=tolerance,
-        seconds=round(seconds, 2),
-        engine=compiled.report,
+        seconds=round(time.monotonic() - started, 2),
+        engine=report,
     )
 
 

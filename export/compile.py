@@ -1,11 +1,9 @@
-"""One graph to the file that a backend runs, and a function that runs it for validation."""
+"""One graph through a backend: export it, open it for validation, compile it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from torch import Tensor, nn
 
@@ -13,28 +11,15 @@ from hcma_fast.errors import EngineError
 from hcma_fast.export import aoti, openvino_model
 from hcma_fast.export import session as ort
 from hcma_fast.export.onnx_graph import export_onnx
-from hcma_fast.export.target import Target
+from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.trt_engine import TRTOptions, TRTReport, build_trt
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
 from hcma_fast.specs import IOSpec
 
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-Checked = Literal["engine", "onnx"]
 
 
-@dataclass(frozen=True)
-class CompiledGraph:
-    """A graph's file, and what is known of it."""
-
-    file: Path
-    run: Runner
-    """for validation"""
-    checked: Checked
-    """whose values ``run`` gives: the engine's, or those of the ONNX graph that it comes from"""
-    report: TRTReport | None = None
-
-
-def compile_graph(
+def export_graph(
     spec: IOSpec,
     module: nn.Module,
     folder: Path,
@@ -42,42 +27,59 @@ def compile_graph(
     target: Target,
     *,
     vocabulary: int,
-    progress: Callable[[str], None],
-) -> CompiledGraph:
-    """Export and compile; ``progress`` is called with the stages "export" and "compile".
+) -> Path:
+    """Write the graph to ``folder``: as ONNX, or as native code for torch-compile.
 
     Raises:
-        BackendError, DeviceMemoryError, EngineError: as the backend's own builder.
+        BackendError, EngineError: as the exporter.
     """
     if target.backend == "torch-compile":
-        progress("compile")
         file = folder / f"{spec.graph}.pt2"
         aoti.compile_aoti(spec, module, file)
-        return CompiledGraph(file, aoti.runner(file, spec), "engine")
-    progress("export")
+        return file
     file = folder / f"{spec.graph}.onnx"
     export_onnx(spec, module, file, weights, vocabulary=vocabulary)
     check_external_data(file)
+    return file
+
+
+def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
+    """A function that runs what :func:`export_graph` wrote, on the CPU.
+
+    That is the engine itself, but for TensorRT, whose ONNX is run by ONNX Runtime.
+
+    Raises:
+        BackendError, DeviceMemoryError, EngineError: it cannot be opened, or has other inputs or
+            outputs than ``spec``.
+    """
+    if target.backend == "torch-compile":
+        return aoti.runner(file, spec)
     if target.backend == "openvino":
-        progress("compile")
-        model = openvino_model.open_model(
-            file, precision="bfloat16" if target.precision == "bfloat16" else "float32"
+        precision: openvino_model.OpenVINOPrecision = (
+            "bfloat16" if target.precision == "bfloat16" else "float32"
         )
-        return CompiledGraph(file, openvino_model.runner(model, spec), "engine")
+        return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
     session = ort.open_session(file)
     _check_names(spec, session)
-    run = ort.runner(session, spec)
-    if target.backend == "onnxruntime":
-        return CompiledGraph(file, run, "engine")
-    progress("compile")
-    engine = folder / f"{spec.graph}.engine"
+    return ort.runner(session, spec)
+
+
+def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTReport | None]:
+    """The engine of the ONNX ``file``, beside it, and TensorRT's report; else ``file`` itself.
+
+    Raises:
+        BackendError, DeviceMemoryError, EngineError: see :func:`build_trt`.
+    """
+    if target.backend not in TRT_LIBRARIES:
+        return file, None
+    engine = file.with_suffix(".engine")
     options = TRTOptions(
-        library="tensorrt" if target.backend == "tensorrt" else "tensorrt-rtx",
+        library=target.backend,
         architectures=target.architectures,
         workspace_mib=target.workspace_mib,
         strip_weights=target.strip_weights,
     )
-    return CompiledGraph(engine, run, "onnx", build_trt(file, spec, engine, options))
+    return engine, build_trt(file, spec, engine, options)
 
 
 def _check_names(spec: IOSpec, session: object) -> None:

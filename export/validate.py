@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,32 @@ _CASES = ((1, 3, 1.0), (2, 0, 1.0), (5, 30, 1.0), (2, 1, 0.0), (1, 5, 1e3))
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def measure(
-    spec: IOSpec, module: nn.Module, run: Runner, *, vocabulary: int, cases: int | None = None
-) -> float:
-    """Largest relative error of ``run`` against ``module`` over all cases and outputs.
+@dataclass(frozen=True)
+class Reference:
+    """Inputs of a graph, and what torch makes of them."""
+
+    inputs: dict[str, Tensor]
+    outputs: tuple[Tensor, ...]
+
+
+def references(
+    spec: IOSpec, module: nn.Module, *, vocabulary: int, cases: int | None = None
+) -> list[Reference]:
+    """What ``module`` gives on fresh random inputs.
 
     Args:
-        cases: how many inputs, at most five; None for all.
+        cases: how many, at most five; None for all.
+    """
+    found = []
+    for inputs in itertools.islice(_inputs(spec, vocabulary), cases):
+        with torch.no_grad():
+            outputs = module(*(inputs[name] for name in spec.input_names))
+        found.append(Reference(inputs, outputs))
+    return found
+
+
+def compare(spec: IOSpec, expected: Sequence[Reference], run: Runner) -> float:
+    """Largest relative error of ``run`` over all inputs and outputs.
 
     Relative means: largest absolute difference over the largest absolute value of the reference.
 
@@ -37,13 +57,16 @@ def measure(
             is not finite.
     """
     worst = 0.0
-    for inputs in itertools.islice(_inputs(spec, vocabulary), cases):
-        with torch.no_grad():
-            expected = module(*(inputs[name] for name in spec.input_names))
-        found = run(inputs)
-        for tensor, reference in zip(spec.outputs, expected, strict=True):
+    for case in expected:
+        found = run(case.inputs)
+        for tensor, reference in zip(spec.outputs, case.outputs, strict=True):
             worst = max(worst, _relative_error(spec, tensor.name, found[tensor.name], reference))
     return worst
+
+
+def measure(spec: IOSpec, module: nn.Module, run: Runner, *, vocabulary: int) -> float:
+    """:func:`compare` of ``run`` with ``module``, on all inputs."""
+    return compare(spec, references(spec, module, vocabulary=vocabulary), run)
 
 
 def _inputs(spec: IOSpec, vocabulary: int) -> Iterator[dict[str, Tensor]]:

@@ -26,7 +26,7 @@ class WeightsFile:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[tuple[str, bytes], tuple[int, int]] = {}
 
     def __enter__(self) -> Self:
         self._file = (self.folder / WEIGHTS_FILE).open("wb")
@@ -60,7 +60,8 @@ class WeightsFile:
 
     def _place(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
         data = tensor.tobytes()
-        digest = hashlib.sha256(data).digest()
+        # with the dtype: TensorRT refuses one place that is 640 numbers here and 1,280 there
+        digest = (str(tensor.dtype), hashlib.sha256(data).digest())
         if digest not in self._places:
             padding = -self._file.tell() % _ALIGNMENT
             self._file.write(bytes(padding))

@@ -6,6 +6,7 @@ asked for, so that the largest part, not their sum, is what it takes in memory.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -111,12 +112,13 @@ class RandomSD14:
             if part not in wanted:
                 with torch.device("meta"):
                     return _make(part)
+            if part == "aligner":
+                return _draw(part)
             if self._held is None or self._held[0] != part:
-                made = _draw(part)
-                if part == "aligner":
-                    return made
-                self._held = (part, made)
-            return self._held[1]
+                self._held = None
+                # held in float16, of which the float32 that torch computes in is an exact copy
+                self._held = (part, _draw(part).half())
+            return copy.deepcopy(self._held[1]).float()
 
         if self._held is not None and self._held[0] not in wanted:
             self._held = None
