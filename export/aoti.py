@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -28,10 +30,20 @@ _EXAMPLE_BATCH = 3
 
 def target(device: str = "cpu") -> str:
     """What native code compiled here runs on: machine, its vector instructions, torch."""
-    parts = [platform.machine(), torch.backends.cpu.get_cpu_capability(), torch.__version__]
+    parts = [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
+    parts.append(str(torch.__version__))
     if device != "cpu":
         parts.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
     return " ".join(parts)
+
+
+def _cpu_flags() -> str:
+    """Of the CPU's instructions, all of which the compiler may use, a hash."""
+    flags = platform.processor()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next(line for line in lines if line.startswith(("flags", "Features")))
+    return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:12]
 
 
 def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "cpu") -> None:
@@ -46,7 +58,7 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
     Raises:
         BackendError: there is no C++ compiler.
     """
-    _check_compiler()
+    check_compiler()
     batch = spec.batch.opt if spec.batch.static else _EXAMPLE_BATCH
     drawn = random_inputs(spec, batch, torch.Generator().manual_seed(0))
     example = tuple(drawn[name].to(device) for name in spec.input_names)
@@ -120,7 +132,7 @@ def _dynamic_shapes(spec: IOSpec) -> tuple[Any, ...] | None:
     )
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

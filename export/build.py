@@ -26,16 +26,13 @@ from hcma_fast.export.manifest import (
 )
 from hcma_fast.export.onnx_graph import OPSET
 from hcma_fast.export.precision import Precision, at_precision
-from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version
-from hcma_fast.export.validate import TOLERANCES, compare, references
+from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
+from hcma_fast.export.validate import TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
 
 Progress = Callable[[str, str], None]
-
-_LARGE = 200_000_000
-"""parameters from which a graph is validated on one input, not five: each takes seconds"""
 
 
 def build(
@@ -61,6 +58,7 @@ def build(
         DeviceMemoryError: out of memory.
     """
     version = backend_version(target.backend)
+    check_buildable(target)
     specs = source.specs(target.height, target.width, target.batch_range)
     folder = Path(os.path.abspath(folder))
     _check_target(folder, force)
@@ -138,7 +136,7 @@ def _build_one(
     vocabulary = len(source.tokenizer)
     progress(name, "compile" if target.backend == "torch-compile" else "export")
     module = source.graph(name, target.height, target.width)
-    cases = 1 if sum(p.numel() for p in module.parameters()) > _LARGE else None
+    cases = cases_for(spec, module)
     expected = references(spec, module, vocabulary=vocabulary, cases=cases)
     # OpenVINO takes float32 graphs, and rounds by itself
     exported: Precision = "float32" if target.backend == "openvino" else target.precision

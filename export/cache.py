@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,11 +20,16 @@ from hcma_fast.errors import EngineError, HcmaError, InputError
 from hcma_fast.export.build import Progress, build
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
-from hcma_fast.export.target import Target
+from hcma_fast.export.target import COMPILED_BACKENDS, Target
 from hcma_fast.models.weights import ModelSource
 
 _log = logging.getLogger("hcma_fast")
 _KEY_LETTERS = 24
+#: engine folders, and what a build leaves when it is killed; nothing else there is ours to remove
+_OURS = re.compile(
+    rf"\.?(?P<name>({'|'.join(COMPILED_BACKENDS)})-[0-9a-f]{{{_KEY_LETTERS}}})(\.(part|old)-\w+)?"
+)
+State = Literal["current", "stale", "elsewhere", "damaged", "leftover"]
 
 
 def cached_folder(weights_hash: str, target: Target) -> Path:
@@ -99,9 +106,9 @@ class CacheEntry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
-    state: Literal["current", "stale", "damaged", "leftover"]
-    """stale: of other versions or another machine, so it is never found; leftover: of a build that
-    was killed"""
+    state: State
+    """stale: of other versions, so it is never found again; elsewhere: for a backend that is not
+    installed here, or another machine; leftover: of a build that was killed, or runs"""
     reason: str
     backend: str | None
     precision: str | None
@@ -111,16 +118,21 @@ class CacheEntry(BaseModel):
 
 
 def list_cache() -> list[CacheEntry]:
-    """All folders in the cache, the newest first. Files are not hashed."""
-    root = cache_root()
-    folders = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    return sorted((_entry(folder) for folder in folders), key=lambda entry: entry.age_days)
+    """All engine folders in the cache, the newest first. Files are not hashed."""
+    root, entries = cache_root(), []
+    for folder in root.iterdir() if root.is_dir() else ():
+        # a build that runs beside us may take files away
+        with contextlib.suppress(FileNotFoundError):
+            if _OURS.fullmatch(folder.name) and folder.is_dir():
+                entries.append(_entry(folder))
+    return sorted(entries, key=lambda entry: entry.age_days)
 
 
 def prune_cache(*, older_than_days: float | None = None, everything: bool = False) -> list[Path]:
     """Remove what can no longer be used, and what is older than asked; returns what was removed.
 
-    A folder that somebody builds at this moment is left alone.
+    A folder that somebody builds at this moment is left alone, and so is what another environment
+    or machine with the same cache may use.
 
     Raises:
         InputError: a folder cannot be removed.
@@ -128,10 +140,10 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
     removed = []
     for entry in list_cache():
         old = older_than_days is not None and entry.age_days > older_than_days
-        if not (everything or old or entry.state != "current"):
+        if not (everything or old or entry.state not in ("current", "elsewhere")):
             continue
-        # .NAME.part-xyz and NAME belong to the lock .NAME.lock
-        name = entry.folder.name.lstrip(".").split(".")[0]
+        match = _OURS.fullmatch(entry.folder.name)
+        name = match["name"] if match else entry.folder.name
         lock = FileLock(entry.folder.with_name(f".{name}.lock"), blocking=False)
         try:
             with lock:
@@ -164,20 +176,20 @@ def _entry(folder: Path) -> CacheEntry:
     )
 
 
-def _judge(
-    folder: Path,
-) -> tuple[Manifest | None, Literal["current", "stale", "damaged", "leftover"], str]:
+def _judge(folder: Path) -> tuple[Manifest | None, State, str]:
     if folder.name.startswith("."):
         return None, "leftover", "of a build that did not end"
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HcmaError) as error:
         return None, "damaged", f"manifest: {type(error).__name__}"
     try:
         parts = key_parts(manifest.weights_hash, manifest.target)
     except HcmaError as error:  # the backend is gone
-        return manifest, "stale", str(error.what)
+        return manifest, "elsewhere", str(error.what)
     differs = [name for name, value in parts.items() if manifest.key_parts.get(name) != value]
+    if "machine" in differs:
+        return manifest, "elsewhere", "for another machine"
     if differs:
         return manifest, "stale", f"another {' and '.join(differs)}"
     return manifest, "current", ""

@@ -12,7 +12,7 @@ from hcma_fast.export import aoti, openvino_model
 from hcma_fast.export import session as ort
 from hcma_fast.export.onnx_graph import export_onnx
 from hcma_fast.export.target import TRT_LIBRARIES, Target
-from hcma_fast.export.trt_engine import TRTOptions, TRTReport, build_trt
+from hcma_fast.export.trt_engine import TRTReport, build_trt
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
 from hcma_fast.specs import IOSpec
 
@@ -73,13 +73,7 @@ def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTR
     if target.backend not in TRT_LIBRARIES:
         return file, None
     engine = file.with_suffix(".engine")
-    options = TRTOptions(
-        library=target.backend,
-        architectures=target.architectures,
-        workspace_mib=target.workspace_mib,
-        strip_weights=target.strip_weights,
-    )
-    return engine, build_trt(file, spec, engine, options)
+    return engine, build_trt(file, spec, engine, target.trt_options())
 
 
 def _check_names(spec: IOSpec, session: object) -> None:

@@ -11,6 +11,7 @@ import psutil
 from hcma_fast.errors import DeviceMemoryError, InputError
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.models.weights import ModelSource
+from hcma_fast.specs import STEP_NAMES
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _LIBRARIES_BYTES = 1_000_000_000
@@ -19,7 +20,7 @@ _LIBRARIES_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Estimate:
-    """Upper bounds, from the counts of parameters."""
+    """From the counts of parameters; activations, which follow the batch, come on top."""
 
     disk_bytes: int
     memory_bytes: int
@@ -27,17 +28,19 @@ class Estimate:
 
 def estimate(source: ModelSource, target: Target) -> Estimate:
     """Disk and memory that building for ``target`` takes at its peak."""
-    counts = source.parameter_counts()
+    counts = {str(name): count for name, count in source.parameter_counts().items()}
+    shared = sum(n for name, n in counts.items() if name != "unet_plain")
+    for name in set(target.graph_names) & set(STEP_NAMES):
+        counts[name] = counts["align"] + counts[name.replace("step", "unet")]
     size = 4 if target.backend == "openvino" else _BYTES[target.precision]
-    # the two UNet graphs share their weights in ONNX; a compiled engine holds its own
-    shared = sum(n for name, n in counts.items() if name != "unet_plain") * size
+    # graphs share their weights in ONNX; a compiled engine holds its own
     engines = sum(counts.values()) * size if target.native else 0
     # torch's weights in float32 and those of the export, and a session with both of its own
     largest = max(counts.values())
     held = 4 + (0 if size == 4 else size) + (4 if size == 4 else 6)
     if target.backend in TRT_LIBRARIES:
         held = max(held, 4 + 3 * size)
-    return Estimate(shared + engines, largest * held + _LIBRARIES_BYTES)
+    return Estimate(shared * size + engines, largest * held + _LIBRARIES_BYTES)
 
 
 def check_resources(source: ModelSource, target: Target, folder: Path) -> None:

@@ -14,7 +14,7 @@ from hcma_fast.export.target import Target, backend_version, machine
 
 _PACKAGE = Path(specs.__file__).parent
 #: whose code becomes part of the graphs
-_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
+_LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
 
 def key_parts(weights_hash: str, target: Target) -> dict[str, str]:
@@ -23,7 +23,11 @@ def key_parts(weights_hash: str, target: Target) -> dict[str, str]:
     Raises:
         BackendError: the backend is not installed.
     """
-    size = f"{target.height}x{target.width}" if target.height or target.width else "as trained"
+    size = (
+        f"{target.height}x{target.width}"
+        if (target.height, target.width) != (None, None)
+        else "as trained"
+    )
     return {
         "weights": weights_hash,
         "backend": target.backend,

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hcma_fast.errors import EngineError
+from hcma_fast.errors import EngineError, HcmaError
 from hcma_fast.export.target import Target, backend_version, machine
 from hcma_fast.export.trt_engine import TRTReport
 from hcma_fast.export.weights_file import check_external_data
@@ -18,6 +18,9 @@ from hcma_fast.specs import GraphName, IOSpec
 
 MANIFEST_FILE = "manifest.json"
 FORMAT: Literal[2] = 2
+
+
+_SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "torch-compile": ".pt2"}
 
 
 class _Strict(BaseModel):
@@ -111,7 +114,7 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         manifest = Manifest.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    except (OSError, ValidationError, HcmaError) as error:
         raise _unusable(f"its manifest cannot be read: {first_line(error)}", path) from error
     lost = set(manifest.target.graph_names) ^ set(manifest.graphs)
     if lost:
@@ -130,9 +133,13 @@ def load_manifest(folder: Path) -> Manifest:
             raise _unusable("a file is missing", file)
         if hash_file(file) != expected:
             raise _unusable("a file has changed since it was built", file)
-    for record in manifest.graphs.values():
-        if record.file.endswith(".onnx"):
-            check_external_data(folder / record.file)
+    graphs = {record.file for record in manifest.graphs.values()}
+    if any(not name.endswith(_SUFFIXES.get(manifest.backend, ".engine")) for name in graphs):
+        raise _unusable("its graphs are not of its backend's kind", path)
+    # those that a stripped engine is refitted from, too
+    for name in manifest.files:
+        if name.endswith(".onnx"):
+            check_external_data(folder / name)
     return manifest
 
 
@@ -146,7 +153,7 @@ def check_usable(manifest: Manifest) -> None:
     version = backend_version(manifest.backend)
     if version != manifest.backend_version:
         raise _unusable(f"it was built with {manifest.backend} {manifest.backend_version}", version)
-    built_for = manifest.key_parts["machine"]
+    built_for = manifest.key_parts.get("machine", "an unknown machine")
     if manifest.backend == "torch-compile" and machine(manifest.target) != built_for:
         raise _unusable(f"it was built for {built_for}", machine(manifest.target))
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
 
 from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.export import aoti
 from hcma_fast.export.openvino_model import openvino_version
 from hcma_fast.export.precision import PRECISIONS, Precision
 from hcma_fast.export.session import onnxruntime_version
-from hcma_fast.export.trt_engine import TRTLibrary, check_architectures, trt_version
+from hcma_fast.export.trt_engine import TRTLibrary, TRTOptions, trt_version
 from hcma_fast.specs import ANY_BATCH, GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName
 
 Backend = Literal["onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx"]
@@ -23,7 +23,7 @@ COMPILED_BACKENDS: tuple[Backend, ...] = get_args(Backend)
 TRT_LIBRARIES: tuple[TRTLibrary, ...] = get_args(TRTLibrary)
 
 #: What each can compute in. OpenVINO rounds float32 graphs to bfloat16 itself, where the CPU has it
-_PRECISIONS: dict[Backend, tuple[Precision, ...]] = {
+PRECISIONS_OF: dict[str, tuple[Precision, ...]] = {
     "onnxruntime": ("float32", "float16"),
     "openvino": ("float32", "bfloat16"),
     "torch-compile": PRECISIONS,
@@ -70,7 +70,7 @@ class Target:
             raise UsageError(
                 "unknown fusion of graphs", value=self.fuse, remedy="Use none or step."
             )
-        possible = _PRECISIONS[self.backend]
+        possible = PRECISIONS_OF[self.backend]
         if self.precision not in possible:
             raise BackendError(
                 f"the backend {self.backend} does not compute in this precision",
@@ -78,13 +78,22 @@ class Target:
                 remedy=f"Use one of {', '.join(possible)}.",
             )
         if self.backend in TRT_LIBRARIES:
-            check_architectures(self.backend, self.architectures)
+            self.trt_options()
         elif self.architectures or self.strip_weights or self.workspace_mib is not None:
             raise UsageError(
                 "architectures, workspace and stripped weights are options of TensorRT",
                 value=self.backend,
                 remedy=f"Leave them out, or use one of {', '.join(TRT_LIBRARIES)}.",
             )
+
+    def trt_options(self) -> TRTOptions:
+        """For TensorRT's builder."""
+        return TRTOptions(
+            library="tensorrt" if self.backend == "tensorrt" else "tensorrt-rtx",
+            architectures=self.architectures,
+            workspace_mib=self.workspace_mib,
+            strip_weights=self.strip_weights,
+        )
 
     @property
     def graph_names(self) -> tuple[GraphName, ...]:
@@ -122,10 +131,30 @@ def machine(target: Target) -> str:
     if not target.native:
         return "any"
     if target.backend == "torch-compile":
-        return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return aoti.target()
     if target.architectures:
         return " ".join(target.architectures)
     return f"{torch.cuda.get_device_name()} driver {_driver()}" if _has_gpu() else "no GPU"
+
+
+def check_buildable(target: Target) -> None:
+    """Refuse what cannot end well, before the first graph is exported.
+
+    Raises:
+        BackendError: no GPU, no compiler, or no ONNX Runtime to check the graphs with.
+    """
+    if target.backend == "torch-compile":
+        aoti.check_compiler()
+    if target.backend not in TRT_LIBRARIES:
+        return
+    onnxruntime_version()
+    if not target.architectures and not _has_gpu():
+        raise BackendError(
+            f"{target.backend} builds for the GPU that is here, and torch finds none",
+            remedy="Name GPUs for tensorrt-rtx: --gpu-arch sm89."
+            if target.backend == "tensorrt-rtx"
+            else "Build on the GPU's machine, or use tensorrt-rtx with --gpu-arch.",
+        )
 
 
 def _has_gpu() -> bool:
@@ -134,5 +163,5 @@ def _has_gpu() -> bool:
 
 def _driver() -> str:
     with contextlib.suppress(OSError), open("/proc/driver/nvidia/version") as file:
-        return file.readline().split("  ")[1]
+        return file.readline().strip()
     return os.environ.get("NVIDIA_DRIVER_VERSION", "unknown")

@@ -91,7 +91,10 @@ def check_external_data(path: Path) -> None:
             raise _refuse("a graph reads weights outside of its folder", str(location))
         if file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1:
             raise _refuse("a graph's weights are missing, or a link", str(file))
-        end = int(entries.get("offset", 0)) + int(entries.get("length", 0))
+        numbers = [entries.get(key) or "0" for key in ("offset", "length")]
+        if not all(number.isdecimal() for number in numbers):
+            raise _refuse("a graph's weights have no place in their file", str(numbers))
+        end = sum(map(int, numbers))
         if end > file.stat().st_size:
             raise _refuse("a graph's weights are cut off", str(file))
 

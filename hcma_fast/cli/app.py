@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -16,7 +17,7 @@ from hcma_fast.cli.build import build
 from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.generate import generate
-from hcma_fast.cli.output import OutputError, print_error
+from hcma_fast.cli.output import OutputError, print_error, print_note
 from hcma_fast.errors import DeviceMemoryError, HcmaError
 
 DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
@@ -53,6 +54,17 @@ def _root(
     ] = False,
 ) -> None:
     """Data goes to stdout, progress and messages to stderr."""
+    log = logging.getLogger("hcma_fast")
+    if not log.handlers:
+        log.addHandler(_Notes())
+    log.setLevel(logging.INFO)
+
+
+class _Notes(logging.Handler):
+    """What the library has to say (which backend and why, what a cached engine lacks)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print_note(record.getMessage())
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -138,7 +138,9 @@ def _backend(name: str) -> Found:
             problem=f"{', '.join(missing)} not installed",
             remedy=f'pip install "hcma-fast{extra}"',
         )
-    if name == "torch-compile" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+    if name == "torch-compile" and not any(
+        map(shutil.which, (os.environ.get("CXX") or "c++", "g++", "clang++"))
+    ):
         return Found(
             version=None, problem="no C++ compiler found", remedy="apt install g++, or set CXX"
         )

@@ -59,6 +59,10 @@ def generate(
         str | None,
         typer.Option(help="cpu or cuda.", show_default="cuda for TensorRT, else cpu"),
     ] = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="float32, float16 or bfloat16.", show_default="float32"),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; random by default."),
@@ -137,7 +141,8 @@ def generate(
             model=model or original.model,
             aligner=aligner or (Path(original.aligner) if original.aligner else None),
             backend=backend or (None if is_engine_folder(model or "") else original.backend),
-            device=device or original.device,
+            device=device or (original.device if backend in (None, original.backend) else None),
+            precision=precision or original.precision,
             steps=original.num_inference_steps,
             overrides=original.settings.model_dump(exclude={"normalized"}),
         )
@@ -157,7 +162,15 @@ def generate(
         ]
         name = model or "tiny"
         fallback = None if is_engine_folder(name) else _DEFAULT_BACKEND
-        plan = Plan(name, aligner, backend or fallback, device, steps or _DEFAULT_STEPS, overrides)
+        plan = Plan(
+            name,
+            aligner,
+            backend or fallback,
+            device,
+            precision,
+            steps or _DEFAULT_STEPS,
+            overrides,
+        )
     if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(
             "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."

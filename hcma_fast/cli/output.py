@@ -118,7 +118,7 @@ class BuildProgress:
         return self
 
     def __call__(self, graph: str, stage: str) -> None:
-        """A report: ``stage`` is "export", "validate" or "done"."""
+        """A report: ``stage`` is "export", "compile", "validate" or "done"."""
         if self._progress is None:
             print_note(self._announcement)
             self._progress = Progress(

@@ -15,6 +15,7 @@ from hcma_fast.cli.jobs import Job, at
 from hcma_fast.cli.output import BuildProgress, OutputError, stderr, write_file
 from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.config import PRESETS, AlignmentSettings
+from hcma_fast.errors import InputError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,6 +32,7 @@ class Plan:
     backend: str | None
     """None leaves it to the engine folder that ``model`` names"""
     device: str | None
+    precision: str | None
     steps: int
     overrides: dict[str, Any]
     """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
@@ -86,6 +88,7 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
             plan.model,
             backend=plan.backend,
             device=plan.device,
+            precision=plan.precision,
             aligner=plan.aligner,
             progress=progress,
         )
@@ -131,6 +134,16 @@ def render(
     from hcma_fast.runtime.requests import override_settings
 
     settings = override_settings(pipe.settings, **plan.overrides)
+    batch_size = min(batch_size, pipe.batch_range.max)
+    least = len(jobs) % batch_size or batch_size
+    if least < pipe.batch_range.min:
+        raise InputError(
+            f"these engines make batches of {pipe.batch_range} images, the last one would have "
+            f"{least}",
+            value=len(jobs),
+            remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
+            f"{batch_size}.",
+        )
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     common: dict[str, Any] = {
         "num_inference_steps": plan.steps,
@@ -139,6 +152,9 @@ def render(
         "aligner": _anywhere(plan.aligner) if plan.aligner else None,
         "preset": pipe.preset,
         "image_size": pipe.image_size,
+        "height": pipe.image_shape[0],
+        "width": pipe.image_shape[1],
+        "precision": plan.precision,
         "backend": pipe.backend,
         "device": pipe.device,
         "weights_hash": pipe.weights_hash,

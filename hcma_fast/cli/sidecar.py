@@ -47,6 +47,10 @@ class Sidecar(_Frozen):
     aligner: str | None
     preset: str
     image_size: int
+    height: int | None = None
+    width: int | None = None
+    precision: str | None = None
+    """of a compiled backend; None for its default, or the engine folder's own"""
     backend: str
     device: str
     batch_size: int = Field(ge=1)
@@ -93,9 +97,17 @@ def read_sidecar(path: Path) -> Sidecar:
     return sidecar
 
 
+_RUNTIMES = {
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx-cu13", "tensorrt-rtx-cu12", "tensorrt-rtx"),
+}
+
+
 def current_versions(backend: str) -> dict[str, str]:
     """Versions of what computes the image, from the packages' metadata."""
-    names = (*_VERSIONED, *(() if backend == "eager" else ("onnxruntime", "onnxruntime-gpu")))
+    names = (*_VERSIONED, *_RUNTIMES.get(backend, ()))
     versions = {}
     for name in names:
         try:

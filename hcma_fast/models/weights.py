@@ -176,7 +176,8 @@ class Components:
         Raises:
             InputError: a side is not a multiple of :attr:`side_multiple`.
         """
-        height, width = height or self.image_size, width or self.image_size
+        height = self.image_size if height is None else height
+        width = self.image_size if width is None else width
         for side in (height, width):
             if side <= 0 or side % self.side_multiple:
                 raise InputError(

@@ -12,8 +12,8 @@ import torch
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import OpenVINOPrecision
-from hcma_fast.export.target import TRT_LIBRARIES
-from hcma_fast.export.validate import measure
+from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
+from hcma_fast.export.validate import cases_for, measure
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.runtime.compiled import CompiledEngine
 from hcma_fast.runtime.engine import Engine
@@ -30,14 +30,24 @@ _MODULES = {
 }
 
 
-def choose_backend() -> tuple[str, str]:
+def choose_backend(device: str | None = None, precision: str | None = None) -> tuple[str, str]:
     """The backend for ``auto``, by what is installed and if there is a GPU: its name, and why.
 
+    Args:
+        device, precision: what the user insists on, if anything.
+
     Raises:
-        BackendError: no compiled backend is installed.
+        BackendError: no compiled backend is installed that has them.
     """
     gpu = torch.cuda.is_available()
-    order = [*(TRT_LIBRARIES if gpu else ()), "onnxruntime", "openvino"]
+    wanted = device.split(":")[0] if device else None
+    on_gpu = (*TRT_LIBRARIES, "onnxruntime") if wanted == "cuda" else TRT_LIBRARIES
+    on_cpu = () if wanted == "cuda" else ("onnxruntime", "openvino")
+    order = [
+        name
+        for name in (*(on_gpu if gpu and wanted != "cpu" else ()), *on_cpu)
+        if precision is None or precision in PRECISIONS_OF[name]
+    ]
     there = f"torch finds {'an NVIDIA GPU' if gpu else 'no NVIDIA GPU'}"
     for name in order:
         if find_spec(_MODULES[name]) is not None:
@@ -45,7 +55,8 @@ def choose_backend() -> tuple[str, str]:
             missing = f"; {', '.join(skipped)} not installed" if skipped else ""
             return name, f"{there}, and {name} is installed{missing}"
     raise BackendError(
-        "no compiled backend is installed",
+        "no compiled backend is installed that has this device and precision",
+        value=f"{device or 'any device'}, {precision or 'any precision'}",
         remedy='Run pip install "hcma-fast[cpu]", or use backend="eager".',
     )
 
@@ -108,5 +119,6 @@ def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, Graph
                 ).items()
             },
             vocabulary=len(source.tokenizer),
+            cases=cases_for(engine.spec, module),
         )
         yield name, manifest.graphs[name], error

@@ -37,7 +37,7 @@ from hcma_fast.runtime.requests import (
 )
 from hcma_fast.runtime.sampler import Schedule, StepLosses, sample, sample_fused
 from hcma_fast.schedule import eta_table, plms_table
-from hcma_fast.specs import GraphName
+from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
 _DEVICES = {
@@ -104,8 +104,19 @@ class HCMAPipeline:
 
     @property
     def image_size(self) -> int:
-        """Side of the square images, in pixels."""
+        """Side of the square images that the model was trained on, in pixels."""
         return self.info.image_size
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width of the images that come out, in pixels."""
+        height, width = self.engines["vae_decoder"].spec.outputs[0].shape[2:]
+        return int(height), int(width)
+
+    @property
+    def batch_range(self) -> BatchRange:
+        """Images that it can make at once."""
+        return self.engines["align"].spec.batch
 
     @classmethod
     def from_pretrained(
@@ -148,7 +159,7 @@ class HCMAPipeline:
         if backend == "auto":
             from hcma_fast.runtime.open import choose_backend
 
-            backend, why = choose_backend()
+            backend, why = choose_backend(device, precision)
             _log.info("Backend %s: %s.", backend, why)
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):
@@ -164,9 +175,10 @@ class HCMAPipeline:
         from hcma_fast.export.cache import find_or_build
         from hcma_fast.export.precision import Precision
         from hcma_fast.export.target import Target
+        from hcma_fast.runtime.open import default_device
 
         target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
-        _check_device(device or "cpu", backend)
+        _check_device(device or default_device(backend), backend)
         folder = find_or_build(
             checkpoint.weights_hash,
             # an engine that is there needs no weights beside it
@@ -330,7 +342,7 @@ class HCMAPipeline:
         return HCMAOutput(self._decode(z, output_type), losses, seeds, z)
 
     def _check_batch(self, batch: int, guided: bool) -> None:
-        images = self.engines["align"].spec.batch
+        images = self.batch_range
         if not images.min <= batch <= images.max:
             raise InputError(
                 f"these engines were built for batches of {images}",

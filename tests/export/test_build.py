@@ -197,10 +197,15 @@ def test_a_miss_says_what_differs(
     assert "another precision." in caplog.text
 
 
+BROKEN, STALE = (f"onnxruntime-{letter * 24}" for letter in "ab")
+
+
 def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (cached.parent / f".{cached.name}.part-abc").mkdir()
-    (cached.parent / "onnxruntime-broken").mkdir()
-    stale = cached.parent / "onnxruntime-stale"
+    (cached.parent / BROKEN).mkdir()
+    for name in ("quality", "photos", "onnxruntime-mine"):
+        (cached.parent / name).mkdir()
+    stale = cached.parent / STALE
     shutil.copytree(random_engine, stale)
     manifest = json.loads((stale / MANIFEST_FILE).read_text())
     manifest["key_parts"]["libraries"] = "torch 1.0"
@@ -209,18 +214,32 @@ def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.M
     assert states == {
         cached.name: "current",
         f".{cached.name}.part-abc": "leftover",
-        "onnxruntime-broken": "damaged",
-        "onnxruntime-stale": "stale",
+        BROKEN: "damaged",
+        STALE: "stale",
     }
     entry = next(entry for entry in list_cache() if entry.folder == stale)
     assert entry.reason == "another libraries" and entry.size_bytes > 1000
     held = FileLock(cached.with_name(f".{cached.name}.lock"))
     with held.acquire():
         # its build may still run
-        assert {path.name for path in prune_cache()} == {"onnxruntime-broken", "onnxruntime-stale"}
+        assert {path.name for path in prune_cache()} == {BROKEN, STALE}
     assert [path.name for path in prune_cache()] == [f".{cached.name}.part-abc"]
     assert prune_cache(older_than_days=1) == [] and prune_cache(older_than_days=-1) == [cached]
     assert list_cache() == []
+    assert sorted(path.name for path in cached.parent.iterdir() if path.is_dir()) == [
+        "onnxruntime-mine",
+        "photos",
+        "quality",
+    ]
+
+
+def test_engines_of_another_environment_stay(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing() -> str:
+        raise BackendError("not installed", remedy="Install it.")
+
+    monkeypatch.setattr("hcma_fast.export.target.onnxruntime_version", missing)
+    assert [entry.state for entry in list_cache()] == ["elsewhere"]
+    assert prune_cache() == [] and cached.is_dir()
 
 
 def test_engines_of_another_version_or_machine_are_refused(
