@@ -8,6 +8,8 @@ S + 1 evaluations.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,6 +46,19 @@ def add_noise(z0: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
     return alphas.sqrt().to(z0.dtype) * z0 + (1 - alphas).sqrt().to(z0.dtype) * noise
 
 
+class PLMSRow(NamedTuple):
+    """One evaluation of a :class:`PLMSTable`."""
+
+    timestep: int
+    step: int
+    weights: list[float]
+    sample_scale: float
+    noise_scale: float
+    uses_stored_sample: bool
+    pushes_history: bool
+    aligns: bool
+
+
 @dataclass(frozen=True)
 class PLMSTable:
     """Everything that PLMS needs per evaluation k of K = steps + 1, as host tensors.
@@ -74,9 +89,27 @@ class PLMSTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
+    def rows(self) -> list[PLMSRow]:
+        """The same as plain numbers, an entry per evaluation: for loops on the host."""
+        return [
+            PLMSRow(*values)
+            for values in zip(
+                self.timesteps.tolist(),
+                self.step_index.tolist(),
+                self.history_weights.tolist(),
+                self.sample_scale.tolist(),
+                self.noise_scale.tolist(),
+                self.uses_stored_sample.tolist(),
+                self.pushes_history.tolist(),
+                self.aligns.tolist(),
+                strict=True,
+            )
+        ]
 
+
+@lru_cache(maxsize=32)
 def plms_table(num_inference_steps: int) -> PLMSTable:
-    """The PLMS table for ``num_inference_steps`` steps.
+    """The PLMS table for ``num_inference_steps`` steps; kept, so do not modify it.
 
     Raises:
         UsageError: not a whole number, fewer than 2 or more than 999 steps.

@@ -74,33 +74,40 @@ def sample(
     aligning = bool((schedule.etas > 0).any())
     fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
     grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
+    rows = table.rows()
+    etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
+    times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
     losses: list[StepLosses] = []
     stored = z
-    for k, t in enumerate(table.timesteps.tolist()):
-        step = int(table.step_index[k])
+    for k, row in enumerate(rows):
+        step = row.step
         # align: once per PLMS step, before the copy for guidance (Eq. 8)
-        if aligning and table.aligns[k]:
-            eta = torch.full((batch,), float(schedule.etas[k]), device=device)
-            aligned = engines["align"]({**fixed, "z": z, "eta": eta, "timestep": _times(t, z)})
+        if aligning and row.aligns:
+            at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
+            aligned = engines["align"]({**fixed, **at})
             z = aligned["z_aligned"]
-            losses.append(StepLosses(step, t, aligned["loss_global"], aligned["loss_local"]))
+            losses.append(
+                StepLosses(step, row.timestep, aligned["loss_global"], aligned["loss_local"])
+            )
         # denoise (Eq. 9): both halves of the guidance in one batch
         unet = engines["unet_grounded" if step < grounded_steps else "unet_plain"]
         doubled = torch.cat([z, z]) if guided else z
-        eps = unet({**fixed, "sample": doubled, "timestep": _times(t, doubled)})["noise_pred"]
+        at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
+        eps = unet({**fixed, **at})["noise_pred"]
         if guided:
             unconditional, conditional = eps.chunk(2)
             eps = unconditional + schedule.guidance_scale * (conditional - unconditional)
         # combine: this prediction and the history, by the weights of PLMS
         recent = [eps, *history]
-        weights = table.history_weights[k, : len(recent)].tolist()
-        combined = torch.stack([w * e for w, e in zip(weights, recent, strict=True)]).sum(0)
+        combined = row.weights[0] * eps
+        for weight, earlier in zip(row.weights[1:], history, strict=False):
+            combined = torch.add(combined, earlier, alpha=weight)
         # step: the corrector starts again from the aligned latent of evaluation 0
-        start = stored if table.uses_stored_sample[k] else z
+        start = stored if row.uses_stored_sample else z
         stored = z
-        z = float(table.sample_scale[k]) * start + float(table.noise_scale[k]) * combined
-        if table.pushes_history[k]:
+        z = torch.add(row.sample_scale * start, combined, alpha=row.noise_scale)
+        if row.pushes_history:
             history = recent[:3]
         if on_evaluation is not None:
             z = on_evaluation(k, z)
@@ -130,17 +137,13 @@ def sample_fused(
     state["index"] = torch.zeros(1, dtype=torch.int64, device=device)
     grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
     losses: list[StepLosses] = []
-    steps = zip(table.step_index.tolist(), table.timesteps.tolist(), strict=True)
-    for k, (step, time) in enumerate(steps):
-        engine = engines["step_grounded" if step < grounded_steps else "step_plain"]
+    for k, row in enumerate(table.rows()):
+        engine = engines["step_grounded" if row.step < grounded_steps else "step_plain"]
         found = engine({**fixed, **state})
         state = {name: found[f"next_{name}"] for name in state}
-        if table.aligns[k]:
-            losses.append(StepLosses(step, time, found["loss_global"], found["loss_local"]))
+        if row.aligns:
+            given = (found["loss_global"], found["loss_local"])
+            losses.append(StepLosses(row.step, row.timestep, *given))
         if on_evaluation is not None:
             state["z"] = on_evaluation(k, state["z"])
     return state["z"], losses
-
-
-def _times(timestep: int, like: Tensor) -> Tensor:
-    return torch.full((len(like),), timestep, dtype=torch.int64, device=like.device)
