@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,9 +34,10 @@ from hcma_fast.bench.speed import (
 from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app, speed_table
 from hcma_fast.errors import BackendError, HcmaError, UsageError
-from hcma_fast.export.build import cached_folder, load_manifest
+from hcma_fast.export.cache import cached_folder
+from hcma_fast.export.manifest import load_manifest
+from hcma_fast.export.target import Target
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components
 
 GOOD = np.array([3.0, 4.0], dtype=np.float32)
 
@@ -286,13 +288,11 @@ def test_a_missing_engine_is_built_before_any_contestant_loads(
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
     said: list[str] = []
 
-    def build(
-        components: Components, backend: str, *, progress: Callable[[str, str], None]
-    ) -> None:
-        assert (components.preset, backend, fakes.events()) == ("random", "onnxruntime", [])
+    def build(weights_hash: str, load: Any, target: Target, *, progress: Any) -> None:
+        assert (load().preset, target, fakes.events()) == ("random", Target("onnxruntime"), [])
         progress("align", "export")
 
-    monkeypatch.setattr("hcma_fast.export.build.find_or_build", build)
+    monkeypatch.setattr("hcma_fast.export.cache.find_or_build", build)
     measure_speed(
         random_checkpoint, backends=["onnxruntime"], rounds=1, memory=False, progress=said.append
     )
@@ -375,7 +375,7 @@ def test_command_prints_json_on_stdout_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path))
-    built = cached_folder(load_manifest(random_engine).weights_hash, "onnxruntime")
+    built = cached_folder(load_manifest(random_engine).weights_hash, Target("onnxruntime"))
     shutil.copytree(random_engine, built)
     arguments = ["--model", str(random_checkpoint), "--steps", "4", "--rounds", "2", "--json"]
     result = CliRunner().invoke(bench_app, ["speed", *arguments, "--no-memory"])
