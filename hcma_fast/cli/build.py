@@ -150,7 +150,7 @@ def _build(
                 print_note("These engines are in the cache already; --force builds them again.")
         else:
             manifest = build_folder(source, folder, target, progress=progress, force=force)
-    stderr.print(_table(manifest))
+    stderr.print(_table(manifest, folder))
     return {
         "folder": str(folder),
         "engine_hash": manifest.engine_hash,
@@ -238,7 +238,7 @@ def _describe(tensor: TensorSpec) -> dict[str, Any]:
     return {"shape": list(tensor.shape), "dtype": tensor.dtype}
 
 
-def _table(manifest: Manifest) -> Table:
+def _table(manifest: Manifest, folder: Path) -> Table:
     table = Table("graph", box=box.SIMPLE)
     for column in ("MiB", "checked", "parity", "tolerance", "seconds"):
         table.add_column(column, justify="right")
@@ -251,4 +251,7 @@ def _table(manifest: Manifest) -> Table:
             f"{graph.tolerance:.0e}",
             f"{graph.seconds:.1f}",
         )
+    if "weights.bin" in manifest.files:
+        size = (folder / "weights.bin").stat().st_size
+        table.add_row("weights of all", f"{size / _MIB:.1f}")
     return table
