@@ -85,6 +85,7 @@ def test_tensorrt_rtx_builds_without_a_gpu(random_components: Components, tmp_pa
             HCMAPipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_another_image_size_in_an_engine(random_components: Components, tmp_path: Path) -> None:
     folder = tmp_path / "engine"
     build(random_components, folder, Target("onnxruntime", height=24, width=32))
