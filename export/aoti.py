@@ -11,21 +11,17 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcma_fast.errors import BackendError, EngineError, InputError
-from hcma_fast.export.graphs import random_inputs, traceable
-from hcma_fast.specs import BATCH, MAX_BATCH, IOSpec, TensorSpec
+from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
+from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 TARGET_KEY = "HCMA_TARGET"
 """Entry of the file's metadata that holds :func:`target`."""
-
-#: a batch that no other size of a graph has: torch.export would tie equal sizes together
-_EXAMPLE_BATCH = 3
 
 
 def target(device: str = "cpu") -> str:
@@ -59,12 +55,10 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
         BackendError: there is no C++ compiler.
     """
     check_compiler()
-    batch = spec.batch.opt if spec.batch.static else _EXAMPLE_BATCH
-    drawn = random_inputs(spec, batch, torch.Generator().manual_seed(0))
-    example = tuple(drawn[name].to(device) for name in spec.input_names)
+    example = tuple(value.to(device) for value in example_inputs(spec))
     with torch.no_grad():
         program = torch.export.export(
-            _plain(spec, module, example), example, dynamic_shapes=_dynamic_shapes(spec)
+            _plain(spec, module, example), example, dynamic_shapes=dynamic_shapes(spec)
         )
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder) / path.name
@@ -122,17 +116,8 @@ def _plain(spec: IOSpec, module: nn.Module, example: tuple[Tensor, ...]) -> nn.M
     return traced
 
 
-def _dynamic_shapes(spec: IOSpec) -> tuple[Any, ...] | None:
-    if spec.batch.static:
-        return None
-    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
-    return tuple(
-        {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
-        for tensor in spec.inputs
-    )
-
-
 def check_compiler() -> None:
+    """Raises BackendError where there is no C++ compiler."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.models.step import FusedStep, step_plan
 from hcma_fast.schedule import eta_table, plms_table
-from hcma_fast.specs import BATCH, GraphName, IOSpec, TensorSpec
+from hcma_fast.specs import BATCH, MAX_BATCH, GraphName, IOSpec, TensorSpec
 
 _aten = torch.ops.aten
 #: operators of the backward pass (and LayerNorm's three outputs) that have no plain ONNX form
@@ -59,6 +59,10 @@ _OURS = {
 }
 
 
+#: a batch that no other size of a graph has: torch.export would tie equal sizes together
+_EXAMPLE_BATCH = 3
+
+
 def random_inputs(
     spec: IOSpec, batch: int, generator: torch.Generator, vocabulary: int = 256, boxes: int = 3
 ) -> dict[str, Tensor]:
@@ -99,6 +103,24 @@ def random_inputs(
         return drawn
 
     return {tensor.name: draw(tensor) for tensor in spec.inputs}
+
+
+def example_inputs(spec: IOSpec, vocabulary: int = 256) -> tuple[Tensor, ...]:
+    """Inputs in call order to trace a graph with, of its one batch size, or of any."""
+    size = spec.batch.min if spec.batch.static else _EXAMPLE_BATCH
+    drawn = random_inputs(spec, size, torch.Generator().manual_seed(0), vocabulary)
+    return tuple(drawn[name] for name in spec.input_names)
+
+
+def dynamic_shapes(spec: IOSpec) -> tuple[Any, ...] | None:
+    """For torch.export, per input: ``"batch"`` is one symbolic dimension; None if it is static."""
+    if spec.batch.static:
+        return None
+    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    return tuple(
+        {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
+        for tensor in spec.inputs
+    )
 
 
 def traceable(name: GraphName, module: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:

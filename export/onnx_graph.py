@@ -12,16 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.export.graphs import random_inputs, traceable
+from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
 from hcma_fast.export.translations import TRANSLATIONS
 from hcma_fast.export.weights_file import WeightsFile
-from hcma_fast.specs import BATCH, MAX_BATCH, IOSpec
+from hcma_fast.specs import IOSpec
 
 OPSET = 23
 """ONNX operator set of every exported graph (the first with Attention)."""
-
-#: a batch that no other size of a graph has: torch.export would tie equal sizes together
-_EXAMPLE_BATCH = 3
 
 
 def export_onnx(
@@ -34,21 +31,13 @@ def export_onnx(
         module: takes the inputs in the spec's order and returns a tuple of outputs.
         vocabulary: token ids of the example lie below it.
     """
-    generator = torch.Generator().manual_seed(0)
-    size = spec.batch.min if spec.batch.static else _EXAMPLE_BATCH
-    inputs = random_inputs(spec, size, generator, vocabulary)
-    example = tuple(inputs[name] for name in spec.input_names)
-    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
-    dynamic = tuple(
-        {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
-        for tensor in spec.inputs
-    )
+    example, dynamic = example_inputs(spec, vocabulary), dynamic_shapes(spec)
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
             _Positional(traceable(spec.graph, module, example)),
             example,
             dynamo=True,
-            dynamic_shapes=None if spec.batch.static else (dynamic,),
+            dynamic_shapes=dynamic and (dynamic,),
             custom_translation_table=TRANSLATIONS,
             input_names=list(spec.input_names),
             output_names=list(spec.output_names),
