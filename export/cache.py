@@ -89,11 +89,12 @@ def find_or_build(
             remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
         ) from error
     with held:
-        if force or cached_engine(weights_hash, target) is None:
+        missing = not (folder / MANIFEST_FILE).is_file()  # and why, has been said above
+        if force or missing or cached_engine(weights_hash, target) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
-            if not (folder / MANIFEST_FILE).is_file():
+            if missing:
                 # half an engine, after somebody's clean-up
                 shutil.rmtree(folder, ignore_errors=True)
             build(load(), folder, target, progress=progress, force=True)

@@ -74,24 +74,22 @@ def sample(
     aligning = bool((schedule.etas > 0).any())
     fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
     grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
-    rows = table.rows()
     etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
     times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
     losses: list[StepLosses] = []
     stored = z
-    for k, row in enumerate(rows):
-        step = row.step
+    for k, row in enumerate(table.rows()):
         # align: once per PLMS step, before the copy for guidance (Eq. 8)
         if aligning and row.aligns:
             at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
             aligned = engines["align"]({**fixed, **at})
             z = aligned["z_aligned"]
             losses.append(
-                StepLosses(step, row.timestep, aligned["loss_global"], aligned["loss_local"])
+                StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
             )
         # denoise (Eq. 9): both halves of the guidance in one batch
-        unet = engines["unet_grounded" if step < grounded_steps else "unet_plain"]
+        unet = engines["unet_grounded" if row.step < grounded_steps else "unet_plain"]
         doubled = torch.cat([z, z]) if guided else z
         at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
         eps = unet({**fixed, **at})["noise_pred"]
