@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
-from hcma_fast.export.translations import TRANSLATIONS
+from hcma_fast.export.translations import TRANSLATIONS, rewritten
 from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.specs import IOSpec
 
@@ -45,7 +45,7 @@ def export_onnx(
             verbose=False,
         )
         assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
-        weights.save(program.model, path)
+        weights.save(rewritten(program.model), path)
 
 
 class _Positional(nn.Module):

@@ -140,6 +140,9 @@ def _on_contexts(unet: UNet2DConditionModel, *, gated: bool) -> Any:
     for index, block in enumerate(attention_blocks(copied)):
         block.attn2 = _CaptionAttention(block.attn2, index)
         block.fuser = _GatedAttention(block.fuser, index) if gated else None
+        block.ff.net[0] = _SplitGEGLU(block.ff.net[0])
+        if gated:
+            block.fuser.ff.net[0] = _SplitGEGLU(block.fuser.ff.net[0])
     return copied
 
 
@@ -189,6 +192,23 @@ class _GatedAttention(nn.Module):
         attended = self.to_out[0](_attend(self.to_q(normed), key, value, self.heads))
         hidden = hidden + self.alpha_attn.tanh() * attended
         return hidden + self.alpha_dense.tanh() * self.ff(self.norm2(hidden))  # type: ignore[no-any-return]
+
+
+class _SplitGEGLU(nn.Module):
+    """diffusers' GEGLU with a product for each half of its weight, so that no result is cut in two.
+
+    On ONNX Runtime's CPU cutting took a quarter as long as the product (bench of 2026-11-25).
+    """
+
+    def __init__(self, geglu: Any) -> None:
+        super().__init__()
+        weights, biases = geglu.proj.weight.chunk(2), geglu.proj.bias.chunk(2)
+        self.weight, self.gate_weight = (nn.Parameter(part, False) for part in weights)
+        self.bias, self.gate_bias = (nn.Parameter(part, False) for part in biases)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        gate = F.gelu(F.linear(hidden, self.gate_weight, self.gate_bias))
+        return F.linear(hidden, self.weight, self.bias) * gate
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

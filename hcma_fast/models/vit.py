@@ -33,8 +33,11 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        heads = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        # chunk, whose backward is one concatenation, and not a permutation of all three
+        query, key, value = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for part in self.qkv(tokens).chunk(3, -1)
+        )
         mixed = F.scaled_dot_product_attention(query, key, value)
         return self.out(mixed.transpose(1, 2).flatten(-2))  # type: ignore[no-any-return]
 
@@ -132,5 +135,6 @@ class LatentViT(nn.Module):
             time = self.time(timestep_features(timestep, 64).to(dtype))
         for block in self.blocks:
             tokens = block(tokens, time)
-        tokens = self.norm(tokens)
-        return tokens[:, 0], tokens[:, 1:]
+        # split rather than two slices, for the same reason as in Attention
+        image, cells = self.norm(tokens).split([1, tokens.shape[1] - 1], dim=1)
+        return image.squeeze(1), cells
