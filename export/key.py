@@ -11,6 +11,7 @@ from pathlib import Path
 from hcma_fast import specs
 from hcma_fast.export.onnx_graph import OPSET
 from hcma_fast.export.target import Target, backend_version, machine
+from hcma_fast.kernels import cosine_loss
 
 _PACKAGE = Path(specs.__file__).parent
 #: whose code becomes part of the graphs
@@ -53,6 +54,7 @@ def code_hash() -> str:
     """Our own code decides what a graph computes: a changed line must not find an old engine."""
     digest = hashlib.sha256()
     files = [_PACKAGE / name for name in ("specs.py", "losses.py", "config.py")]
+    files.append(Path(cosine_loss.__file__))
     folders = [Path(__file__).parent, _PACKAGE / "models"]
     for path in sorted([*files, *(p for folder in folders for p in folder.glob("*.py"))]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

@@ -65,9 +65,7 @@ class _AttentionOnTokens(pattern.RewriteRuleClassBase):  # type: ignore[misc]
     ) -> Any:
         count = int(heads.shape[1])
         kept = attended.producer().attributes
-        return op.Attention(
-            query, key, value, **kept, q_num_heads=count, kv_num_heads=count
-        )
+        return op.Attention(query, key, value, **kept, q_num_heads=count, kv_num_heads=count)
 
 
 def rewritten(model: ir.Model) -> ir.Model:

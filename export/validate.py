@@ -19,7 +19,7 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 
 #: (batch, valid boxes, alignment rate): other batches than the traced one, no box and all 30,
 #: no step and one a thousand times too long; batches are moved into the range of the graph
-_CASES = ((2, 3, 1.0), (1, 0, 1.0), (5, 30, 1.0), (2, 1, 0.0), (1, 5, 1e3))
+_CASES = ((1, 3, 1.0), (2, 0, 1.0), (5, 30, 1.0), (2, 1, 0.0), (1, 5, 1e3))
 
 _MANY_WEIGHTS, _MANY_PIXELS = 200_000_000, 2**19
 

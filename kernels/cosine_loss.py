@@ -61,7 +61,7 @@ def cosine_loss_reference(
     count = valid.sum(-1).clamp(min=1)
     lambda_global, lambda_local = weights[..., 0], weights[..., 1]
     objective = lambda_global * loss_global + lambda_local * loss_local.sum(-1) / count
-    per_image = lambda_global.expand(len(f_global)).unsqueeze(-1)
+    per_image = lambda_global.expand(f_global.shape[0]).unsqueeze(-1)
     per_box = ((lambda_local / count).unsqueeze(-1) * valid).unsqueeze(-1)
     return (
         objective,

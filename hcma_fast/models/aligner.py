@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from hcma_fast.config import AlignerConfig
 from hcma_fast.errors import WeightsError
-from hcma_fast.losses import global_loss, local_loss, local_mean
+from hcma_fast.kernels.cosine_loss import Outputs as LossesAndSlopes
+from hcma_fast.kernels.cosine_loss import cosine_loss_reference
+from hcma_fast.losses import global_loss, local_loss
 from hcma_fast.models.heads import CaptionHead, RegionHead
 from hcma_fast.models.vit import LatentViT
 
@@ -108,12 +111,24 @@ class Aligner(nn.Module):
 
 
 class AlignStep(nn.Module):
-    """The `align` graph: forward, backward and update of the latent, one pure function (Eq. 8)."""
+    """The `align` graph: forward, backward and update of the latent, one pure function (Eq. 8).
 
-    def __init__(self, aligner: Aligner, *, normalized: bool = False) -> None:
+    Args:
+        losses: both losses and their gradient with respect to the features, in plain torch, or
+            ``kernels.cosine_loss.cosine_loss``, which is one launch on a GPU.
+    """
+
+    def __init__(
+        self,
+        aligner: Aligner,
+        *,
+        normalized: bool = False,
+        losses: Callable[..., LossesAndSlopes] = cosine_loss_reference,
+    ) -> None:
         super().__init__()
         self.aligner = aligner
         self.normalized = normalized
+        self.losses = losses
 
     def forward(
         self,
@@ -128,22 +143,29 @@ class AlignStep(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Shapes as in ``specs.graph_specs``: -> z_aligned, loss_global (B,), loss_local (B, M)."""
 
+        aligner = self.aligner
+        half = aligner.vit.project.weight.dtype == torch.float16
+        scale = _FLOAT16_SCALE if half else 1.0
         # autograd rather than torch.func.grad: functorch fixes the batch size when it is traced
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            loss_global, loss_local = self.aligner.losses(
-                leaf, caption_embedding, label_embeddings, regions, region_mask, timestep
+            features = aligner.features(leaf, regions, timestep)
+            # the losses' own gradient in closed form: autograd would take four times the nodes.
+            # Of the sum over the batch, so that each image's gradient is its own.
+            _, loss_global, loss_local, *slopes = self.losses(
+                features[0].detach(),
+                caption_embedding,
+                features[1].detach(),
+                label_embeddings,
+                region_mask,
+                lambdas * scale,
             )
-            # the sum over the batch keeps each image's gradient its own
-            objective = lambdas[0] * loss_global + lambdas[1] * local_mean(loss_local, region_mask)
-            half = self.aligner.vit.project.weight.dtype == torch.float16
-            scale = _FLOAT16_SCALE if half else 1.0
-            (gradient,) = torch.autograd.grad(objective.sum() * scale, leaf)
-            gradient = gradient / scale
+            (gradient,) = torch.autograd.grad(features, leaf, slopes)
+            gradient = gradient / scale if half else gradient
         rate = eta.view(-1, 1, 1, 1)
         if self.normalized:
             rate = rate * _norm(z) / _norm(gradient)
-        return z - rate * gradient, loss_global.detach(), loss_local.detach()
+        return z - rate * gradient, loss_global, loss_local
 
 
 def _norm(value: Tensor) -> Tensor:

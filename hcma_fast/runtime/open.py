@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 
+from hcma_fast.config import cache_root
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import OpenVINOPrecision
@@ -78,13 +79,22 @@ def _open(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Eng
     file = folder / record.file
     if backend in TRT_LIBRARIES:
         onnx = file.with_suffix(".onnx") if manifest.target.strip_weights else None
-        return TRTEngine(file, record.spec, backend, weights_onnx=onnx)
+        kernels = runtime_cache(record.sha256) if backend == "tensorrt-rtx" else None
+        return TRTEngine(file, record.spec, backend, weights_onnx=onnx, runtime_cache=kernels)
     if backend == "onnxruntime":
         return OrtEngine(file, record.spec, device=device)
     if backend == "openvino":
         precision = cast(OpenVINOPrecision, manifest.precision)
         return OpenVINOEngine(file, record.spec, precision=precision)
     return CompiledEngine(file, record.spec)
+
+
+def runtime_cache(engine_sha256: str) -> Path:
+    """Where TensorRT-RTX's kernels for this engine and GPU lie; beside the engines, as it grows."""
+    folder = cache_root() / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    gpu = "{}-{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "0"
+    return folder / f"{engine_sha256[:24]}-sm{gpu}"
 
 
 def default_device(backend: str) -> str:

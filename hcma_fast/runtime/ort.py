@@ -2,34 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.session import CUDA, cuda_runner, open_session, runner
-from hcma_fast.specs import IOSpec
+from hcma_fast.export.session import CUDA, cuda_runner, onnxruntime_version, open_session, runner
+from hcma_fast.specs import BATCH, IOSpec
+
+_Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+
+_MAX_IDLE = 0.15
+"""Share of the threads' time that a split may leave unused where the batch does not divide"""
 
 
 class OrtEngine:
     """Runs one ONNX file; tensors go in and out without a copy.
 
+    On a CPU a batch of at least as many images as there are threads is split: each thread runs
+    its share by itself, which saves the threads' meeting after each of hundreds of small nodes
+    (docs/decisions.md). The results are the same to the last bit, as no node mixes images.
+    A smaller batch is run as a whole, by all threads together.
+
     Args:
         device: "cpu" or "cuda"; tensors must lie there.
+        threads: of the CPU; default torch's number.
 
     Raises:
-        BackendError: this ONNX Runtime has no CUDA.
-        EngineError: the file cannot be read.
+        BackendError: ONNX Runtime is missing, or has no CUDA.
+        EngineError: the file cannot be read; on a CPU at the first call.
     """
 
-    def __init__(self, path: Path, spec: IOSpec, *, device: str = "cpu") -> None:
+    def __init__(
+        self, path: Path, spec: IOSpec, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
         self.spec = spec
+        self._path = path
+        self._threads = threads or torch.get_num_threads()
+        self._cuda: _Run | None = None
+        # sessions are opened when they are needed: each prepares weights of its own
+        self._sessions: dict[int, _Run] = {}
+        self._opening = threading.Lock()
+        onnxruntime_version()
         if torch.device(device).type == "cuda":
-            self._run = cuda_runner(open_session(path, CUDA), spec, torch.device(device))
-        else:
-            self._run = runner(open_session(path), spec)
+            self._cuda = cuda_runner(open_session(path, CUDA), spec, torch.device(device))
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -46,3 +68,50 @@ class OrtEngine:
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
+
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._cuda is not None:
+            return self._cuda(inputs)
+        batch = len(inputs[self.spec.inputs[0].name])
+        if not splits(batch, self._threads, self.spec):
+            return self._session(self._threads)(inputs)
+        run, parts = self._session(1), self._split(inputs)
+        pending = [_workers().submit(run, part) for part in parts[1:]]
+        found = [run(parts[0]), *(future.result() for future in pending)]
+        return {
+            tensor.name: torch.cat([part[tensor.name] for part in found])
+            if BATCH in tensor.shape
+            else found[0][tensor.name]
+            for tensor in self.spec.outputs
+        }
+
+    def _split(self, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        parts: list[dict[str, Tensor]] = [{} for _ in range(self._threads)]
+        for tensor in self.spec.inputs:
+            value = inputs[tensor.name]
+            batched = BATCH in tensor.shape
+            shares = value.tensor_split(len(parts)) if batched else [value] * len(parts)
+            for part, share in zip(parts, shares, strict=True):
+                part[tensor.name] = share
+        return parts
+
+    def _session(self, threads: int) -> _Run:
+        with self._opening:
+            if threads not in self._sessions:
+                session = open_session(self._path, threads=threads)
+                self._sessions[threads] = runner(session, self.spec)
+            return self._sessions[threads]
+
+
+def splits(batch: int, threads: int, spec: IOSpec) -> bool:
+    """Whether a share of the batch for each thread keeps them all busy, and is not too small."""
+    if threads < 2 or batch // threads < spec.batch.min:
+        return False
+    longest = -(-batch // threads)
+    return 1 - batch / (threads * longest) <= _MAX_IDLE
+
+
+@lru_cache(maxsize=1)
+def _workers() -> ThreadPoolExecutor:
+    """Threads of all engines: they only ever wait for ONNX Runtime, never for each other."""
+    return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hcma-fast-ort")

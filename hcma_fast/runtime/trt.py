@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -34,6 +35,8 @@ from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 _REBUILD = "Build it again, with this library's version and for this GPU: hcma-fast build --force."
 _log = logging.getLogger("hcma_fast")
+_DIGEST = hashlib.sha256().digest_size
+"""Bytes before a runtime cache: the hash of the rest"""
 
 
 class TRTEngine:
@@ -47,7 +50,7 @@ class TRTEngine:
         path: the engine file; read here, so check its hash before.
         weights_onnx: the ONNX file that a stripped engine was built from.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if
-            it is there, and written by :meth:`save_runtime_cache`.
+            it is there, and written after the first call, and by :meth:`save_runtime_cache`.
 
     Raises:
         BackendError: the library, the driver, or torch's CUDA is missing.
@@ -93,6 +96,7 @@ class TRTEngine:
                 remedy="Give the ONNX file that it was built from, or build it with weights.",
             )
         self._bound: tuple[Tensor, ...] = ()
+        self._warm = False
         # set before the cache, and so destroyed before it: the cache must outlive its contexts
         self._context: Any = None
         self._cache: Any = None
@@ -123,6 +127,9 @@ class TRTEngine:
         finally:
             # torch reuses freed memory in the order of the stream, so nothing need be kept
             self._bound = ()
+        if not self._warm:
+            self._warm = True
+            self._keep_kernels()
         return outputs
 
     def allocate(self, batch: int) -> dict[str, Tensor]:
@@ -200,19 +207,29 @@ class TRTEngine:
             return
         compiled = bytes(self._cache.serialize())
         if compiled != self._cached:
-            write_whole(compiled, self._cache_path)
+            write_whole(hashlib.sha256(compiled).digest() + compiled, self._cache_path)
             self._cached = compiled
+
+    def _keep_kernels(self) -> None:
+        try:
+            self.save_runtime_cache()
+        except InputError as error:
+            # the next process compiles them again; this one has its images to make
+            _log.warning("The kernels compiled for this GPU are not kept. %s", error)
 
     def _create_context(self) -> Any:
         config = self._engine.create_runtime_config()
         if self._cache_path is not None:
             self._cache = config.create_runtime_cache()
-            kept = self._cache_path.read_bytes() if self._cache_path.is_file() else b""
-            if kept and self._cache.deserialize(kept):
+            data = self._cache_path.read_bytes() if self._cache_path.is_file() else b""
+            digest, kept = data[:_DIGEST], data[_DIGEST:]
+            # the library is given nothing that was cut off or damaged
+            if data and hashlib.sha256(kept).digest() == digest and self._cache.deserialize(kept):
                 self._cached = kept
-            elif kept:
+            elif data:
                 _log.warning(
-                    "The runtime cache %s is of another GPU or version: kernels are compiled anew.",
+                    "The runtime cache %s is damaged, or of another GPU or version: kernels are "
+                    "compiled anew.",
                     self._cache_path,
                 )
             config.set_runtime_cache(self._cache)

@@ -10,7 +10,8 @@ import torch
 from hcma_fast.errors import DeviceMemoryError
 from hcma_fast.export.graphs import random_inputs
 from hcma_fast.models.weights import Components
-from hcma_fast.runtime.ort import OrtEngine
+from hcma_fast.runtime.ort import OrtEngine, splits
+from hcma_fast.specs import BatchRange
 
 
 @torch.no_grad()
@@ -45,3 +46,29 @@ def test_out_of_memory_is_typed_and_the_rest_is_not_hidden(
     engine._run = fail
     with pytest.raises(DeviceMemoryError if "alloc" in message else RuntimeException):
         engine({})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("batch", "threads"), [(2, 2), (7, 2), (6, 3), (4, 4)])
+def test_a_batch_is_split_over_the_threads_and_comes_out_the_same(
+    random_engine: Path, random_components: Components, batch: int, threads: int
+) -> None:
+    spec = random_components.specs()["align"]
+    inputs = random_inputs(spec, batch, torch.Generator().manual_seed(1))
+    split = OrtEngine(random_engine / "align.onnx", spec, threads=threads)
+    whole = OrtEngine(random_engine / "align.onnx", spec, threads=1)
+    found, expected = split(inputs), whole(inputs)
+    assert set(split._sessions) == {1}
+    for name in spec.output_names:
+        torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-6)
+
+
+def test_a_batch_that_would_leave_threads_idle_or_that_is_static_is_run_as_a_whole(
+    random_components: Components,
+) -> None:
+    spec = random_components.specs()["unet_plain"]
+    assert [batch for batch in range(1, 10) if splits(batch, 2, spec)] == [2, 4, 6, 7, 8, 9]
+    assert not splits(8, 1, spec)
+    assert not splits(2, 16, spec)
+    static = random_components.specs(batch=BatchRange(1, 1, 1))["unet_plain"]
+    assert static.batch.static and not splits(static.batch.min, 2, static)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -290,23 +291,37 @@ def test_an_engine_of_another_signature_is_refused(
         start()
 
 
-@pytest.mark.parametrize("stale", [False, True])
-def test_the_runtime_cache_is_read_unless_stale_and_written_on_request(
-    stand_in: StandIn,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    stale: bool,
+def _with_hash(kernels: bytes) -> bytes:
+    return hashlib.sha256(kernels).digest() + kernels
+
+
+@pytest.mark.parametrize("kept", ["whole", "stale", "damaged", "cut off", "empty"])
+def test_the_runtime_cache_is_read_if_it_is_good_and_written_after_the_first_call(
+    stand_in: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture, kept: str
 ) -> None:
     path = tmp_path / "kernels"
-    path.write_bytes(b"old:")
-    stand_in.stale_cache = stale
+    whole = _with_hash(b"old:")
+    damaged = {"damaged": whole[:-1] + b"?", "cut off": whole[:20], "empty": b""}
+    path.write_bytes(damaged.get(kept, whole))
+    stand_in.stale_cache = kept == "stale"
     engine = start(path)
-    assert stand_in.kernels == (b"" if stale else b"old:")
-    assert (str(path) in caplog.text) == stale
+    assert stand_in.kernels == (b"old:" if kept == "whole" else b"")
+    assert (str(path) in caplog.text) == (kept not in ("whole", "empty"))
     engine(make_inputs(1))
-    assert path.read_bytes() == b"old:"
+    compiled = b"old:k" if kept == "whole" else b"k"
+    assert path.read_bytes() == _with_hash(compiled)
+    engine(make_inputs(1))
+    assert path.read_bytes() == _with_hash(compiled)
     engine.save_runtime_cache()
-    assert path.read_bytes() == (b"k" if stale else b"old:k")
+    assert path.read_bytes() == _with_hash(compiled + b"k")
+
+
+def test_kernels_that_cannot_be_kept_do_not_stop_an_image(
+    stand_in: StandIn, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = start(tmp_path / "missing" / "kernels")
+    engine(make_inputs(1))
+    assert "are not kept" in caplog.text
 
 
 @needs_rtx
