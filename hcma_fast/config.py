@@ -21,6 +21,9 @@ PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 BACKENDS = ("eager", "onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx")
 """Backends that the pipeline runs on: torch eager is the reference."""
 
+GRAD_BACKENDS = ("eager", "compile", "triton", "onnx")
+"""What can compute the alignment gradient in place of the backend itself."""
+
 
 def cache_root() -> Path:
     """Where engines are kept: ``$HCMA_FAST_CACHE``, or the platform's cache folder of the user."""

@@ -12,7 +12,7 @@ from hcma_fast.cli.jobs import MAX_SEED, Job, check_outputs, parse_request, read
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.cli.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.sidecar import Sidecar, read_sidecar
-from hcma_fast.config import BACKENDS
+from hcma_fast.config import BACKENDS, GRAD_BACKENDS
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
 
@@ -62,6 +62,13 @@ def generate(
     precision: Annotated[
         str | None,
         typer.Option(help="float32, float16 or bfloat16.", show_default="float32"),
+    ] = None,
+    grad_backend: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What computes the alignment gradient: {', '.join(GRAD_BACKENDS)}.",
+            show_default="the backend",
+        ),
     ] = None,
     seed: Annotated[
         int | None,
@@ -145,6 +152,7 @@ def generate(
             precision=precision or original.precision,
             steps=original.num_inference_steps,
             overrides=original.settings.model_dump(exclude={"normalized"}),
+            grad_backend=grad_backend or original.grad_backend,
         )
     else:
         if input_ is not None:
@@ -170,6 +178,7 @@ def generate(
             precision,
             steps or _DEFAULT_STEPS,
             overrides,
+            grad_backend,
         )
     if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(

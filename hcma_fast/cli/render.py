@@ -36,6 +36,7 @@ class Plan:
     steps: int
     overrides: dict[str, Any]
     """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
+    grad_backend: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
             device=plan.device,
             precision=plan.precision,
             aligner=plan.aligner,
+            grad_backend=plan.grad_backend,
             progress=progress,
         )
     if original is not None:
@@ -156,6 +158,7 @@ def render(
         "width": pipe.image_shape[1],
         "precision": plan.precision,
         "backend": pipe.backend,
+        "grad_backend": pipe.grad_backend,
         "device": pipe.device,
         "weights_hash": pipe.weights_hash,
         "engine_hash": pipe.engine_hash,

@@ -52,6 +52,8 @@ class Sidecar(_Frozen):
     precision: str | None = None
     """of a compiled backend; None for its default, or the engine folder's own"""
     backend: str
+    grad_backend: str | None = None
+    """what computed the alignment gradient; None: the backend"""
     device: str
     batch_size: int = Field(ge=1)
     """images that were computed together: it can change the last bit of a pixel"""

@@ -18,6 +18,7 @@ from hcma_fast.config import BACKENDS, AlignmentSettings
 from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import (
+    Checkpoint,
     CheckpointInfo,
     Components,
     load_components,
@@ -91,6 +92,8 @@ class HCMAPipeline:
         #: torch modules; None for compiled engines, which need no weights beside them
         self.components = components
         self.device = device
+        #: what computes the alignment gradient, if that is not the backend
+        self.grad_backend: str | None = None
 
     @property
     def preset(self) -> str:
@@ -127,6 +130,7 @@ class HCMAPipeline:
         precision: str | None = None,
         device: str | None = None,
         aligner: str | Path | None = None,
+        grad_backend: str | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
         """Load a preset, a folder, a hub id, or an engine folder.
@@ -138,6 +142,8 @@ class HCMAPipeline:
             precision: float32, float16 or bfloat16, of a compiled backend.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
+            grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
+                place of ``backend``; see ``runtime.gradient``.
             progress: called with (graph, stage) while engines are built.
 
         Raises:
@@ -148,11 +154,12 @@ class HCMAPipeline:
                 "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
             )
         if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
-            if aligner is not None or precision is not None:
+            fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
+            if given := [name for name, value in fixed.items() if value is not None]:
                 raise UsageError(
-                    "an engine folder has its aligner inside, and its precision",
-                    value=precision if aligner is None else str(aligner),
-                    remedy="Leave out aligner and precision, or load the checkpoint instead.",
+                    "an engine folder has its aligner inside, its gradient and its precision",
+                    value=given[0],
+                    remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
             chosen = None if backend == "auto" else backend
             return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
@@ -161,6 +168,19 @@ class HCMAPipeline:
 
             backend, why = choose_backend(device, precision)
             _log.info("Backend %s: %s.", backend, why)
+        if grad_backend is not None:
+            from hcma_fast.runtime.gradient import check_grad_backend
+
+            check_grad_backend(grad_backend, device or "cpu")
+            pipe = cls.from_pretrained(
+                name_or_path,
+                backend=backend,
+                precision=precision,
+                device=device,
+                aligner=aligner,
+                progress=progress,
+            )
+            return pipe._with_gradient(grad_backend, locate(name_or_path, aligner=aligner))
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):
             if precision not in (None, "float32"):
@@ -187,6 +207,16 @@ class HCMAPipeline:
             progress=progress,
         )
         return cls.from_engines(folder, backend=backend, device=device)
+
+    def _with_gradient(self, grad_backend: str, checkpoint: Checkpoint) -> HCMAPipeline:
+        from hcma_fast.runtime.gradient import gradient_engine
+
+        components = self.components or load_components(checkpoint)
+        spec = self.engines["align"].spec
+        align = gradient_engine(grad_backend, components, spec, self.device)
+        self.engines = {**self.engines, "align": align}
+        self.grad_backend = grad_backend
+        return self
 
     @classmethod
     def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:

@@ -1,0 +1,77 @@
+"""Which code computes the alignment gradient, whatever backend runs the UNet."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+
+from hcma_fast.config import GRAD_BACKENDS
+from hcma_fast.errors import BackendError
+from hcma_fast.models.aligner import AlignStep
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.specs import IOSpec
+
+
+def check_grad_backend(name: str, device: str) -> None:
+    """Refuse what cannot run, before anything is loaded.
+
+    Raises:
+        BackendError: an unknown name, or Triton without a GPU.
+    """
+    if name not in GRAD_BACKENDS:
+        raise BackendError(
+            "unknown backend of the gradient",
+            value=name,
+            remedy=f"Gradient backends: {', '.join(GRAD_BACKENDS)}.",
+        )
+    if name == "triton" and (torch.device(device).type != "cuda" or find_spec("triton") is None):
+        raise BackendError(
+            "the fused loss kernel needs Triton and an NVIDIA GPU",
+            value=device,
+            remedy='Use "compile", or the device cuda with pip install "hcma-fast[gpu]".',
+        )
+
+
+def gradient_engine(name: str, components: Components, spec: IOSpec, device: str) -> Engine:
+    """The graph `align` by another gradient backend.
+
+    Args:
+        name: one of ``config.GRAD_BACKENDS``. ``eager``: autograd. ``compile``: forward and
+            backward traced as one graph, and compiled by torch.compile at the first call, for any
+            batch. ``triton``: the same, with both losses and their gradient in one launch of
+            ``kernels.cosine_loss``. ``onnx``: the exported graph, by ONNX Runtime, from the cache.
+        spec: of the graph that is replaced.
+
+    Raises:
+        BackendError: see :func:`check_grad_backend`; ONNX Runtime is missing.
+    """
+    check_grad_backend(name, device)
+    if name == "onnx":
+        return _onnx_engine(components, device)
+    aligner = components.aligner.to(device)
+    normalized = components.settings.normalized
+    if name == "eager":
+        return EagerEngine(AlignStep(aligner, normalized=normalized), spec)
+    from hcma_fast.export.graphs import example_inputs, trace_gradient
+    from hcma_fast.kernels.cosine_loss import cosine_loss_op
+
+    step = AlignStep(aligner, normalized=normalized)
+    if name == "triton":
+        step = AlignStep(aligner, normalized=normalized, losses=cosine_loss_op)
+    example = tuple(value.to(device) for value in example_inputs(spec))
+    return EagerEngine(torch.compile(trace_gradient(step, example), dynamic=True), spec)
+
+
+def _onnx_engine(components: Components, device: str) -> Engine:
+    from hcma_fast.export.cache import find_or_build
+    from hcma_fast.export.manifest import load_manifest
+    from hcma_fast.export.target import Target
+    from hcma_fast.runtime.ort import OrtEngine
+
+    target = Target(backend="onnxruntime")
+    folder = find_or_build(components.weights_hash, lambda: components, target)
+    record = load_manifest(folder).graphs["align"]
+    return OrtEngine(folder / record.file, record.spec, device=device)
