@@ -62,7 +62,9 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
     if name == "triton":
         step = AlignStep(aligner, normalized=normalized, losses=cosine_loss_op)
     example = tuple(value.to(device) for value in example_inputs(spec))
-    return EagerEngine(torch.compile(trace_gradient(step, example), dynamic=True), spec)
+    traced = trace_gradient(step, example)
+    traced.compile(dynamic=True)
+    return EagerEngine(traced, spec)
 
 
 def _onnx_engine(components: Components, device: str) -> Engine:
