@@ -50,7 +50,14 @@ def _error(found: Tensor, reference: Tensor) -> float:
     return float((found.double() - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("name", ["eager", "compile", "onnx"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "eager",
+        pytest.param("compile", marks=pytest.mark.slow),
+        pytest.param("onnx", marks=pytest.mark.slow),  # builds all engines of tiny
+    ],
+)
 def test_agrees_with_float64_autograd(tiny: Components, name: str) -> None:
     engine = gradient_engine(name, tiny, tiny.specs()["align"], "cpu")
     for batch, boxes in ((1, 3), (2, 0), (5, 30)):
@@ -64,7 +71,7 @@ def test_agrees_with_float64_autograd(tiny: Components, name: str) -> None:
         torch.testing.assert_close(inputs["z"], z, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_op_of_the_fused_losses_takes_its_place(
     tiny: Components, dtype: str, compiled: bool
@@ -87,6 +94,7 @@ def test_the_op_of_the_fused_losses_takes_its_place(
     assert _error(gradient, _gradient64(tiny, inputs)) <= limit
 
 
+@pytest.mark.slow
 def test_the_pipeline_takes_it_in_place_of_the_backend(tiny: Components) -> None:
     given = {"num_inference_steps": 3, "seed": 0, "output_type": "latent", "eta0": 30.0}
     plain = HCMAPipeline.from_pretrained("tiny")("a dog", LAYOUT, **given)
