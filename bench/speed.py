@@ -146,14 +146,12 @@ def _build_missing(model: str | Path, backend: str, say: Callable[[str], None]) 
     """Build here: the process that is timed must not be one that exported and validated."""
     if backend not in BACKENDS or backend == "eager":
         return
-    from hcma_fast.export.cache import find_or_build
+    from hcma_fast.export.cache import engine_folder
     from hcma_fast.export.target import Target
-    from hcma_fast.models.weights import load_components, locate
+    from hcma_fast.models.weights import locate
 
-    checkpoint = locate(model)
-    find_or_build(
-        checkpoint.weights_hash,
-        lambda: load_components(checkpoint),
+    engine_folder(
+        locate(model),
         Target(backend=backend),
         progress=lambda graph, stage: say(f"{stage} {graph}"),
     )

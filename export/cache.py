@@ -21,7 +21,7 @@ from hcma_fast.export.build import Progress, build
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
-from hcma_fast.models.weights import ModelSource
+from hcma_fast.models.weights import Checkpoint, ModelSource, load_components
 
 _log = logging.getLogger("hcma_fast")
 _KEY_LETTERS = 24
@@ -99,6 +99,15 @@ def find_or_build(
                 shutil.rmtree(folder, ignore_errors=True)
             build(load(), folder, target, progress=progress, force=True)
     return folder
+
+
+def engine_folder(
+    checkpoint: Checkpoint, target: Target, *, progress: Progress | None = None
+) -> Path:
+    """:func:`find_or_build` for a checkpoint, whose weights are read only to build."""
+    return find_or_build(
+        checkpoint.weights_hash, lambda: load_components(checkpoint), target, progress=progress
+    )
 
 
 class CacheEntry(BaseModel):

@@ -59,7 +59,7 @@ def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
             "bfloat16" if target.precision == "bfloat16" else "float32"
         )
         return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
-    session = ort.open_session(file, prepack=target.backend == "onnxruntime")
+    session = ort.open_session(file)
     _check_names(spec, session)
     return ort.runner(session, spec)
 

@@ -26,15 +26,11 @@ def onnxruntime_version() -> str:
     return str(_onnxruntime().__version__)
 
 
-def open_session(
-    path: Path, providers: Sequence[str] = CPU, *, threads: int = 0, prepack: bool = True
-) -> Any:
+def open_session(path: Path, providers: Sequence[str] = CPU, *, threads: int = 0) -> Any:
     """An ``onnxruntime.InferenceSession`` over the file at ``path``.
 
     Args:
         threads: that run a graph together; 0 for as many as there are cores.
-        prepack: lay the weights out for speed. It takes their memory again, and pays from the
-            second run on.
 
     Raises:
         BackendError: ONNX Runtime is missing, or runs on other providers than those asked for.
@@ -49,8 +45,6 @@ def open_session(
     options.log_severity_level = 3  # errors only: they are raised as well
     # every session has threads of its own; spinning on, they would take the cores from the next one
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if not prepack:
-        options.add_session_config_entry("session.disable_prepacking", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
     except Exception as error:  # onnxruntime raises kinds of its own that share no base class

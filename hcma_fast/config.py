@@ -20,6 +20,18 @@ PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 
 BACKENDS = ("eager", "onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx")
 """Backends that the pipeline runs on: torch eager is the reference."""
+_DEVICES = {
+    "eager": ("cpu", "cuda", "mps"),
+    "onnxruntime": ("cpu", "cuda"),
+    "tensorrt": ("cuda",),
+    "tensorrt-rtx": ("cuda",),
+}
+
+
+def devices_of(backend: str) -> tuple[str, ...]:
+    """Kinds of device that a backend runs on; the first is where it runs by default."""
+    return _DEVICES.get(backend, ("cpu",))
+
 
 GRAD_BACKENDS = ("eager", "compile", "triton", "onnx")
 """What can compute the alignment gradient in place of the backend itself."""

@@ -115,7 +115,7 @@ class AlignStep(nn.Module):
 
     Args:
         losses: both losses and their gradient with respect to the features, in plain torch, or
-            ``kernels.cosine_loss.cosine_loss``, which is one launch on a GPU.
+            ``kernels.cosine_loss.cosine_loss_op``, which is one launch on a GPU.
     """
 
     def __init__(

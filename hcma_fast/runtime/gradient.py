@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
-import torch
-
 from hcma_fast.config import GRAD_BACKENDS
 from hcma_fast.errors import BackendError
+from hcma_fast.kernels.cosine_loss import cosine_loss_op, cosine_loss_reference
 from hcma_fast.models.aligner import AlignStep
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.eager import EagerEngine
@@ -27,7 +26,7 @@ def check_grad_backend(name: str, device: str) -> None:
             value=name,
             remedy=f"Gradient backends: {', '.join(GRAD_BACKENDS)}.",
         )
-    if name == "triton" and (torch.device(device).type != "cuda" or find_spec("triton") is None):
+    if name == "triton" and not (device.startswith("cuda") and find_spec("triton")):
         raise BackendError(
             "the fused loss kernel needs Triton and an NVIDIA GPU",
             value=device,
@@ -51,16 +50,13 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
     check_grad_backend(name, device)
     if name == "onnx":
         return _onnx_engine(components, device)
-    aligner = components.aligner.to(device)
+    losses = cosine_loss_op if name == "triton" else cosine_loss_reference
     normalized = components.settings.normalized
+    step = AlignStep(components.aligner, normalized=normalized, losses=losses).to(device)
     if name == "eager":
-        return EagerEngine(AlignStep(aligner, normalized=normalized), spec)
+        return EagerEngine(step, spec)
     from hcma_fast.export.graphs import example_inputs, trace_gradient
-    from hcma_fast.kernels.cosine_loss import cosine_loss_op
 
-    step = AlignStep(aligner, normalized=normalized)
-    if name == "triton":
-        step = AlignStep(aligner, normalized=normalized, losses=cosine_loss_op)
     example = tuple(value.to(device) for value in example_inputs(spec))
     traced = trace_gradient(step, example)
     traced.compile(dynamic=True)
@@ -71,9 +67,8 @@ def _onnx_engine(components: Components, device: str) -> Engine:
     from hcma_fast.export.cache import find_or_build
     from hcma_fast.export.manifest import load_manifest
     from hcma_fast.export.target import Target
-    from hcma_fast.runtime.ort import OrtEngine
+    from hcma_fast.runtime.open import open_engine
 
     target = Target(backend="onnxruntime")
     folder = find_or_build(components.weights_hash, lambda: components, target)
-    record = load_manifest(folder).graphs["align"]
-    return OrtEngine(folder / record.file, record.spec, device=device)
+    return open_engine(folder, load_manifest(folder), "align", device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import cast
 
 import torch
 
-from hcma_fast.config import cache_root
+from hcma_fast.config import cache_root, devices_of
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import OpenVINOPrecision
@@ -71,10 +72,11 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
         DeviceMemoryError: out of memory.
     """
     check_usable(manifest)
-    return {name: _open(folder, manifest, name, device) for name in manifest.graphs}
+    return {name: open_engine(folder, manifest, name, device) for name in manifest.graphs}
 
 
-def _open(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Engine:
+def open_engine(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Engine:
+    """One of :func:`open_engines`, which checks that the folder fits what is installed."""
     record, backend = manifest.graphs[name], manifest.backend
     file = folder / record.file
     if backend in TRT_LIBRARIES:
@@ -92,14 +94,11 @@ def _open(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Eng
 def runtime_cache(engine_sha256: str) -> Path:
     """Where TensorRT-RTX's kernels for this engine and GPU lie; beside the engines, as it grows."""
     folder = cache_root() / "kernels"
-    folder.mkdir(parents=True, exist_ok=True)
+    # where that fails, the engine runs all the same, and says that it cannot keep its kernels
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
     gpu = "{}-{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "0"
     return folder / f"{engine_sha256[:24]}-sm{gpu}"
-
-
-def default_device(backend: str) -> str:
-    """Where a backend's engines run unless the user says otherwise."""
-    return "cuda" if backend in TRT_LIBRARIES else "cpu"
 
 
 def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, GraphRecord, float]]:
@@ -115,7 +114,7 @@ def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, Graph
             value=manifest.weights_hash[:16],
             remedy="Name the model that they were built from with --model.",
         )
-    device, target = default_device(manifest.backend), manifest.target
+    device, target = devices_of(manifest.backend)[0], manifest.target
     engines = open_engines(folder, manifest, device)
     for name, engine in engines.items():
         module = source.graph(name, target.height, target.width)

@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -111,7 +111,7 @@ def splits(batch: int, threads: int, spec: IOSpec) -> bool:
     return 1 - batch / (threads * longest) <= _MAX_IDLE
 
 
-@lru_cache(maxsize=1)
+@cache
 def _workers() -> ThreadPoolExecutor:
     """Threads of all engines: they only ever wait for ONNX Runtime, never for each other."""
     return ThreadPoolExecutor(max_workers=os.cpu_count(), thread_name_prefix="hcma-fast-ort")

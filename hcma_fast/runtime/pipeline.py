@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from hcma_fast.config import BACKENDS, AlignmentSettings
+from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
 from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import (
-    Checkpoint,
     CheckpointInfo,
     Components,
     load_components,
@@ -41,12 +40,6 @@ from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
-_DEVICES = {
-    "eager": ("cpu", "cuda", "mps"),
-    "onnxruntime": ("cpu", "cuda"),
-    "tensorrt": ("cuda",),
-    "tensorrt-rtx": ("cuda",),
-}
 OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 ENGINE_MANIFEST = "manifest.json"
@@ -169,18 +162,9 @@ class HCMAPipeline:
             backend, why = choose_backend(device, precision)
             _log.info("Backend %s: %s.", backend, why)
         if grad_backend is not None:
-            from hcma_fast.runtime.gradient import check_grad_backend
+            from hcma_fast.runtime.gradient import check_grad_backend, gradient_engine
 
-            check_grad_backend(grad_backend, device or "cpu")
-            pipe = cls.from_pretrained(
-                name_or_path,
-                backend=backend,
-                precision=precision,
-                device=device,
-                aligner=aligner,
-                progress=progress,
-            )
-            return pipe._with_gradient(grad_backend, locate(name_or_path, aligner=aligner))
+            check_grad_backend(grad_backend, device or devices_of(backend or "eager")[0])
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):
             if precision not in (None, "float32"):
@@ -191,32 +175,23 @@ class HCMAPipeline:
                 )
             device = device or "cpu"
             _check_device(device, "eager")
-            return cls.from_components(load_components(checkpoint), device=device)
-        from hcma_fast.export.cache import find_or_build
-        from hcma_fast.export.precision import Precision
-        from hcma_fast.export.target import Target
-        from hcma_fast.runtime.open import default_device
+            pipe = cls.from_components(load_components(checkpoint), device=device)
+        else:
+            from hcma_fast.export.cache import engine_folder
+            from hcma_fast.export.precision import Precision
+            from hcma_fast.export.target import Target
 
-        target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
-        _check_device(device or default_device(backend), backend)
-        folder = find_or_build(
-            checkpoint.weights_hash,
-            # an engine that is there needs no weights beside it
-            lambda: load_components(checkpoint),
-            target,
-            progress=progress,
-        )
-        return cls.from_engines(folder, backend=backend, device=device)
-
-    def _with_gradient(self, grad_backend: str, checkpoint: Checkpoint) -> HCMAPipeline:
-        from hcma_fast.runtime.gradient import gradient_engine
-
-        components = self.components or load_components(checkpoint)
-        spec = self.engines["align"].spec
-        align = gradient_engine(grad_backend, components, spec, self.device)
-        self.engines = {**self.engines, "align": align}
-        self.grad_backend = grad_backend
-        return self
+            target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
+            _check_device(device or devices_of(backend)[0], backend)
+            folder = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(folder, backend=backend, device=device)
+        if grad_backend is not None:
+            components, spec = pipe.components, pipe.engines["align"].spec
+            align = gradient_engine(
+                grad_backend, components or load_components(checkpoint), spec, pipe.device
+            )
+            pipe.engines, pipe.grad_backend = {**pipe.engines, "align": align}, grad_backend
+        return pipe
 
     @classmethod
     def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
@@ -248,7 +223,7 @@ class HCMAPipeline:
                 installed, or does not run on ``device``.
         """
         from hcma_fast.export.manifest import load_manifest
-        from hcma_fast.runtime.open import default_device, open_engines
+        from hcma_fast.runtime.open import open_engines
 
         manifest = load_manifest(folder)
         if backend not in (None, manifest.backend):
@@ -257,7 +232,7 @@ class HCMAPipeline:
                 value=backend,
                 remedy=f"Leave it out, or build again: hcma-fast build --backend {backend}.",
             )
-        device = device or default_device(manifest.backend)
+        device = device or devices_of(manifest.backend)[0]
         _check_device(device, manifest.backend)
         return cls(
             open_engines(folder, manifest, device),
@@ -409,7 +384,7 @@ def _check_device(device: str, backend: str) -> None:
             value=device,
             remedy='Use device="cpu"; see hcma-fast doctor.',
         )
-    runs_on = _DEVICES.get(backend, ("cpu",))
+    runs_on = devices_of(backend)
     if kind not in runs_on:
         raise BackendError(
             f"the backend {backend} does not run on this device",

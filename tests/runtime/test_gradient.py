@@ -111,3 +111,11 @@ def test_what_cannot_run_is_refused_first(random_engine: object) -> None:
         HCMAPipeline.from_pretrained("tiny", grad_backend="jax")
     with pytest.raises(UsageError, match="its gradient"):
         HCMAPipeline.from_pretrained(str(random_engine), grad_backend="eager")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_triton_is_not_refused_where_the_backend_runs_on_a_gpu_by_default() -> None:
+    pytest.importorskip("triton")
+    # what is missing here is the GPU, and not an option
+    with pytest.raises(BackendError, match="no CUDA device"):
+        HCMAPipeline.from_pretrained("tiny", backend="tensorrt-rtx", grad_backend="triton")
