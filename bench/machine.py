@@ -43,7 +43,8 @@ def describe_machine() -> Machine:
         torch_threads=torch.get_num_threads(),
         system=platform.platform(),
         python=platform.python_version(),
-        versions={name: _version(name) for name in _PACKAGES},
+        # the wheel's metadata leaves out which build of torch it is (+cpu, +cu130)
+        versions={name: _version(name) for name in _PACKAGES} | {"torch": torch.__version__},
         commit=_commit(),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
