@@ -91,10 +91,15 @@ class SceneLatents:
         """Pooled embedding of each category name, (24, d)."""
         return self.encode(list(CATEGORY_NAMES))[1]
 
+    @cached_property
+    def empty_hidden(self) -> Tensor:
+        """Hidden states of the empty caption, (77, d)."""
+        return self.encode([""])[0][0]
+
     def batch(
         self, step: int, size: int, without_caption: NDArray[np.bool_] | None = None
     ) -> Batch:
-        """The batch of this step; captions are empty where ``without_caption`` (size,) is true."""
+        """The batch of this step; ``hidden`` is the empty caption's where ``without_caption``."""
         rng = np.random.default_rng([3, step])
         chosen = rng.choice(len(self.scenes), size, replace=False)
         posterior = torch.from_numpy(self.posteriors[chosen]).float()
@@ -105,12 +110,13 @@ class SceneLatents:
         captions = []
         for row, index in enumerate(chosen):
             scene = self.scenes[index]
-            dropped = without_caption is not None and bool(without_caption[row])
-            captions.append("" if dropped else str(rng.choice(scene.captions)))
+            captions.append(str(rng.choice(scene.captions)))
             for slot, item in enumerate(scene.objects):
                 boxes[row, slot] = torch.tensor(item.box)
                 mask[row, slot] = 1
                 labels[row, slot] = self.label_table[CATEGORY_NAMES.index(item.category)]
         hidden, pooled = self.encode(captions)
+        if without_caption is not None:
+            hidden[torch.from_numpy(without_caption)] = self.empty_hidden
         z0 = (posterior[:, 0] + posterior[:, 1] * noise) * self.scaling_factor
         return Batch(z0, hidden, pooled, boxes, mask, labels)
