@@ -54,7 +54,7 @@ class HCMAOutput:
     """by output type: list of PIL images; float array (B, H, W, 3) or tensor (B, 3, H, W) in
     [0, 1]; latents"""
     losses: list[StepLosses]
-    """one entry per PLMS step; none when the alignment is off (eta0 = 0 or an empty window)"""
+    """one entry per PLMS step that aligns: none when eta0 = 0, or outside the window"""
     seeds: list[int]
     """one per image; empty when latents were given"""
     latents: Tensor

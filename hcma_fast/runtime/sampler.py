@@ -38,16 +38,21 @@ class Schedule:
 
     table: PLMSTable
     etas: Tensor
-    """(K,) float64; when all are zero the `align` graph is not run and no losses are recorded"""
+    """(K,) float64; where it is zero the `align` graph is not run, and no losses are recorded"""
     lambdas: tuple[float, float]
     guidance_scale: float
     grounding_beta: float
     """share of the PLMS steps, from the first, with gated attention; rounded to whole steps"""
 
+    @property
+    def grounded_steps(self) -> int:
+        """PLMS steps with gated attention."""
+        return round(self.grounding_beta * int(self.table.step_index[-1] + 1))
+
 
 @dataclass(frozen=True)
 class StepLosses:
-    """Losses before the update of one PLMS step; left on the device, so nothing waits for them."""
+    """Losses before one PLMS step's alignment; left on the device, so nothing waits for them."""
 
     step: int
     timestep: int
@@ -71,17 +76,16 @@ def sample(
     """
     table, batch, device = schedule.table, len(z), z.device
     guided = len(conditioning.text_context) == 2 * batch
-    aligning = bool((schedule.etas > 0).any())
+    aligns = (schedule.etas > 0).tolist()
     fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
-    grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
     etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
     times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
     losses: list[StepLosses] = []
     stored = z
     for k, row in enumerate(table.rows()):
-        # align: once per PLMS step, before the copy for guidance (Eq. 8)
-        if aligning and row.aligns:
+        # align: once per PLMS step in the window, before the copy for guidance (Eq. 8)
+        if aligns[k]:
             at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
             aligned = engines["align"]({**fixed, **at})
             z = aligned["z_aligned"]
@@ -89,7 +93,7 @@ def sample(
                 StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
             )
         # denoise (Eq. 9): both halves of the guidance in one batch
-        unet = engines["unet_grounded" if row.step < grounded_steps else "unet_plain"]
+        unet = engines["unet_grounded" if row.step < schedule.grounded_steps else "unet_plain"]
         doubled = torch.cat([z, z]) if guided else z
         at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
         eps = unet({**fixed, **at})["noise_pred"]
@@ -133,13 +137,13 @@ def sample_fused(
     history = torch.zeros(len(z), HISTORY, *z.shape[1:], device=device)
     state = {"z": z, "stored": z, "history": history}
     state["index"] = torch.zeros(1, dtype=torch.int64, device=device)
-    grounded_steps = round(schedule.grounding_beta * int(table.step_index[-1] + 1))
+    aligns = (schedule.etas > 0).tolist()
     losses: list[StepLosses] = []
     for k, row in enumerate(table.rows()):
-        engine = engines["step_grounded" if row.step < grounded_steps else "step_plain"]
+        engine = engines["step_grounded" if row.step < schedule.grounded_steps else "step_plain"]
         found = engine({**fixed, **state})
         state = {name: found[f"next_{name}"] for name in state}
-        if row.aligns:
+        if aligns[k]:
             given = (found["loss_global"], found["loss_local"])
             losses.append(StepLosses(row.step, row.timestep, *given))
         if on_evaluation is not None:

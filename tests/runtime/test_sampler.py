@@ -109,7 +109,7 @@ def reference(
     for k, t in enumerate(scheduler.timesteps):
         eta = float(plan.etas[k])
         # the scheduler ignores the sample of its second call, the corrector: it stored one
-        if k != 1 and float(plan.etas.max()) > 0:
+        if k != 1 and eta > 0:
             with torch.enable_grad():
                 leaf = z.detach().requires_grad_()
                 glob, local = parts.aligner.losses(

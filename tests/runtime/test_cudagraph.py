@@ -1,0 +1,432 @@
+"""The sampler that is captured: equal to the plain one, and fit for a CUDA graph.
+
+Without a GPU the captured function is called instead of replayed. What a graph demands of it is
+tested on the devices that are there: on "cpu" that it allocates nothing and keeps its addresses, on
+"meta" that it never reads a value, nor touches the host.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import InputError, UsageError
+from hcma_fast.layout import Layout
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.cudagraph import (
+    CaptureMode,
+    ReplaySampler,
+    Trajectory,
+    evaluation_kinds,
+    no_capture,
+)
+from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.sampler import Conditioning, Schedule, sample
+from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.specs import GraphName, IOSpec
+
+STEPS = 6
+LAYOUTS = [
+    Layout(phrases=["a", "b"], boxes=[[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 1.0]]),
+    Layout(phrases=[], boxes=[]),
+    Layout(phrases=["c"], boxes=[[0.0, 0.0, 0.3, 0.3]]),
+]
+
+
+@pytest.fixture(scope="module")
+def engines(random_components: Components) -> dict[GraphName, Engine]:
+    specs = random_components.specs()
+    return {n: EagerEngine(m, specs[n]) for n, m in random_components.graphs().items()}
+
+
+def conditioned(
+    parts: Components, engines: Mapping[GraphName, Engine], images: list[int], guided: bool = True
+) -> Conditioning:
+    texts = ["ab", "c", "xyz"]
+    return condition(
+        engines,
+        parts.tokenizer,
+        [texts[i] for i in images],
+        [""] * len(images) if guided else None,
+        [LAYOUTS[i] for i in images],
+    )
+
+
+def noise(images: list[int]) -> Tensor:
+    return torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in images]
+    )
+
+
+def plan(
+    steps: int = STEPS,
+    eta0: float = 2.0,
+    guidance: float = 3.0,
+    beta: float = 1.0,
+    window: tuple[float, float] = (0.0, 1.0),
+) -> Schedule:
+    settings = AlignmentSettings(eta0=eta0, window=window)
+    return Schedule(plms_table(steps), eta_table(steps, settings), (1.0, 0.5), guidance, beta)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+@pytest.mark.parametrize("mode", ["step", "trajectory"])
+@pytest.mark.parametrize("guided", [True, False])
+@pytest.mark.parametrize(
+    "schedule",
+    [plan(), plan(eta0=0.0), plan(beta=0.5, window=(0.2, 0.7)), plan(steps=2, beta=0.0)],
+    ids=["plain", "unaligned", "window", "two-steps"],
+)
+def test_equals_the_plain_sampler(
+    engines: dict[GraphName, Engine],
+    random_components: Components,
+    schedule: Schedule,
+    guided: bool,
+    mode: CaptureMode,
+) -> None:
+    given = conditioned(random_components, engines, [0, 1], guided)
+    expected, losses = sample(engines, noise([0, 1]), given, schedule)
+    found, ours = ReplaySampler(engines, "cpu", mode=mode)(noise([0, 1]), given, schedule)
+    assert relative(found, expected) < 1e-5
+    assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
+    for one, other in zip(ours, losses, strict=True):
+        torch.testing.assert_close(one.loss_global, other.loss_global, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one.loss_local, other.loss_local, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["step", "trajectory"])
+def test_a_second_batch_finds_nothing_of_the_first(
+    engines: dict[GraphName, Engine], random_components: Components, mode: CaptureMode
+) -> None:
+    """Longer before shorter, aligned before unaligned: leftovers would show."""
+    sampler = ReplaySampler(engines, "cpu", mode=mode)
+    runs = [
+        ([0, 1], plan(steps=9, eta0=3.0)),
+        ([2, 0], plan(steps=4, eta0=1.0, window=(0.5, 1.0))),
+        ([1, 2], plan(steps=4, eta0=0.0)),
+    ]
+    results = []
+    for images, schedule in runs:
+        given = conditioned(random_components, engines, images)
+        expected, _ = sample(engines, noise(images), given, schedule)
+        results.append((sampler(noise(images), given, schedule)[0], expected))
+    # compared at the end: results are copies, which later batches leave alone
+    for found, expected in results:
+        assert relative(found, expected) < 1e-5
+
+
+def test_images_of_one_batch_may_have_settings_of_their_own(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    schedules = [
+        plan(steps=7, eta0=2.0, guidance=3.0),
+        plan(steps=4, eta0=0.5, guidance=7.5, window=(0.0, 0.6)),
+        plan(steps=5, eta0=0.0, guidance=1.5),
+    ]
+    images = [0, 1, 2]
+    together, losses = ReplaySampler(engines, "cpu")(
+        noise(images), conditioned(random_components, engines, images), schedules
+    )
+    for i, schedule in enumerate(schedules):
+        alone, own = sample(
+            engines, noise([i]), conditioned(random_components, engines, [i]), schedule
+        )
+        assert relative(together[i : i + 1], alone) < 1e-5
+        for one, other in zip(losses, own, strict=False):
+            torch.testing.assert_close(
+                one.loss_global[i : i + 1], other.loss_global, rtol=1e-4, atol=1e-5
+            )
+
+
+def test_a_batch_that_needs_both_unets_at_once_is_refused() -> None:
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(beta=1.0), plan(beta=0.5)])
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(steps=4, beta=0.5), plan(steps=8, beta=0.5)])
+    assert len(evaluation_kinds([plan(steps=4), plan(steps=8)])) == 9
+
+
+class Counted:
+    """A capture that counts captures and replays."""
+
+    def __init__(self) -> None:
+        self.captures, self.replays = 0, 0
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        self.captures += 1
+        replay = no_capture(function)
+
+        def counted() -> None:
+            self.replays += 1
+            replay()
+
+        return counted
+
+
+def test_one_captured_step_replays_for_the_whole_trajectory(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    counted = Counted()
+    sampler = ReplaySampler(engines, "cpu", capture=counted)
+    given = conditioned(random_components, engines, [0])
+    sampler(noise([0]), given, plan(steps=50))
+    assert (counted.captures, counted.replays) == (2, 51), "the corrector does not align"
+    sampler(noise([0]), given, plan(steps=20, beta=0.5, window=(0.0, 0.7)))
+    assert (counted.captures, counted.replays) == (4, 51 + 21)
+    sampler(noise([1]), conditioned(random_components, engines, [1]), plan(steps=3))
+    assert (counted.captures, counted.replays) == (4, 51 + 21 + 4)
+
+
+def test_the_trajectory_is_one_replay_without_a_callback(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    counted = Counted()
+    sampler = ReplaySampler(engines, "cpu", mode="trajectory", capture=counted)
+    given = conditioned(random_components, engines, [0])
+    for steps in (3, 4, 5, 6, 7, 3):
+        sampler(noise([0]), given, plan(steps=steps))
+    assert counted.replays == 6
+    assert counted.captures == 6, "four are kept, and the oldest had gone"
+    with pytest.raises(UsageError, match="cannot call back"):
+        sampler(noise([0]), given, plan(), lambda k, z: z)
+
+
+def test_shapes_are_kept_up_to_a_bound(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    counted = Counted()
+    sampler = ReplaySampler(engines, "cpu", max_shapes=2, capture=counted)
+
+    def run(images: list[int]) -> int:
+        before = counted.captures
+        sampler(noise(images), conditioned(random_components, engines, images), plan(steps=2))
+        return counted.captures - before
+
+    assert [run([0]), run([0, 1]), run([0]), run([0, 1, 2]), run([0]), run([0, 1])] == [
+        2,
+        2,
+        0,
+        2,
+        0,
+        2,
+    ]
+
+
+def test_a_callback_may_change_the_latent_but_not_by_accident(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    given = conditioned(random_components, engines, [0])
+    sampler = ReplaySampler(engines, "cpu")
+    expected, _ = sample(engines, noise([0]), given, plan())
+
+    def spoil(k: int, z: Tensor) -> Tensor:
+        copy = z.clone()
+        z.zero_()
+        return copy
+
+    found, _ = sampler(noise([0]), given, plan(), spoil)
+    assert relative(found, expected) < 1e-5
+    zeros, _ = sampler(noise([0]), given, plan(), lambda k, z: torch.zeros_like(z))
+    assert zeros.abs().max() == 0
+
+
+def test_threads_take_turns_and_samplers_share_nothing(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    given = {i: conditioned(random_components, engines, [i]) for i in range(3)}
+    expected = {i: sample(engines, noise([i]), given[i], plan())[0] for i in range(3)}
+    one, other = ReplaySampler(engines, "cpu"), ReplaySampler(engines, "cpu")
+    wrong: list[float] = []
+
+    def work(sampler: ReplaySampler, image: int) -> None:
+        for _ in range(3):
+            found, _ = sampler(noise([image]), given[image], plan())
+            wrong.append(relative(found, expected[image]))
+
+    threads = [
+        threading.Thread(target=work, args=(sampler, image))
+        for sampler in (one, other)
+        for image in range(3)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(wrong) == 18 and max(wrong) < 1e-5
+
+
+class InPlace:
+    """An engine as TensorRT's: it writes into outputs that it allocated once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, Tensor] = {}
+
+    @property
+    def spec(self) -> IOSpec:
+        return self.engine.spec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with Unwatched():
+            found = self.engine(inputs)
+            for name, value in found.items():
+                self.outputs.setdefault(name, value.clone()).copy_(value)
+        return self.outputs
+
+
+class Watch(TorchDispatchMode):
+    """Notes every op, and those that made a tensor in memory that none of their inputs has."""
+
+    watching = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.allocating: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if Watch.watching:
+            self.ops[str(func)] += 1
+            known = {
+                leaf.untyped_storage().data_ptr()
+                for leaf in tree_leaves((args, kwargs))
+                if isinstance(leaf, Tensor)
+            }
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                    self.allocating[str(func)] += 1
+        return result
+
+
+class Unwatched:
+    def __enter__(self) -> None:
+        Watch.watching = False
+
+    def __exit__(self, *error: object) -> None:
+        Watch.watching = True
+
+
+def addresses(batch: Trajectory) -> dict[str, int]:
+    tensors = {**vars(batch), **vars(batch.conditioning), **batch.align_inputs, **batch.unet_inputs}
+    return {name: t.data_ptr() for name, t in tensors.items() if isinstance(t, Tensor)}
+
+
+def test_evaluations_allocate_nothing_and_keep_their_addresses(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    given = conditioned(random_components, engines, [0, 1])
+    steady: dict[GraphName, Engine] = {name: InPlace(engine) for name, engine in engines.items()}
+    batch = Trajectory(steady, given, (4, 8, 8), 2, torch.device("cpu"))
+    schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8))
+    kinds = evaluation_kinds([schedule])
+    with torch.no_grad():
+        for kind in set(kinds):
+            batch.evaluate(*kind)
+        batch.load(noise([0, 1]), given, [schedule])
+        before = addresses(batch)
+        with Watch() as watch:
+            for kind in kinds:
+                batch.evaluate(*kind)
+    assert len(kinds) == 51 and int(batch.step) == 51
+    assert not watch.allocating, watch.allocating
+    assert addresses(batch) == before and len(before) > 20
+    assert watch.ops["hcma_fast.denoise_update_.default"] == 51
+    # the watch itself works
+    with Watch() as watch:
+        torch.cat([batch.z, batch.z])
+    assert watch.allocating
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses an op that touches another device than "meta", where no value can be read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                raise AssertionError(f"{func} touches {leaf.device}")
+        return result
+
+
+def test_evaluations_never_read_a_value_nor_touch_the_host(random_components: Components) -> None:
+    """All of torch eager's graphs, the gradient included: what a GPU would be asked to capture."""
+    specs = random_components.specs()
+    engines: dict[GraphName, Engine] = {
+        name: EagerEngine(deepcopy(module).to("meta"), specs[name])
+        for name, module in random_components.graphs().items()
+    }
+    shapes = {
+        "text_context": specs["unet_grounded"].inputs[2].shape,
+        "grounding_context": specs["unet_grounded"].inputs[3].shape,
+        "caption_embedding": specs["align"].inputs[1].shape,
+        "label_embeddings": specs["align"].inputs[2].shape,
+        "regions": specs["align"].inputs[3].shape,
+        "region_mask": specs["align"].inputs[4].shape,
+    }
+    given = Conditioning(
+        **{
+            name: torch.empty(4 if "context" in name else 2, *shape[1:], device="meta")
+            for name, shape in shapes.items()
+        }
+    )
+    batch = Trajectory(engines, given, (4, 8, 8), 2, torch.device("meta"))
+    schedule = plan(beta=0.5, window=(0.0, 0.8))
+    batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
+    kinds = evaluation_kinds([schedule])
+    assert len(set(kinds)) == 4
+    with torch.no_grad(), OnDevice():
+        for kind in kinds:
+            batch.evaluate(*kind)
+    with pytest.raises(AssertionError, match="touches cpu"), OnDevice():
+        batch.z.copy_(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(batch.z.sum())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["step", "trajectory"])
+def test_cuda_graphs_equal_the_plain_sampler(
+    random_components: Components, mode: CaptureMode
+) -> None:
+    """Nobody has run this yet."""
+    specs = random_components.specs()
+    engines: dict[GraphName, Engine] = {
+        name: EagerEngine(deepcopy(module).cuda(), specs[name])
+        for name, module in random_components.graphs().items()
+    }
+    sampler = ReplaySampler(engines, "cuda", mode=mode)
+    for images in ([0, 1], [2], [1, 0]):
+        given = condition(
+            engines,
+            random_components.tokenizer,
+            ["ab"] * len(images),
+            [""] * len(images),
+            [LAYOUTS[i] for i in images],
+            "cuda",
+        )
+        schedule = plan(steps=20, beta=0.5, window=(0.0, 0.8))
+        expected, _ = sample(engines, noise(images).cuda(), given, schedule)
+        found, _ = sampler(noise(images).cuda(), given, schedule)
+        assert relative(found, expected) < 1e-4
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            sampler(noise(images).cuda(), given, schedule)
+        launches = sum(
+            event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch"
+        )
+        assert launches == (1 if mode == "trajectory" else 21)
