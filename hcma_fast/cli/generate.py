@@ -70,6 +70,14 @@ def generate(
             show_default="the backend",
         ),
     ] = None,
+    cuda_graphs: Annotated[
+        bool | None,
+        typer.Option(
+            "--cuda-graphs/--no-cuda-graphs",
+            help="Replay one captured CUDA graph per evaluation. Not yet run on a GPU.",
+            show_default="no",
+        ),
+    ] = None,
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; random by default."),
@@ -153,6 +161,7 @@ def generate(
             steps=original.num_inference_steps,
             overrides=original.settings.model_dump(exclude={"normalized"}),
             grad_backend=grad_backend or original.grad_backend,
+            cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
         )
     else:
         if input_ is not None:
@@ -179,6 +188,7 @@ def generate(
             steps or _DEFAULT_STEPS,
             overrides,
             grad_backend,
+            bool(cuda_graphs),
         )
     if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(

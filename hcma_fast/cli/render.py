@@ -37,6 +37,7 @@ class Plan:
     overrides: dict[str, Any]
     """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
     grad_backend: str | None = None
+    cuda_graphs: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,8 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
             grad_backend=plan.grad_backend,
             progress=progress,
         )
+    if plan.cuda_graphs:
+        pipe.enable_cuda_graphs()
     if original is not None:
         original.check_weights(pipe.weights_hash)
     # before the first image, not in the middle of the batches; each text once
@@ -159,6 +162,7 @@ def render(
         "precision": plan.precision,
         "backend": pipe.backend,
         "grad_backend": pipe.grad_backend,
+        "cuda_graphs": pipe.replay is not None,
         "device": pipe.device,
         "weights_hash": pipe.weights_hash,
         "engine_hash": pipe.engine_hash,

@@ -54,6 +54,7 @@ class Sidecar(_Frozen):
     backend: str
     grad_backend: str | None = None
     """what computed the alignment gradient; None: the backend"""
+    cuda_graphs: bool = False
     device: str
     batch_size: int = Field(ge=1)
     """images that were computed together: it can change the last bit of a pixel"""

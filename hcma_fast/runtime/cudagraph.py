@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,8 +31,35 @@ Kind = tuple[bool, bool]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """From a function of no argument to one that does the same again, at the same addresses."""
 CAPTURABLE = ("eager", "tensorrt", "tensorrt-rtx")
-"""Backends whose work torch's CUDA graphs can hold."""
+"""Backends whose work goes to torch's stream, where a CUDA graph catches it."""
 _WARM_UPS = 3
+
+
+def check_capturable(mode: str, device: str, backend: str, grad_backend: str | None) -> None:
+    """Refuse what no CUDA graph can hold.
+
+    Raises:
+        UsageError: an unknown mode, or a device without CUDA graphs.
+        BackendError: a backend that runs elsewhere than on torch's stream.
+    """
+    if mode not in get_args(CaptureMode):
+        raise UsageError(
+            "unknown way to capture",
+            value=mode,
+            remedy=f"Use one of {', '.join(get_args(CaptureMode))}.",
+        )
+    if torch.device(device).type != "cuda":
+        raise UsageError(
+            "CUDA graphs need an NVIDIA GPU",
+            value=device,
+            remedy='Leave them off, or load the pipeline with device="cuda".',
+        )
+    if backend not in CAPTURABLE or grad_backend == "onnx":
+        raise BackendError(
+            "this backend's work cannot be captured as a CUDA graph",
+            value="the gradient by onnx" if backend in CAPTURABLE else backend,
+            remedy=f"Use {', '.join(CAPTURABLE)}, and a gradient other than onnx.",
+        )
 
 
 class CudaGraphs:
@@ -218,7 +245,7 @@ class ReplaySampler:
             raise UsageError(
                 "a graph of the whole trajectory cannot call back",
                 value=self.mode,
-                remedy='Use cuda_graphs="step".',
+                remedy='Call enable_cuda_graphs("step"), or leave out the callback.',
             )
         kinds = evaluation_kinds(schedules)
         with self._lock, torch.no_grad():
@@ -317,5 +344,5 @@ def device_errors() -> Iterator[None]:
     except torch.AcceleratorError as error:
         raise BackendError(
             f"the evaluation cannot be captured as a CUDA graph: {error}",
-            remedy='Use cuda_graphs="off", and report it with the output of hcma-fast doctor.',
+            remedy="Leave CUDA graphs off, and report it with the output of hcma-fast doctor.",
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -25,9 +26,11 @@ from hcma_fast.models.weights import (
     locate,
 )
 from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.cudagraph import CaptureMode, ReplaySampler, check_capturable
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.requests import (
+    check_device,
     check_latents,
     noise_from_seeds,
     override_settings,
@@ -87,6 +90,24 @@ class HCMAPipeline:
         self.device = device
         #: what computes the alignment gradient, if that is not the backend
         self.grad_backend: str | None = None
+        #: what samples in place of the plain loop, see :meth:`enable_cuda_graphs`
+        self.replay: ReplaySampler | None = None
+
+    def enable_cuda_graphs(self, mode: CaptureMode = "step") -> None:
+        """Capture the sampler's evaluations at first use of a batch size, and replay them.
+
+        Off until it is called: it was developed without a GPU. Call it again to drop the graphs.
+
+        Args:
+            mode: "step" replays once per evaluation; "trajectory" holds all of them in one graph,
+                which takes no ``callback_on_step_end``.
+
+        Raises:
+            UsageError: another mode, or not on a GPU.
+            BackendError: what computes the graphs cannot be captured.
+        """
+        check_capturable(mode, self.device, self.backend, self.grad_backend)
+        self.replay = ReplaySampler(self.engines, self.device, mode=mode)
 
     @property
     def preset(self) -> str:
@@ -174,7 +195,7 @@ class HCMAPipeline:
                     remedy="Use a compiled backend.",
                 )
             device = device or "cpu"
-            _check_device(device, "eager")
+            check_device(device, "eager")
             pipe = cls.from_components(load_components(checkpoint), device=device)
         else:
             from hcma_fast.export.cache import engine_folder
@@ -182,7 +203,7 @@ class HCMAPipeline:
             from hcma_fast.export.target import Target
 
             target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
-            _check_device(device or devices_of(backend)[0], backend)
+            check_device(device or devices_of(backend)[0], backend)
             folder = engine_folder(checkpoint, target, progress=progress)
             pipe = cls.from_engines(folder, backend=backend, device=device)
         if grad_backend is not None:
@@ -233,7 +254,7 @@ class HCMAPipeline:
                 remedy=f"Leave it out, or build again: hcma-fast build --backend {backend}.",
             )
         device = device or devices_of(manifest.backend)[0]
-        _check_device(device, manifest.backend)
+        check_device(device, manifest.backend)
         return cls(
             open_engines(folder, manifest, device),
             load_tokenizer(folder / "tokenizer"),
@@ -326,7 +347,7 @@ class HCMAPipeline:
 
         def on_evaluation(k: int, z: Tensor) -> Tensor:
             # evaluation 0 predicts what evaluation 1 corrects: not the end of a step yet
-            if callback_on_step_end is None or k == 0:
+            if k == 0 or callback_on_step_end is None:
                 return z
             step = int(table.step_index[k])
             time = int(table.timesteps[0 if step == 0 else k])
@@ -335,9 +356,9 @@ class HCMAPipeline:
 
         aligning = bool((schedule.etas > 0).any())
         fused = "step_grounded" in self.engines and guided and aligning
-        z, losses = (sample_fused if fused else sample)(
-            self.engines, noise.to(self.device), conditioning, schedule, on_evaluation
-        )
+        run = self.replay or partial(sample_fused if fused else sample, self.engines)
+        watch = on_evaluation if callback_on_step_end else None
+        z, losses = run(noise.to(self.device), conditioning, schedule, watch)
         if not bool(z.isfinite().all()):
             raise UsageError(
                 "the latent diverged",
@@ -371,23 +392,3 @@ class HCMAPipeline:
         if output_type == "np":
             return array
         return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in array]
-
-
-def _check_device(device: str, backend: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError("unknown device", value=device, remedy="Use cpu or cuda.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "torch finds no CUDA device",
-            value=device,
-            remedy='Use device="cpu"; see hcma-fast doctor.',
-        )
-    runs_on = devices_of(backend)
-    if kind not in runs_on:
-        raise BackendError(
-            f"the backend {backend} does not run on this device",
-            value=device,
-            remedy=f"Use device={runs_on[0]!r}, or another backend.",
-        )

@@ -11,8 +11,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.config import AlignmentSettings, devices_of
+from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 
 
@@ -133,3 +133,29 @@ def override_settings(defaults: AlignmentSettings, **overrides: Any) -> Alignmen
                 f"{name} must be finite", value=value, remedy="Leave it out for the default."
             )
     return settings
+
+
+def check_device(device: str, backend: str) -> None:
+    """Whether torch has the device, and the backend runs on it.
+
+    Raises:
+        UsageError: no device of torch, or none of the backend's.
+        BackendError: there is no such device here.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UsageError("unknown device", value=device, remedy="Use cpu or cuda.") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise BackendError(
+            "torch finds no CUDA device",
+            value=device,
+            remedy='Use device="cpu"; see hcma-fast doctor.',
+        )
+    runs_on = devices_of(backend)
+    if kind not in runs_on:
+        raise BackendError(
+            f"the backend {backend} does not run on this device",
+            value=device,
+            remedy=f"Use device={runs_on[0]!r}, or another backend.",
+        )

@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.conditioning import condition
@@ -28,11 +28,13 @@ from hcma_fast.runtime.cudagraph import (
     CaptureMode,
     ReplaySampler,
     Trajectory,
+    check_capturable,
     evaluation_kinds,
     no_capture,
 )
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.sampler import Conditioning, Schedule, sample
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import GraphName, IOSpec
@@ -397,6 +399,42 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(random_components: Co
         batch.z.copy_(torch.zeros(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="meta"):
         float(batch.z.sum())
+
+
+@pytest.mark.parametrize(
+    ("mode", "device", "backend", "grad", "problem"),
+    [
+        ("all", "cuda", "eager", None, "unknown way"),
+        ("step", "cpu", "eager", None, "need an NVIDIA GPU"),
+        ("step", "cuda", "onnxruntime", None, "cannot be captured"),
+        ("step", "cuda", "eager", "onnx", "cannot be captured"),
+    ],
+)
+def test_what_no_graph_can_hold_is_refused(
+    mode: str, device: str, backend: str, grad: str | None, problem: str
+) -> None:
+    with pytest.raises((UsageError, BackendError), match=problem):
+        check_capturable(mode, device, backend, grad)
+    check_capturable("step", "cuda:0", "tensorrt", "triton")
+
+
+def test_a_pipeline_draws_the_same_picture_by_replays(random_components: Components) -> None:
+    pipe = HCMAPipeline.from_components(random_components)
+    given: dict[str, Any] = {"seed": 3, "num_inference_steps": STEPS, "output_type": "np"}
+    expected = pipe(["ab", "c"], LAYOUTS[:2], **given)
+    with pytest.raises(UsageError, match="NVIDIA GPU"):
+        pipe.enable_cuda_graphs()
+    pipe.replay = ReplaySampler(pipe.engines, "cpu")
+    times: list[int] = []
+    found = pipe(
+        ["ab", "c"],
+        LAYOUTS[:2],
+        callback_on_step_end=lambda pipe, step, time, state: times.append(time),
+        **given,
+    )
+    assert relative(found.latents, expected.latents) < 1e-5
+    assert abs(found.images - expected.images).max() < 1e-4
+    assert times == [entry.timestep for entry in found.losses] and len(times) == STEPS
 
 
 @pytest.mark.gpu
