@@ -101,7 +101,7 @@ def random_inputs(
             valid = (torch.arange(size[1]) < boxes).float()[None, :, None]
             return torch.rand(size, generator=generator) * valid
         if tensor.name == "lambdas":
-            return torch.tensor([1.0, 0.5])
+            return 0.5 + torch.rand(size, generator=generator)
         if tensor.name == "plan":
             return step_plan(plms_table(50), eta_table(50, AlignmentSettings()))
         if tensor.name == "index":

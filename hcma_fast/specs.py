@@ -163,7 +163,7 @@ def graph_specs(
         regions,
         mask,
         _tensor("eta"),
-        TensorSpec("lambdas", (2,)),
+        _tensor("lambdas", 2),
         *((timestep,) if time_conditioned else ()),
     )
     specs: tuple[IOSpec, ...] = (
@@ -211,7 +211,7 @@ def graph_specs(
         index,
         TensorSpec("plan", (PLAN_ROWS, PLAN_COLUMNS)),
         TensorSpec("guidance_scale", (1,)),
-        TensorSpec("lambdas", (2,)),
+        _tensor("lambdas", 2),
         caption,
         labels,
         regions,

@@ -56,7 +56,7 @@ def test_shapes_of_the_papers_model() -> None:
         "regions": (BATCH, MAX_OBJECTS, 16 * 24),
         "region_mask": (BATCH, MAX_OBJECTS),
         "eta": (BATCH,),
-        "lambdas": (2,),
+        "lambdas": (BATCH, 2),
     }
     assert align.output_names == ("z_aligned", "loss_global", "loss_local")
     assert shapes(specs["vae_decoder"].outputs) == {"image": (BATCH, 3, 512, 768)}

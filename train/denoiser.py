@@ -82,7 +82,7 @@ def align_some(
         align.aligner.region_map(batch.boxes[chosen], mask),
         mask,
         eta,
-        torch.ones(2),
+        torch.ones(len(chosen), 2),
         at,
     )
     return z.index_copy(0, chosen, moved.detach())

@@ -123,7 +123,7 @@ class Trajectory:
         self.loss_global = torch.zeros(PLAN_ROWS, batch, device=device)
         self.loss_local = torch.zeros(PLAN_ROWS, batch, MAX_OBJECTS, device=device)
         self.table = torch.zeros(batch, PLAN_ROWS, COLUMNS, device=device)
-        self.lambdas = torch.zeros(2, device=device)
+        self.lambdas = torch.zeros(batch, 2, device=device)
         self.conditioning = Conditioning(
             **{name: torch.zeros_like(value) for name, value in vars(like).items()}
         )
@@ -176,7 +176,7 @@ class Trajectory:
         self.z.copy_(z)
         for name, buffer in vars(self.conditioning).items():
             buffer.copy_(getattr(conditioning, name))
-        self.lambdas.copy_(torch.tensor(schedules[0].lambdas))
+        self.lambdas.copy_(torch.tensor([schedule.lambdas for schedule in schedules]))
         # behind an image's last evaluation its rate is 0, and its row of the table changes nothing
         timesteps = torch.zeros(len(schedules), PLAN_ROWS, dtype=torch.int64)
         etas = torch.zeros(len(schedules), PLAN_ROWS)

@@ -77,7 +77,8 @@ def sample(
     table, batch, device = schedule.table, len(z), z.device
     guided = len(conditioning.text_context) == 2 * batch
     aligns = (schedule.etas > 0).tolist()
-    fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
+    lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
+    fixed = dict(vars(conditioning), lambdas=lambdas)
     etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
     times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
@@ -128,7 +129,8 @@ def sample_fused(
     The state goes in and comes out as it is: index and history stay where the engine left them.
     """
     table, device = schedule.table, z.device
-    fixed = dict(vars(conditioning), lambdas=torch.tensor(schedule.lambdas, device=device))
+    lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
+    fixed = dict(vars(conditioning), lambdas=lambdas)
     for name in ("text_context", "grounding_context"):
         # (2B, T, W), halves one after the other -> (B, 2, T, W)
         fixed[name] = fixed[name].unflatten(0, (2, len(z))).transpose(0, 1).contiguous()

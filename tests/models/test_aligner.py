@@ -49,7 +49,7 @@ def inputs(aligner: Aligner, eta: float = 0.3) -> dict[str, Tensor]:
         "regions": aligner.region_map(boxes, mask),
         "region_mask": mask,
         "eta": torch.full((B,), eta, dtype=torch.float64),
-        "lambdas": torch.tensor([0.7, 1.3], dtype=torch.float64),
+        "lambdas": torch.tensor([[0.7, 1.3], [1.1, 0.4], [0.2, 0.9]], dtype=torch.float64),
     }
 
 
@@ -58,7 +58,7 @@ def objective(aligner: Aligner, x: dict[str, Tensor], z: Tensor) -> Tensor:
     names = ("caption_embedding", "label_embeddings", "regions", "region_mask")
     loss_global, loss_local = aligner.losses(z, *(x[name] for name in names), x.get("timestep"))
     mean = local_mean(loss_local, x["region_mask"])
-    return x["lambdas"][0] * loss_global + x["lambdas"][1] * mean
+    return x["lambdas"][:, 0] * loss_global + x["lambdas"][:, 1] * mean
 
 
 @pytest.mark.parametrize("region", ["coverage+fourier", "coverage", "fourier"])
@@ -99,7 +99,7 @@ def test_an_image_does_not_depend_on_its_batch(normalized: bool) -> None:
     step, x = AlignStep(aligner, normalized=normalized), inputs(aligner)
     whole = step(**x)
     for k in range(B):
-        one = {name: v if name == "lambdas" else v[k : k + 1] for name, v in x.items()}
+        one = {name: v[k : k + 1] for name, v in x.items()}
         for together, alone in zip(whole, step(**one), strict=True):
             torch.testing.assert_close(alone[0], together[k], rtol=1e-11, atol=1e-12)
 
@@ -127,7 +127,7 @@ def test_normalized_step_is_a_share_of_the_latents_norm() -> None:
 
 def test_no_box_and_no_caption_weight_leave_the_latent() -> None:
     aligner = make()
-    x = inputs(aligner) | {"lambdas": torch.tensor([0.0, 1.0]).double()}
+    x = inputs(aligner) | {"lambdas": torch.tensor([0.0, 1.0]).double().expand(B, 2)}
     for normalized in (False, True):
         aligned = AlignStep(aligner, normalized=normalized)(**x)[0]
         assert torch.equal(aligned[0], x["z"][0]) and not torch.equal(aligned[1], x["z"][1])

@@ -38,7 +38,7 @@ def _gradient64(components: Components, inputs: dict[str, Tensor]) -> Tensor:
     aligner = copy.deepcopy(components.aligner).double()
     given = {name: value.double() for name, value in inputs.items()}
     leaf = given["z"].requires_grad_()
-    mask, (first, second) = given["region_mask"], given["lambdas"]
+    mask, (first, second) = given["region_mask"], given["lambdas"].unbind(1)
     texts = (given["caption_embedding"], given["label_embeddings"])
     whole, parts = aligner.losses(leaf, *texts, given["regions"], mask)
     objective = first * whole + second * local_mean(parts, mask)
