@@ -89,8 +89,7 @@ class CudaGraphs:
 
 
 def no_capture(function: Callable[[], None]) -> Callable[[], None]:
-    """Stands in for :class:`CudaGraphs` where there are none: run once to warm up, then called."""
-    function()
+    """Stands in for :class:`CudaGraphs` where there are none: the function is called again."""
     return function
 
 
@@ -276,6 +275,13 @@ class ReplaySampler:
             if aligns
         ]
         return result, losses
+
+    def clear(self) -> None:
+        """Give all buffers and graphs back; what comes next captures anew."""
+        with self._lock:
+            if self._done is not None:
+                self._done.synchronize()
+            self._shapes.clear()
 
     def _buffers(self, z: Tensor, conditioning: Conditioning) -> Trajectory:
         """Those of this shape, the most recently used last."""

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -39,7 +40,6 @@ from hcma_fast.runtime.requests import (
     spread_seeds,
 )
 from hcma_fast.runtime.sampler import Schedule, StepLosses, sample, sample_fused
-from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
@@ -328,14 +328,8 @@ class HCMAPipeline:
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
-        table = plms_table(num_inference_steps)
-        schedule = Schedule(
-            table,
-            eta_table(num_inference_steps, settings),
-            (settings.lambda_global, settings.lambda_local),
-            settings.guidance_scale,
-            settings.grounding_beta,
-        )
+        schedule = Schedule.of(num_inference_steps, settings)
+        table = schedule.table
         conditioning = condition(
             self.engines,
             self.tokenizer,
@@ -365,7 +359,7 @@ class HCMAPipeline:
                 value=settings.model_dump(),
                 remedy="Lower eta0 or guidance_scale.",
             )
-        return HCMAOutput(self._decode(z, output_type), losses, seeds, z)
+        return HCMAOutput(self._output(z, output_type), losses, seeds, z)
 
     def _check_batch(self, batch: int, guided: bool) -> None:
         images = self.batch_range
@@ -382,13 +376,24 @@ class HCMAPipeline:
                 remedy="Use a guidance_scale above 1, or build with a range such as --batch 1:1:4.",
             )
 
-    def _decode(self, z: Tensor, output_type: OutputType) -> Any:
+    def decode(self, z: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device."""
+        return (self.engines["vae_decoder"]({"z": z})["image"] / 2 + 0.5).clamp(0, 1)
+
+    def _output(self, z: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":
             return z
-        images = (self.engines["vae_decoder"]({"z": z})["image"] / 2 + 0.5).clamp(0, 1)
+        images = self.decode(z)
         if output_type == "pt":
             return images
-        array = images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "np":
-            return array
-        return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in array]
+        return to_pil(images) if output_type == "pil" else to_array(images)
+
+
+def to_array(images: Tensor) -> NDArray[np.float32]:
+    """(B, 3, H, W) in [0, 1] on any device -> (B, H, W, 3)."""
+    return cast("NDArray[np.float32]", images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] on any device -> an 8-bit RGB image each."""
+    return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in to_array(images)]

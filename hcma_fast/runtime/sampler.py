@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.step import step_plan
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.schedule import PLMSTable
+from hcma_fast.schedule import PLMSTable, eta_table, plms_table
 from hcma_fast.specs import HISTORY, GraphName
 
 
@@ -43,6 +44,21 @@ class Schedule:
     guidance_scale: float
     grounding_beta: float
     """share of the PLMS steps, from the first, with gated attention; rounded to whole steps"""
+
+    @classmethod
+    def of(cls, num_inference_steps: int, settings: AlignmentSettings) -> Schedule:
+        """The schedule of these steps and settings.
+
+        Raises:
+            UsageError: fewer than 2 or more than 999 steps.
+        """
+        return cls(
+            plms_table(num_inference_steps),
+            eta_table(num_inference_steps, settings),
+            (settings.lambda_global, settings.lambda_local),
+            settings.guidance_scale,
+            settings.grounding_beta,
+        )
 
     @property
     def grounded_steps(self) -> int:
