@@ -34,7 +34,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 def test_python_example(tmp_path: Path, environment: dict[str, str]) -> None:
-    (code,) = blocks("python")
+    code = "\n".join(blocks("python"))
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path,
@@ -45,6 +45,7 @@ def test_python_example(tmp_path: Path, environment: dict[str, str]) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "tensor" in done.stdout
+    assert (tmp_path / "0.png").is_file() and (tmp_path / "1.png").is_file()
     with Image.open(tmp_path / "dog.png") as image:
         assert image.size == (64, 64)
 
