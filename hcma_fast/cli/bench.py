@@ -17,8 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hcma_fast.cli.bench_limits import overhead, roofline
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
-from hcma_fast.cli.roofline import roofline
 from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -31,6 +31,7 @@ bench_app = typer.Typer(
     no_args_is_help=True,
 )
 bench_app.command()(roofline)
+bench_app.command()(overhead)
 _BUILDING = "Building engines, once for this model; the next run finds them in the cache."
 
 
