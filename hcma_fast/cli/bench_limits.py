@@ -121,7 +121,7 @@ def _card_table(report: RooflineReport, gpu: GPU, rows: list[BatchTime]) -> list
     add("an image", [f"{_ms(row.image_floor_s)} ({_ms(row.image_unfused_s)})" for row in rows])
     add(
         "images per second, at most",
-        [f"{1 / row.image_floor_s:.3g} ({1 / row.image_unfused_s:.3g})" for row in rows],
+        [f"{_short(1 / row.image_floor_s)} ({_short(1 / row.image_unfused_s)})" for row in rows],
     )
     return lines
 
@@ -132,7 +132,11 @@ def _label(graph: str, batch: int, images: int) -> str:
 
 
 def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g}"
+    return _short(seconds * 1e3)
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def overhead(
