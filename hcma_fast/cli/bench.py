@@ -17,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hcma_fast.cli.bench_limits import overhead, roofline
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
 from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
@@ -29,6 +30,8 @@ bench_app = typer.Typer(
     help="Measure speed and quality. Tables and JSON on stdout, progress on stderr.",
     no_args_is_help=True,
 )
+bench_app.command()(roofline)
+bench_app.command()(overhead)
 _BUILDING = "Building engines, once for this model; the next run finds them in the cache."
 
 

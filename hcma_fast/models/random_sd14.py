@@ -93,13 +93,16 @@ class RandomSD14:
         batch: BatchRange | None = None,
     ) -> dict[GraphName, IOSpec]:
         """See :meth:`hcma_fast.models.weights.Components.specs`."""
-        with torch.device("meta"):
-            return self._components(_make).specs(height, width, batch)
+        return self.without_weights().specs(height, width, batch)
 
     def parameter_counts(self) -> dict[GraphName, int]:
         """See :meth:`hcma_fast.models.weights.Components.parameter_counts`."""
+        return self.without_weights().parameter_counts()
+
+    def without_weights(self) -> Components:
+        """All parts on the meta device: shapes and dtypes, in no time and memory."""
         with torch.device("meta"):
-            return self._components(_make).parameter_counts()
+            return self._components(lambda part: _make(part).eval().requires_grad_(False))
 
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
