@@ -207,14 +207,13 @@ def search(
         return _report(plan, records, [], None)
     chosen = _settings_of(ranked[0], plan)
     first, last = plan.count, plan.count + plan.confirm
+
+    def confirm(settings: AlignmentSettings) -> Scores:
+        return _score(score, settings, first, plan, "confirm", progress, last)
+
+    fresh_off = _kept(study, "fresh off", lambda: confirm(switched_off))
     # kept by settings: more trials may find another winner
-    name = chosen.model_dump_json()
-    fresh_off = _kept(
-        study, "fresh off", lambda: _score(score, switched_off, first, plan, "confirm", progress, last)
-    )
-    fresh = _kept(
-        study, name, lambda: _score(score, chosen, first, plan, "confirm", progress, last)
-    )
+    fresh = _kept(study, chosen.model_dump_json(), lambda: confirm(chosen))
     return _report(plan, records, ranked, compare(fresh, fresh_off))
 
 
@@ -224,11 +223,21 @@ def _open(path: Path) -> Study:
     # each trial would be a line on stderr, beside our own progress
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # a creator takes any path; in an URL some characters mean something
-    options = {"creator": lambda: sqlite3.connect(path, check_same_thread=False)}
+
+    def connect() -> sqlite3.Connection:
+        # a trial is a dozen small commits: with WAL a kill loses none, and none waits for the disk
+        connection = sqlite3.connect(path, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        return connection
+
     pruner = optuna.pruners.MedianPruner(n_startup_trials=_UNPRUNED_TRIALS)
     try:
-        storage = optuna.storages.RDBStorage("sqlite:///study.sqlite", engine_kwargs=options)
+        storage = optuna.storages.RDBStorage(
+            # the creator takes any path; in an URL some characters mean something
+            "sqlite:///study.sqlite",
+            engine_kwargs={"creator": connect},
+        )
         return optuna.create_study(
             storage=storage,
             study_name="alignment",

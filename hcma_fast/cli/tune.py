@@ -149,9 +149,7 @@ def tune_alignment(
                 redirect_stdout=False,
             ) as bars,
         ):
-            found = search(
-                score, plan, place, trials=trials, timeout=timeout, progress=_Bars(bars)
-            )
+            found = search(score, plan, place, trials=trials, timeout=timeout, progress=_Bars(bars))
     _write_report(found, report or place)
     if json_:
         print_json(found.model_dump(mode="json"))
@@ -294,7 +292,7 @@ def tuning_table(found: TuningReport) -> str:
         weights = f"{trial.lambda_global:g}, {trial.lambda_local:g}"
         cells = [str(trial.number), f"{trial.eta0:g}", "{:g} to {:g}".format(*trial.window)]
         shown = trial.comparison
-        cells += [weights, str(shown.images) if shown else "", f"{shown.score:.1%}" if shown else ""]
+        cells += [weights, *((str(shown.images), f"{shown.score:.1%}") if shown else ("", ""))]
         cells += [_gain(shown) if shown and trial.number else "", trial.state]
         lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
