@@ -20,7 +20,7 @@ from hcma_fast import HCMAPipeline
 from hcma_fast.bench import tune_alignment
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.judge_score import JudgeScore
-from hcma_fast.bench.tune_alignment import Plan, Scores, TuningReport, compare, search
+from hcma_fast.bench.tune_alignment import Plan, Scores, TuningReport, search
 from hcma_fast.bench.tune_files import plot_png, trials_csv
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
