@@ -65,6 +65,7 @@ def without_date(report: TuningReport) -> dict[str, Any]:
     return report.model_dump(exclude={"date"})
 
 
+@pytest.mark.slow
 def test_finds_the_optimum_and_confirms_it_on_fresh_layouts(tmp_path: Path) -> None:
     peak = Peak()
     report = search(peak, PLAN, tmp_path, trials=20)
@@ -89,6 +90,7 @@ def test_off_and_the_own_settings_are_always_tried(tmp_path: Path) -> None:
     assert {settings.eta0 for settings, *_ in peak.calls} == {0, 3}
 
 
+@pytest.mark.slow
 def test_hopeless_trials_stop_early_and_are_compared_on_what_they_saw(tmp_path: Path) -> None:
     report = search(Peak(), PLAN, tmp_path, trials=15)
     pruned = [trial for trial in report.trials if trial.state == "pruned"]
@@ -100,6 +102,7 @@ def test_hopeless_trials_stop_early_and_are_compared_on_what_they_saw(tmp_path: 
         assert trial.comparison.off == pytest.approx(np.nanmean(off))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("calls", [2, 15])
 def test_a_stopped_search_goes_on_as_if_it_had_not_been(tmp_path: Path, calls: int) -> None:
     whole = search(Peak(), PLAN, tmp_path / "whole", trials=12)
@@ -128,6 +131,7 @@ search(Killed(), PLAN, Path(sys.argv[1]), trials=8)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_process_loses_no_finished_trial(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _KILLED, str(tmp_path / "killed"), str(Path(__file__).parent)]
     done = subprocess.run(command, env={**os.environ, "PYTHONSAFEPATH": "1"}, check=False)
@@ -139,6 +143,7 @@ def test_a_killed_process_loses_no_finished_trial(tmp_path: Path) -> None:
     assert len(again.calls) <= len(whole.calls) - 16
 
 
+@pytest.mark.slow
 def test_more_trials_extend_a_search(tmp_path: Path) -> None:
     first = search(Peak(), PLAN, tmp_path, trials=5)
     more = search(Peak(), PLAN, tmp_path, trials=9)
@@ -153,6 +158,7 @@ def test_timeout_starts_no_trial(tmp_path: Path) -> None:
     assert (report.best, report.settings, report.verdict) == (None, None, "not better")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("height", "verdict"), [(0.0, "not better"), (-0.3, "not better")])
 def test_no_improvement_is_said_and_ties_go_to_the_smallest_step(
     tmp_path: Path, height: float, verdict: str
@@ -183,6 +189,7 @@ def test_a_gain_within_the_noise_is_undecided(tmp_path: Path) -> None:
     assert report.confirmation.interval[0] <= 0 < report.confirmation.difference
 
 
+@pytest.mark.slow
 def test_diverging_settings_are_recorded_and_never_win(tmp_path: Path) -> None:
     report = search(Peak(limit=8), PLAN, tmp_path, trials=10)
     diverged = [trial for trial in report.trials if trial.state == "diverged"]
@@ -193,6 +200,7 @@ def test_diverging_settings_are_recorded_and_never_win(tmp_path: Path) -> None:
     assert plot_png(none)
 
 
+@pytest.mark.slow
 def test_files_hold_every_trial(tmp_path: Path) -> None:
     report = search(Peak(limit=60), PLAN, tmp_path, trials=12)
     rows = list(csv.DictReader(io.StringIO(trials_csv(report))))
