@@ -55,7 +55,8 @@ EXTRAS_REQUIRE = {
     "gpu": ["onnxruntime-gpu>=1.24,<2", "triton>=3.7,<4"],
     "tensorrt": ["tensorrt>=11,<12"],
     "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
-    "train": ["tokenizers>=0.22,<1"],
+    # optuna and matplotlib: `hcma-fast train tune-alignment`
+    "train": ["matplotlib>=3.11,<4", "optuna>=5.0,<6", "tokenizers>=0.22,<1"],
     "eval": ["torchmetrics>=1.8,<2"],
     "dev": [
         "hypothesis>=6.130,<7",
@@ -68,6 +69,8 @@ EXTRAS_REQUIRE = {
         # engines are built, and kernels interpreted and compiled, without a GPU
         "tensorrt-rtx-cu13>=1.7,<2",
         "triton>=3.7,<4",
+        "matplotlib>=3.11,<4",
+        "optuna>=5.0,<6",
         "tokenizers>=0.22,<1",
     ],
 }

@@ -82,6 +82,9 @@ def evaluate(
     min_side: float = 0.25,
     eta0: float | None = None,
     guidance_scale: float | None = None,
+    lambda_global: float | None = None,
+    lambda_local: float | None = None,
+    align_window: tuple[float, float] | None = None,
     num_inference_steps: int = 50,
     work: Path | None = None,
     judge: Judge | None = None,
@@ -92,7 +95,8 @@ def evaluate(
 
     Args:
         seed: image i uses seed + i, whatever the other settings are.
-        eta0, guidance_scale: default the checkpoint's own; ``eta0=0`` switches the alignment off.
+        eta0, guidance_scale, lambda_global, lambda_local, align_window: default the checkpoint's
+            own; ``eta0=0`` switches the alignment off.
         work: folder that keeps finished batches, so that a stopped run goes on where it was.
         grid: PNG file for a contact sheet of the first 64 images; green boxes are recognised.
         progress: called with (images done, count) after each batch.
@@ -106,7 +110,14 @@ def evaluate(
             "count and batch size must be at least 1", value=(count, batch_size), remedy="Use 300."
         )
     judge = judge or Judge.load()
-    settings = override_settings(pipe.settings, eta0=eta0, guidance_scale=guidance_scale)
+    settings = override_settings(
+        pipe.settings,
+        eta0=eta0,
+        guidance_scale=guidance_scale,
+        lambda_global=lambda_global,
+        lambda_local=lambda_local,
+        window=align_window,
+    )
     scenes = [sample_scene(split, index) for index in range(count)]
     images = generate_images(
         pipe, scenes, split, seed, batch_size, settings, num_inference_steps, work, progress

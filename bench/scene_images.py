@@ -32,8 +32,13 @@ def generate_images(
     num_inference_steps: int,
     work: Path | None,
     progress: Callable[[int, int], None] | None,
+    *,
+    first: int = 0,
 ) -> NDArray[np.uint8]:
-    """One image per scene, (B, H, W, 3) uint8; ``work`` keeps finished batches."""
+    """One image per scene, (B, H, W, 3) uint8; ``work`` keeps finished batches.
+
+    ``first`` is the index in ``split`` of the first scene: it decides wordings and seeds.
+    """
     key = {
         "weights": pipe.weights_hash,
         "engine": pipe.engine_hash,
@@ -48,20 +53,25 @@ def generate_images(
     parts = []
     for start in range(0, len(scenes), batch_size):
         batch = scenes[start : start + batch_size]
-        kept = work / digest / f"{start:06d}-{len(batch)}.npz" if work else None
+        place = first + start
+        kept = work / digest / f"{place:06d}-{len(batch)}.npz" if work else None
         images = _read(kept, len(batch)) if kept else None
         if images is None:
             output = pipe(
                 # all wordings take their turn
-                [s.captions[i % len(s.captions)] for i, s in enumerate(batch, start)],
+                [s.captions[i % len(s.captions)] for i, s in enumerate(batch, place)],
                 [
                     Layout([o.category for o in s.objects], [o.box for o in s.objects])
                     for s in batch
                 ],
-                seed=[seed + start + i for i in range(len(batch))],
+                seed=[seed + place + i for i in range(len(batch))],
                 num_inference_steps=num_inference_steps,
                 eta0=settings.eta0,
                 guidance_scale=settings.guidance_scale,
+                grounding_beta=settings.grounding_beta,
+                lambda_global=settings.lambda_global,
+                lambda_local=settings.lambda_local,
+                align_window=settings.window,
             )
             images = np.stack([np.asarray(image) for image in output.images])
             if kept:

@@ -33,6 +33,10 @@ class UsageError(HcmaError):
     exit_code = 2
 
 
+class DivergenceError(UsageError):
+    """Settings that made the latent infinite: eta0 or the guidance is too large (exit code 2)."""
+
+
 class InputError(HcmaError, ValueError):
     """A bad layout, prompt or input file (exit code 3)."""
 

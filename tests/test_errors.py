@@ -17,6 +17,7 @@ def test_exit_codes_of_the_design() -> None:
     codes = {kind.__name__: kind.exit_code for kind in KINDS if issubclass(kind, HcmaError)}
     assert codes == {
         "UsageError": 2,
+        "DivergenceError": 2,
         "InputError": 3,
         "WeightsError": 3,
         "BackendError": 4,

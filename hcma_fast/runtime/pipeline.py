@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
-from hcma_fast.errors import BackendError, InputError, UsageError
+from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import (
     CheckpointInfo,
@@ -299,7 +299,8 @@ class HCMAPipeline:
 
         Raises:
             InputError: counts do not match, a text is too long, latents have a wrong shape.
-            UsageError: a setting is out of range, or made the latent diverge.
+            UsageError: a setting is out of range.
+            DivergenceError: the settings made the latent diverge.
         """
         if output_type not in get_args(OutputType):
             raise UsageError(
@@ -354,7 +355,7 @@ class HCMAPipeline:
         watch = on_evaluation if callback_on_step_end else None
         z, losses = run(noise.to(self.device), conditioning, schedule, watch)
         if not bool(z.isfinite().all()):
-            raise UsageError(
+            raise DivergenceError(
                 "the latent diverged",
                 value=settings.model_dump(),
                 remedy="Lower eta0 or guidance_scale.",

@@ -1,0 +1,91 @@
+"""The judge's score of EmojiScenes' layouts under given settings, for ``bench.tune_alignment``."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from hcma_fast.bench.judge import Judge
+from hcma_fast.bench.scene_images import generate_images
+from hcma_fast.bench.tune_alignment import Scores
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import UsageError
+from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.train.emoji_scenes import sample_scene
+
+
+class JudgeScore:
+    """Per image the share of large boxes in which the judge sees what was asked for.
+
+    Args:
+        seed: layout i uses seed + i, whatever the settings are.
+        min_side: smallest side of a large box, as a share of the image's.
+        work: folder for the images of the setting at hand; emptied when it is finished.
+
+    Raises:
+        UsageError: the checkpoint does not draw EmojiScenes, all that the judge knows.
+    """
+
+    def __init__(
+        self,
+        pipe: HCMAPipeline,
+        judge: Judge,
+        *,
+        seed: int,
+        batch_size: int,
+        num_inference_steps: int,
+        work: Path,
+        min_side: float = 0.25,
+    ) -> None:
+        check_emoji_scenes(pipe.preset)
+        self._pipe, self._judge = pipe, judge
+        self._seed, self._batch_size, self._steps = seed, batch_size, num_inference_steps
+        self._work, self._min_side = work, min_side
+
+    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Scores:
+        """Scores of the layouts start .. stop-1 of "val", (stop - start,); NaN: no large box."""
+        scenes = [sample_scene("val", index) for index in range(start, stop)]
+        images = generate_images(
+            self._pipe,
+            scenes,
+            "val",
+            self._seed,
+            self._batch_size,
+            settings,
+            self._steps,
+            self._work,
+            None,
+            first=start,
+        )
+        verdicts = self._judge.predict(images, [[o.box for o in s.objects] for s in scenes])
+        scores = np.full(len(scenes), np.nan)
+        for i, (scene, seen) in enumerate(zip(scenes, verdicts, strict=True)):
+            hits = [
+                verdict.category == item.category
+                for item, verdict in zip(scene.objects, seen, strict=True)
+                if min(item.box[2] - item.box[0], item.box[3] - item.box[1]) >= self._min_side
+            ]
+            if hits:
+                scores[i] = np.mean(hits)
+        return scores
+
+    def forget(self) -> None:
+        """Remove the images: finished settings need their scores only."""
+        shutil.rmtree(self._work, ignore_errors=True)
+
+
+def check_emoji_scenes(preset: str) -> None:
+    """Refuse a checkpoint whose images the judge cannot read.
+
+    Raises:
+        UsageError: it does not draw EmojiScenes.
+    """
+    if preset != "tiny":
+        raise UsageError(
+            "alignment can be tuned for checkpoints of EmojiScenes (preset tiny) only: the judge "
+            "knows no other images, and the aligner's own losses always fall with eta0",
+            value=preset,
+            remedy="Choose eta0 by eye: hcma-fast generate --eta0 ...",
+        )
