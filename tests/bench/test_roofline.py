@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -210,15 +211,13 @@ def test_engines_of_another_batch_or_backend_are_refused(
 
     manifest = load_manifest(random_engine)
     record = manifest.graphs["align"]
-    small = record.spec.__class__(
-        "align", record.spec.inputs, record.spec.outputs, BatchRange(1, 1, 2)
-    )
+    small = replace(record.spec, batch=BatchRange(1, 1, 2))
     graphs = {**manifest.graphs, "align": record.model_copy(update={"spec": small})}
     few = manifest.model_copy(update={"graphs": graphs})
     monkeypatch.setattr(module, "load_manifest", lambda folder: few)
     with pytest.raises(InputError, match="batches of 1:1:2"):
         roofline(str(random_engine), batches=[4])
-    other = manifest.target.model_copy(update={"backend": "openvino"})
+    other = replace(manifest.target, backend="openvino")
     monkeypatch.setattr(
         module, "load_manifest", lambda folder: manifest.model_copy(update={"target": other})
     )
