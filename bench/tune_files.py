@@ -71,7 +71,8 @@ def plot_png(report: TuningReport) -> bytes:
         "orange: best, crosses: pruned"
     )
     content = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(content)
+    FigureCanvasAgg(figure)
+    figure.savefig(content, format="png")
     return content.getvalue()
 
 

@@ -15,7 +15,13 @@ from PIL import Image
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import DeviceMemoryError, HcmaError, InputError, UsageError
+from hcma_fast.errors import (
+    DeviceMemoryError,
+    DivergenceError,
+    HcmaError,
+    InputError,
+    UsageError,
+)
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler, device_errors, no_capture
@@ -253,7 +259,7 @@ class BatchGenerator:
     ) -> Result:
         own = image_losses(losses, row, schedule)
         if not bool(finite[row]):
-            error = UsageError(
+            error = DivergenceError(
                 "the latent diverged",
                 value=f"request {index}",
                 remedy="Lower eta0 or guidance_scale.",
