@@ -18,6 +18,7 @@ from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.generate import generate
 from hcma_fast.cli.output import print_error, print_note
+from hcma_fast.cli.train import train_app
 from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError
 
 DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
@@ -36,6 +37,7 @@ app.command()(generate)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
+app.add_typer(train_app, name="train")
 
 
 def _print_version(wanted: bool) -> None:
