@@ -20,14 +20,17 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from hcma_fast.errors import InputError
 from hcma_fast.models.checkpoint import first_line
+from hcma_fast.train.coco import BadImage
 from hcma_fast.train.views import Part, part_of
 
 HEADER_FILE = "cache.json"
 LABELS_FILE = "labels.safetensors"
+_NOTES = "hcma_fast"
 #: n images with V views, k captions and m boxes in all
 SHARD_TENSORS = {
     "image_ids": "(n,) int64",
@@ -78,6 +81,16 @@ class CacheHeader(BaseModel):
         return -(-self.image_count // self.shard_size)
 
 
+class CacheNotes(BaseModel):
+    """What a file of the cache says of itself."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    header: str = Field(description="digest of the header that it belongs to")
+    cut_captions: int = Field(0, description="longer than the text encoder takes")
+    skipped: tuple[BadImage, ...] = ()
+
+
 def shard_file(index: int) -> str:
     """File name of a shard."""
     return f"shard-{index:05d}.safetensors"
@@ -100,30 +113,36 @@ def read_header(folder: Path) -> CacheHeader:
         ) from error
 
 
-def read_tensors(path: Path, digest: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Memory-mapped tensors and the metadata of a file of the cache.
+def pack(tensors: dict[str, Tensor], notes: CacheNotes) -> bytes:
+    """Content of a file of the cache; the same for the same input."""
+    # one entry: safetensors writes several in a random order
+    return save(tensors, {_NOTES: notes.model_dump_json()})
+
+
+def read_tensors(path: Path, digest: str) -> tuple[dict[str, Tensor], CacheNotes]:
+    """Memory-mapped tensors of a file of the cache, and the notes with them.
 
     Raises:
         InputError: it is missing, damaged, or of a cache with another header.
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            notes = CacheNotes.model_validate_json((file.metadata() or {}).get(_NOTES, ""))
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValidationError) as error:
         raise InputError(
             f"a file of the cache cannot be read: {first_line(error)}",
             value=str(path),
             remedy="Run the same hcma-fast train cache again: it makes what is missing. Delete a "
             "damaged file first.",
         ) from error
-    if metadata.get("header") != digest:
+    if notes.header != digest:
         raise InputError(
             "this file is of another cache: encoder, crop or annotations differ",
             value=str(path),
             remedy="Make the cache again, in an empty folder.",
         )
-    return found, metadata
+    return found, notes
 
 
 @dataclass(frozen=True)

@@ -10,14 +10,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import CLIPTextModel, CLIPTokenizer
@@ -30,6 +29,8 @@ from hcma_fast.train.cache import (
     HEADER_FILE,
     LABELS_FILE,
     CacheHeader,
+    CacheNotes,
+    pack,
     read_header,
     read_tensors,
     shard_file,
@@ -258,7 +259,7 @@ def _write_labels(path: Path, header: CacheHeader, encoders: Encoders) -> None:
             value=longest,
             remedy="Shorten them in the instances file.",
         )
-    content = save({"labels": table}, {"header": header.digest})
+    content = pack({"labels": table}, CacheNotes(header=header.digest))
     write_whole(path, lambda file: file.write(content))
 
 
@@ -333,12 +334,7 @@ def _write_shard(
             [number[phrase] for layout in layouts for phrase in layout.phrases], dtype=torch.int64
         ),
     }
-    metadata = {
-        "header": header.digest,
-        "cut_captions": str(cut),
-        "skipped": json.dumps([asdict(image) for image in bad]),
-    }
-    content = save(tensors, metadata)
+    content = pack(tensors, CacheNotes(header=header.digest, cut_captions=cut, skipped=tuple(bad)))
     write_whole(path, lambda file: file.write(content))
 
 
@@ -358,12 +354,12 @@ def _starts(counts: list[int]) -> Tensor:
 
 
 def _count(report: CacheReport, path: Path, header: CacheHeader) -> None:
-    found, metadata = read_tensors(path, header.digest)
+    found, notes = read_tensors(path, header.digest)
     report.images += len(found["image_ids"])
     report.captions += len(found["captions"])
     report.boxes += len(found["boxes"])
-    report.cut_captions += int(metadata["cut_captions"])
-    report.skipped += [BadImage(**record) for record in json.loads(metadata["skipped"])]
+    report.cut_captions += notes.cut_captions
+    report.skipped += notes.skipped
 
 
 def _state_hash(*modules: nn.Module | None, extra: object = None) -> str:
