@@ -55,11 +55,13 @@ EXTRAS_REQUIRE = {
     "gpu": ["onnxruntime-gpu>=1.24,<2", "triton>=3.7,<4"],
     "tensorrt": ["tensorrt>=11,<12"],
     "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
-    "train": ["tokenizers>=0.22,<1"],
+    "train": ["tensorboard>=2.19,<3", "tokenizers>=0.22,<1"],
     "eval": ["torchmetrics>=1.8,<2"],
     "dev": [
         "hypothesis>=6.130,<7",
         "mypy>=2.1,<3",
+        # the reference for the COCO reader
+        "pycocotools>=2.0.10,<3",
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "pytest-xdist>=3.8,<4",
@@ -68,6 +70,7 @@ EXTRAS_REQUIRE = {
         # engines are built, and kernels interpreted and compiled, without a GPU
         "tensorrt-rtx-cu13>=1.7,<2",
         "triton>=3.7,<4",
+        "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
     ],
 }

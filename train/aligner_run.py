@@ -22,6 +22,7 @@ from hcma_fast.errors import OutputError, UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import first_line
 from hcma_fast.train.cache import CacheHeader
+from hcma_fast.train.checkpoints import write_state
 from hcma_fast.train.files import make_folder, write_whole
 
 if TYPE_CHECKING:
@@ -155,25 +156,14 @@ class AlignerRun:
         """Write a state, and remove all but the newest ``keep``."""
         if not self.main:
             return
-        content = {
+        content: dict[str, object] = {
             "provenance": self.provenance.model_dump(),
             "state": vars(state),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
             "average": average.state_dict(),
         }
-        path = self.states / f"step-{state.step:08d}.pt"
-
-        def write(file: Any) -> None:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                # torch's writer hides the system's error, as of a full disk, as its cause
-                if isinstance(error.__context__, OSError):
-                    raise error.__context__ from error
-                raise
-
-        write_whole(path, write)
+        write_state(self.states / f"step-{state.step:08d}.pt", content)
         for old in sorted(self.states.glob("step-*.pt"))[: -self.keep]:
             old.unlink(missing_ok=True)
 
