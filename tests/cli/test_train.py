@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hcma_fast.cli.app import main
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import load_components
 from hcma_fast.train.emoji_scenes import write_coco
@@ -25,10 +26,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def cached(data: Path, cli: Any, tmp_path: Path) -> Path:
-    out = tmp_path / "latents"
-    assert cli("train", "cache", "--data", data, "--out", out, "--no-flip").code == 0
+@pytest.fixture(scope="module")
+def cached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents")
+    assert main(["train", "cache", "--data", str(data), "--out", str(out), "--no-flip"]) == 0
     return out
 
 
@@ -89,9 +90,9 @@ def test_bad_images(data: Path, cli: Any, tmp_path: Path) -> None:
         target.write_bytes(path.read_bytes())
     broken = copy / "train2014" / f"{3:012d}.png"
     broken.write_bytes(broken.read_bytes()[:100])
-    command = ["train", "cache", "--data", copy, "--out", tmp_path / "latents"]
-    cli(*command).failed(3, "cannot read image 3", str(broken), "--skip-bad")
-    skipped = cli("train", "cache", "--data", copy, "--out", tmp_path / "other", "--skip-bad")
+    command = ["train", "cache", "--data", copy, "--no-flip", "--out"]
+    cli(*command, tmp_path / "strict").failed(3, "cannot read image 3", str(broken), "--skip-bad")
+    skipped = cli(*command, tmp_path / "latents", "--skip-bad")
     assert skipped.code == 0 and "49 images" in skipped.out and "1 skipped" in skipped.out
     assert str(broken) in skipped.err.replace("\n", "")
 
