@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.main import get_command
 
 from hcma_fast.cli.app import main
+from hcma_fast.cli.train import train_app
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import load_components
 from hcma_fast.train.emoji_scenes import write_coco
@@ -112,3 +116,15 @@ def test_aligner_refuses(
     cached: Path, cli: Any, options: tuple[str, ...], code: int, words: tuple[str, ...]
 ) -> None:
     cli("train", "aligner", "--cache", cached, "--out", "run", *options).failed(code, *words)
+
+
+def test_the_commands_of_the_docs_are_ours() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    found = re.findall(r" train ((?:cache|aligner) .*)", "\n".join(lines))
+    assert len(found) >= 10
+    commands = get_command(train_app)
+    for line in found:
+        name, *arguments = shlex.split(line)
+        # parses and checks every option, and runs nothing
+        commands.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
