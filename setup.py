@@ -56,11 +56,18 @@ EXTRAS_REQUIRE = {
     "tensorrt": ["tensorrt>=11,<12"],
     "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
     # optuna and matplotlib: `hcma-fast train tune-alignment`
-    "train": ["matplotlib>=3.11,<4", "optuna>=5.0,<6", "tokenizers>=0.22,<1"],
+    "train": [
+        "matplotlib>=3.11,<4",
+        "optuna>=5.0,<6",
+        "tensorboard>=2.19,<3",
+        "tokenizers>=0.22,<1",
+    ],
     "eval": ["torchmetrics>=1.8,<2"],
     "dev": [
         "hypothesis>=6.130,<7",
         "mypy>=2.1,<3",
+        # the reference for the COCO reader
+        "pycocotools>=2.0.10,<3",
         "pytest>=9,<10",
         "pytest-timeout>=2.4,<3",
         "pytest-xdist>=3.8,<4",
@@ -71,6 +78,7 @@ EXTRAS_REQUIRE = {
         "triton>=3.7,<4",
         "matplotlib>=3.11,<4",
         "optuna>=5.0,<6",
+        "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
     ],
 }

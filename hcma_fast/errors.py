@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 class HcmaError(Exception):
@@ -47,6 +50,22 @@ class WeightsError(HcmaError):
     """A missing, corrupt or refused checkpoint (exit code 3)."""
 
     exit_code = 3
+
+
+class OutputError(HcmaError):
+    """A file or folder that cannot be written, or that would be overwritten (exit code 3)."""
+
+    exit_code = 3
+
+    @classmethod
+    def from_os(cls, error: OSError, path: Path | None = None) -> OutputError:
+        """What the system says of ``path``, by default the path that it names itself."""
+        shown = str(path) if path is not None else error.filename
+        return cls(
+            f"cannot read or write here: {error.strerror or error}",
+            value=shown,
+            remedy="Check the path, its permissions and the free space, or choose another.",
+        )
 
 
 class BackendError(HcmaError):

@@ -20,6 +20,7 @@ def test_exit_codes_of_the_design() -> None:
         "DivergenceError": 2,
         "InputError": 3,
         "WeightsError": 3,
+        "OutputError": 3,
         "BackendError": 4,
         "DeviceMemoryError": 5,
         "EngineError": 6,

@@ -1,87 +1,402 @@
-"""Train the aligner of `tiny`: ``python -m hcma_fast.train.aligner --out .runs/tiny``.
+"""Stage 1 of Algorithm 1: train the aligner from a cache, on one process or many.
 
-Stage 1 of Algorithm 1: ViT and heads on q_sample latents of real scenes at uniform t, with both
-losses (Eq. 6, 7); VAE and text encoder are frozen. The label retrieval that is logged shows whether
-the region features tell categories apart, which a low loss alone would not.
+Every draw (order, captions, mirroring, noise, timesteps) is a function of the seed and of the
+place in the run: epoch, step and micro-batch. So a run that is resumed draws what it would have
+drawn, and n processes draw what one does that accumulates n micro-batches. A step takes
+``batch = micro_batch x processes x accumulation`` images; its loss is the mean over all of them.
 """
 
 from __future__ import annotations
 
-import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
+import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors.torch import save
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.config import AlignerConfig
-from hcma_fast.losses import global_loss, local_loss, local_mean
+from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.schedule import TRAIN_STEPS, add_noise
-from hcma_fast.train.latents import SceneLatents
-from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.text import WIDTH
+from hcma_fast.schedule import TRAIN_STEPS
+from hcma_fast.train.aligner_run import AlignerRun, Provenance, RunState
+from hcma_fast.train.cache import Batch, CacheHeader, LatentCache
+from hcma_fast.train.files import write_whole
+from hcma_fast.train.loop import DivergenceError, ema_update, rate_share
+from hcma_fast.train.objective import (
+    BUCKETS,
+    QUANTITIES,
+    AlignerFeatures,
+    Noised,
+    draw_noised,
+    stage1_losses,
+    summary,
+)
+
+_VALIDATION_SEED = 2**40
+_GOLDEN = 0.6180339887498949
+"""Multiples of it, modulo 1, cover [0, 1) evenly however many there are"""
 
 
-def make_aligner() -> Aligner:
-    """The architecture of `tiny`'s aligner: 0.9 M parameters, patch 2 on a 16 x 16 latent."""
-    config = AlignerConfig(
-        latent_size=16, patch_size=2, width=128, depth=4, heads=4, text_width=WIDTH
-    )
-    return Aligner(config)
+class AlignerTraining(BaseModel):
+    """How stage 1 runs; the defaults are the paper's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(60, gt=0)
+    batch: int = Field(1024, gt=0, description="images a step, over all processes")
+    micro_batch: int = Field(128, gt=0, description="images that a process takes at once")
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    decoupled_decay: bool = Field(False, description="AdamW instead of Adam")
+    warmup: int = Field(0, ge=0, description="steps")
+    cosine: bool = False
+    clip_norm: float | None = Field(None, gt=0)
+    ema_decay: float = Field(0.0, ge=0, lt=1)
+    bf16: bool = False
+    seed: int = Field(0, ge=0)
+    max_steps: int | None = Field(None, gt=0, description="stop after so many, if epochs are more")
+    # what may differ between a run and its continuation
+    workers: int = Field(0, ge=0)
+    log_every: int = Field(10, gt=0)
+    checkpoint_every: int = Field(500, gt=0, description="steps; besides, at each epoch's end")
+    keep: int = Field(2, gt=0, description="states kept")
+    tensorboard: bool = True
 
 
-def label_retrieval(f_local: Tensor, label_table: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-    """Share of valid boxes whose feature is nearest, by cosine, to its own label of all labels.
+_FREE = {"workers", "log_every", "checkpoint_every", "keep", "tensorboard"}
+
+TINY = AlignerTraining(
+    epochs=4,
+    batch=64,
+    micro_batch=64,
+    decoupled_decay=True,
+    warmup=100,
+    cosine=True,
+    clip_norm=1.0,
+    ema_decay=0.995,
+    log_every=50,
+)
+"""Settings for the preset `tiny`"""
+
+
+def architecture(preset: Literal["tiny", "sd14"]) -> AlignerConfig:
+    """The aligner of a preset: the paper's, or 0.9 M parameters for a 16 x 16 latent."""
+    if preset == "sd14":
+        return AlignerConfig()
+    return AlignerConfig(latent_size=16, patch_size=2, width=128, depth=4, heads=4, text_width=128)
+
+
+def check_fits(config: AlignerConfig, header: CacheHeader, what: str) -> None:
+    """Can an aligner of this shape read the cache's latents and texts?
 
     Args:
-        f_local, labels: (B, M, d); label_table: (L, d); mask: (B, M). Returns a scalar in [0, 1].
+        what: the aligner's name in the message.
+
+    Raises:
+        WeightsError: no.
     """
-    found = F.normalize(f_local, dim=-1) @ F.normalize(label_table, dim=-1).T
-    wanted = F.normalize(labels, dim=-1) @ F.normalize(label_table, dim=-1).T
-    right = (found.argmax(-1) == wanted.argmax(-1)).float() * mask
-    return right.sum() / mask.sum().clamp(min=1)
+    channels, height, _ = header.latent_shape
+    for name, wanted, found in (
+        ("latent_channels", config.latent_channels, channels),
+        ("latent_size", config.latent_size, height),
+        ("text_width", config.text_width, header.text_width),
+    ):
+        if wanted != found:
+            raise WeightsError(
+                f"{what} does not fit this cache: its {name} is {wanted}, the cache's {found}",
+                value=header.preset,
+                remedy="Make the cache with the encoders of the model that the aligner is for, or "
+                "choose another --preset.",
+            )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--scenes", type=int, default=30000)
-    parser.add_argument("--lr", type=float, default=1e-3, help="the paper's")
-    args = parser.parse_args()
+class _Draws(Dataset[Batch]):
+    """The micro-batches of one epoch that one process takes, in order."""
 
-    torch.manual_seed(0)
-    data = SceneLatents(args.out, "train", args.scenes)
-    model = make_aligner()
+    def __init__(
+        self,
+        cache: LatentCache,
+        indices: NDArray[np.int64],
+        training: AlignerTraining,
+        epoch: int,
+        numbers: list[int],
+    ) -> None:
+        # the same in all processes, and for each image the same wherever it comes in the order
+        rng = np.random.default_rng([training.seed, epoch])
+        self.order = rng.permutation(indices)
+        self.captions, self.flips = rng.random(len(cache)), rng.random(len(cache))
+        self.cache, self.size, self.numbers = cache, training.micro_batch, numbers
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(step + 20_000_000)
-        batch = data.batch(step, args.batch)
-        noise = torch.randn(batch.z0.shape, generator=generator)
-        timesteps = torch.randint(0, TRAIN_STEPS, (args.batch,), generator=generator)
-        z = add_noise(batch.z0, noise, timesteps)
-        regions = model.region_map(batch.boxes, batch.mask)
-        f_global, f_local = model.features(z, regions, timesteps)
-        omega_global = global_loss(f_global, batch.caption).mean()
-        per_box = local_loss(f_local, batch.labels, batch.mask)
-        omega_local = local_mean(per_box, batch.mask).mean()
-        early = batch.mask * (timesteps < TRAIN_STEPS // 2).unsqueeze(-1)
-        return {
-            "loss": omega_global + omega_local,
-            "global": omega_global,
-            "local": omega_local,
-            "label_r1": label_retrieval(f_local, data.label_table, batch.labels, batch.mask),
-            "label_r1_low_noise": label_retrieval(f_local, data.label_table, batch.labels, early),
-        }
+    def __len__(self) -> int:
+        return len(self.numbers)
 
-    def keep(step: int, averaged: Aligner) -> None:
-        averaged.save_pretrained(args.out / "aligner", dtype=torch.float16)
-
-    config = LoopConfig(steps=args.steps, lr=args.lr, weight_decay=5e-4, ema_decay=0.995)
-    run(model, loss_of_step, config, args.out / "aligner-state", keep)
+    def __getitem__(self, place: int) -> Batch:
+        start = self.numbers[place] * self.size
+        chosen = self.order[start : start + self.size]
+        return self.cache.batch(chosen, self.captions[chosen], self.flips[chosen])
 
 
-if __name__ == "__main__":
-    main()
+class _Stage1:
+    """One process of a run: model, optimiser, average, and its share of the data."""
+
+    def __init__(
+        self,
+        cache: LatentCache,
+        aligner: Aligner,
+        training: AlignerTraining,
+        accelerator: Accelerator,
+        run: AlignerRun,
+    ) -> None:
+        self.cache, self.training, self.accelerator = cache, training, accelerator
+        self.run = run
+        processes = accelerator.num_processes
+        per_step = training.micro_batch * processes
+        if training.batch % per_step:
+            raise UsageError(
+                f"the batch must be a multiple of micro-batch x processes ({per_step})",
+                value=training.batch,
+                remedy="Change --batch or --micro-batch.",
+            )
+        self.accumulation = training.batch // per_step
+        self.micros = training.batch // training.micro_batch
+        self.indices = cache.indices_of("train")
+        self.held_out = cache.indices_of("val")
+        self.steps_per_epoch = len(self.indices) // training.batch
+        if not self.steps_per_epoch:
+            raise UsageError(
+                f"the train part of the cache has {len(self.indices)} images, less than one batch",
+                value=training.batch,
+                remedy="Lower --batch (and --micro-batch).",
+            )
+        self.total = self.steps_per_epoch * training.epochs
+        if training.max_steps is not None:
+            self.total = min(self.total, training.max_steps)
+        self.device = accelerator.device
+        self.label_table = cache.label_table.to(self.device)
+        aligner = aligner.to(self.device).train()
+        self.network = AlignerFeatures(aligner)
+        self.average = AveragedModel(
+            aligner, multi_avg_fn=ema_update(training.ema_decay), use_buffers=True
+        )
+        kind = torch.optim.AdamW if training.decoupled_decay else torch.optim.Adam
+        self.optimizer: torch.optim.Optimizer = kind(
+            aligner.parameters(), lr=training.lr, weight_decay=training.weight_decay
+        )
+        # the optimiser is not prepared: accelerate would only wrap it, as nothing is scaled here
+        self.prepared: nn.Module = accelerator.prepare(self.network)
+        self.waited = 0.0
+
+    @property
+    def averaged(self) -> Aligner:
+        """What is validated and exported: the average, or the model itself without one."""
+        chosen = self.average.module if self.training.ema_decay else self.network.aligner
+        assert isinstance(chosen, Aligner)
+        return chosen
+
+    def batches(self, step: int) -> Iterator[tuple[int, Batch]]:
+        """Number within its step, and content, of this process's micro-batches from ``step`` on."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        for epoch in itertools.count(step // self.steps_per_epoch):
+            first = step % self.steps_per_epoch if epoch == step // self.steps_per_epoch else 0
+            last = min(self.steps_per_epoch, self.total - epoch * self.steps_per_epoch)
+            numbers = [
+                s * self.micros + k
+                for s in range(first, last)
+                for k in range(rank, self.micros, processes)
+            ]
+            draws = _Draws(self.cache, self.indices, self.training, epoch, numbers)
+            # batch_size=None: an item of the data is a micro-batch
+            loader = DataLoader(
+                draws,
+                batch_size=None,
+                num_workers=self.training.workers,
+                pin_memory=self.device.type == "cuda",
+            )
+            for number, batch in zip(numbers, loader, strict=True):
+                yield number % self.micros, batch
+
+    def step(self, step: int, batches: Iterator[tuple[int, Batch]]) -> Tensor:
+        """One step of the optimiser; returns this process's statistics."""
+        training = self.training
+        share = rate_share(step, training.warmup, self.total if training.cosine else None)
+        for group in self.optimizer.param_groups:
+            group["lr"] = training.lr * share
+        self.optimizer.zero_grad(set_to_none=True)
+        statistics = torch.zeros(len(QUANTITIES), 2, BUCKETS, device=self.device)
+        for number in range(self.accumulation):
+            clock = time.monotonic()
+            micro, batch = next(batches)
+            batch = batch.to(self.device)
+            self.waited += time.monotonic() - clock
+            seed = _seed(training.seed, step, micro)
+            noised = draw_noised(batch, self.cache.header.scaling_factor, seed)
+            last = number == self.accumulation - 1
+            # gradients are summed over processes once a step
+            with nullcontext() if last else self.accelerator.no_sync(self.prepared):
+                losses, found = stage1_losses(
+                    self.prepared, noised, self.label_table, bf16=training.bf16
+                )
+                self._check_finite("loss", losses, step, noised)
+                self.accelerator.backward(losses.mean() / self.accumulation)
+            statistics += found
+        limit = training.clip_norm or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), limit)
+        self._check_finite("gradient norm", norm, step, noised)
+        self.optimizer.step()
+        if training.ema_decay:
+            self.average.update_parameters(self.network.aligner)
+        return statistics
+
+    @torch.no_grad()
+    def validate(self) -> Tensor:
+        """Statistics over the val part: first captions, not mirrored, the same noise each time."""
+        network = AlignerFeatures(self.averaged).eval()
+        statistics = torch.zeros(len(QUANTITIES), 2, BUCKETS, device=self.device)
+        size, count = self.training.micro_batch, len(self.held_out)
+        starts = range(0, count, size)
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        for start in list(starts)[rank::processes]:
+            batch = self.cache.batch(self.held_out[start : start + size]).to(self.device)
+            places = np.arange(start, min(start + size, count))
+            times = torch.from_numpy((places * _GOLDEN % 1 * TRAIN_STEPS).astype(np.int64))
+            seed = _seed(_VALIDATION_SEED, start, 0)
+            scale = self.cache.header.scaling_factor
+            noised = draw_noised(batch, scale, seed, times.to(self.device))
+            bf16 = self.training.bf16
+            statistics += stage1_losses(network, noised, self.label_table, bf16=bf16)[1]
+        self.averaged.train()
+        return self.accelerator.reduce(statistics, reduction="sum")  # type: ignore[no-any-return]
+
+    def _check_finite(self, what: str, value: Tensor, step: int, noised: Noised) -> None:
+        if bool(torch.isfinite(value.detach()).all()):
+            return
+        path = self.run.work / f"bad-batch-{step}.safetensors"
+        tensors = {"z": noised.z, "timesteps": noised.timesteps} | asdict(noised.batch)
+        content = save({name: v.detach().cpu().contiguous() for name, v in tensors.items()})
+        write_whole(path, lambda file: file.write(content))
+        raise DivergenceError(
+            f"the {what} of step {step} is not finite; its batch is in {path}",
+            value=float(value.detach().float().mean()),
+            remedy="Look at the batch, lower --lr or give --clip-norm, and resume from the last "
+            "state.",
+        )
+
+
+def train_aligner(
+    cache_folder: Path,
+    out: Path,
+    training: AlignerTraining,
+    aligner: Aligner,
+    *,
+    cpu: bool = False,
+    progress: Callable[[int, int, dict[str, object] | None], None] = lambda *_: None,
+) -> Path:
+    """Train ``aligner`` in place from the newest state in ``out``; returns the best one's folder.
+
+    Starts under ``accelerate launch`` or ``torchrun`` as one of their processes.
+
+    Args:
+        aligner: the start, in the same state in all processes; a newer state in ``out`` wins.
+        progress: called in the main process with steps done, steps in all, and the record where
+            one was logged.
+
+    Raises:
+        InputError: the cache is unfinished, damaged, or has no image in a part.
+        WeightsError: the aligner or the state does not fit the cache or these settings.
+        UsageError: the batch does not divide, or is larger than the data.
+        DivergenceError: loss or gradient is not finite; the batch was saved.
+        OutputError: ``out`` cannot be written, or the disk is full.
+    """
+    accelerator = Accelerator(cpu=cpu)
+    cache = LatentCache(cache_folder)
+    check_fits(aligner.config, cache.header, "the aligner")
+    provenance = Provenance(
+        cache=cache.header.digest,
+        vae_sha256=cache.header.vae_sha256,
+        text_sha256=cache.header.text_sha256,
+        architecture=aligner.config.model_dump(mode="json"),
+        training=training.model_dump(mode="json", exclude=_FREE),
+    )
+    run = AlignerRun(out, provenance, main=accelerator.is_main_process, keep=training.keep)
+    stage = _Stage1(cache, aligner, training, accelerator, run)
+    state = run.resume(stage.network.aligner, stage.optimizer, stage.average)
+    # a state of one process must not lead the others elsewhere
+    agreed = [state.step]
+    broadcast_object_list(agreed)
+    if agreed[0] != state.step:
+        raise WeightsError(
+            f"process {accelerator.process_index} sees another newest state than the first",
+            value=str(run.states),
+            remedy="All processes need the same --out, on a file system that they share.",
+        )
+    with run.logging(state.step, tensorboard=training.tensorboard):
+        _loop(stage, run, state, progress)
+    accelerator.wait_for_everyone()
+    return run.best_folder
+
+
+def _loop(
+    stage: _Stage1,
+    run: AlignerRun,
+    state: RunState,
+    progress: Callable[[int, int, dict[str, object] | None], None],
+) -> None:
+    training, accelerator = stage.training, stage.accelerator
+    batches = stage.batches(state.step)
+    totals = torch.zeros(len(QUANTITIES), 2, BUCKETS, device=stage.device)
+    clock, counted, stage.waited = time.monotonic(), 0, 0.0
+    for step in range(state.step, stage.total):
+        totals += stage.step(step, batches)
+        counted += 1
+        done = step + 1
+        record: dict[str, object] | None = None
+        ends_epoch = done % stage.steps_per_epoch == 0 or done == stage.total
+        if done % training.log_every == 0 or ends_epoch:
+            found = summary(accelerator.reduce(totals, reduction="sum"))
+            seconds = time.monotonic() - clock
+            record = {
+                "step": done,
+                "epoch": round(done / stage.steps_per_epoch, 3),
+                **found,
+                "lr": stage.optimizer.param_groups[0]["lr"],
+                "samples_per_second": round(counted * training.batch / seconds, 2),
+                "data_wait_share": round(stage.waited / seconds, 4),
+            }
+            run.log("train", record)
+            totals.zero_()
+            clock, counted, stage.waited = time.monotonic(), 0, 0.0
+        if ends_epoch:
+            found = summary(stage.validate())
+            run.log("val", {"step": done, **found})
+            loss = found["loss"]
+            assert isinstance(loss, float)
+            if state.best_loss is None or loss < state.best_loss:
+                state.best_loss, state.best_step = loss, done
+                run.export_best(stage.averaged, done, found)
+        if ends_epoch or done % training.checkpoint_every == 0:
+            state.step = done
+            run.save(state, stage.network.aligner, stage.optimizer, stage.average)
+        if ends_epoch:
+            # validation is not the loop's; its time is not counted, and the log has just started
+            clock = time.monotonic()
+        if accelerator.is_main_process:
+            progress(done, stage.total, record)
+    if state.step == stage.total and stage.total:
+        run.export_last(stage.averaged, stage.total)
+
+
+def _seed(*parts: int) -> int:
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import io
 from pathlib import Path
 
 import torch
@@ -10,26 +10,32 @@ from torch import nn
 
 from hcma_fast.errors import WeightsError
 from hcma_fast.models.checkpoint import first_line
+from hcma_fast.train.files import write_whole
 
 
 def save_state(
     path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module, step: int
 ) -> None:
     """Write model, optimiser, average and step to ``path``, whole or not at all."""
-    partial = path.with_suffix(".part")
-    with partial.open("wb") as file:
-        torch.save(
-            {
-                "step": step,
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "ema": ema.state_dict(),
-            },
-            file,
-        )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    content = {
+        "step": step,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "ema": ema.state_dict(),
+    }
+    write_state(path, content)
+
+
+def write_state(path: Path, content: dict[str, object]) -> None:
+    """``torch.save`` to ``path``, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written, or the disk is full.
+    """
+    # in memory first: torch's own writer hides the system's error
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_whole(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def load_state(

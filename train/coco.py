@@ -1,6 +1,8 @@
 """Reader for data in COCO's annotation format: EmojiScenes, and COCO 2014 unchanged.
 
-Everything is checked while reading, so that training never meets a bad record.
+Everything is checked while reading, so that training never meets a bad record. A bad image stops
+the reading, or is left out and listed where that is asked for; a file that contradicts itself
+(ids that occur twice, annotations of unknown images) always stops it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.errors import InputError
@@ -28,6 +31,15 @@ class CocoExample:
     height: int
     captions: tuple[str, ...]
     layout: Layout
+
+
+@dataclass(frozen=True)
+class BadImage:
+    """An image that was left out: its id, the file that is to blame, and why."""
+
+    image_id: int
+    path: str
+    why: str
 
 
 class _Record(BaseModel):
@@ -74,20 +86,45 @@ class _Captions(_Record):
 _Document = TypeVar("_Document", _Instances, _Captions)
 
 
-def read_coco(images: str | Path, instances: str | Path, captions: str | Path) -> list[CocoExample]:
+def annotation_files(root: str | Path, split: str) -> tuple[Path, Path]:
+    """The instances and captions of ``split``, where COCO has them."""
+    folder = Path(root) / "annotations"
+    return folder / f"instances_{split}.json", folder / f"captions_{split}.json"
+
+
+def read_split(
+    root: str | Path, split: str, *, skipped: list[BadImage] | None = None
+) -> list[CocoExample]:
+    """``root/split/*`` and ``root/annotations/{instances,captions}_split.json``; see
+    :func:`read_coco`."""
+    return read_coco(Path(root) / split, *annotation_files(root, split), skipped=skipped)
+
+
+def read_coco(
+    images: str | Path,
+    instances: str | Path,
+    captions: str | Path,
+    *,
+    skipped: list[BadImage] | None = None,
+) -> list[CocoExample]:
     """Read a split, in the order of its image list.
 
     Args:
         images: the folder of the image files, each of which must exist; none is opened.
         instances: ``instances_*.json``; crowds are left out, boxes are clipped to the image.
         captions: ``captions_*.json`` of the same images.
+        skipped: takes the images without caption, without file or with a malformed box, which
+            are errors otherwise.
 
     Raises:
-        InputError: names the file: it is missing or not in COCO's format, ids occur twice, an
-            annotation is of an unknown image or category, an image has no caption or no file.
+        InputError: names the file: it is missing or not in COCO's format, it lists no image, ids
+            occur twice, an annotation is of an unknown image or category, an image has no caption
+            or no file.
     """
     images, instances, captions = Path(images), Path(instances), Path(captions)
     boxes, texts = _read(instances, _Instances), _read(captions, _Captions)
+    if not boxes.images:
+        _fail("this split lists no image", instances)
     _check_unique("image", instances, boxes.images)
     _check_unique("category", instances, boxes.categories)
     _check_unique("annotation", instances, boxes.annotations)
@@ -111,20 +148,52 @@ def read_coco(images: str | Path, instances: str | Path, captions: str | Path) -
             texts_of[text.image_id].append(text.caption.strip())
 
     names = {category.id: category.name for category in boxes.categories}
-    examples = []
-    for image in boxes.images:
-        if not texts_of[image.id]:
+
+    def example(image: _Image) -> CocoExample:
+        path, lines = images / image.file_name, tuple(texts_of[image.id])
+        if not lines:
             _fail(f"image {image.id} has no caption", captions)
         if image.file_name not in files:
-            _fail(f"the file of image {image.id} is missing", images / image.file_name)
+            _fail(f"the file of image {image.id} is missing", path)
         found = (box.model_dump() for box in boxes_of[image.id])
         try:
             layout = Layout.from_coco(found, names, image.width, image.height)
         except InputError as error:
             _fail(f"image {image.id}: {error.what} (got {error.value!r})", instances, error)
-        path, lines = images / image.file_name, tuple(texts_of[image.id])
-        examples.append(CocoExample(image.id, path, image.width, image.height, lines, layout))
+        return CocoExample(image.id, path, image.width, image.height, lines, layout)
+
+    examples = []
+    for image in boxes.images:
+        try:
+            examples.append(example(image))
+        except InputError as error:
+            if skipped is None:
+                raise
+            skipped.append(BadImage(image.id, str(error.value), error.what))
+    if not examples:
+        _fail("no image of this split can be used", instances)
     return examples
+
+
+def open_image(example: CocoExample) -> Image.Image:
+    """The decoded image, RGB.
+
+    Raises:
+        InputError: names the file: it is missing, truncated, no image, or of another size than its
+            annotation says.
+    """
+    try:
+        with Image.open(example.path) as file:
+            image = file.convert("RGB")
+    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
+        _fail(f"cannot read image {example.image_id}: {error}", example.path, error)
+    if image.size != (example.width, example.height):
+        _fail(
+            f"image {example.image_id} is of {image.width} x {image.height} pixels, its annotation "
+            f"of {example.width} x {example.height}",
+            example.path,
+        )
+    return image
 
 
 def _read(path: Path, kind: type[_Document]) -> _Document:

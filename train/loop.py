@@ -46,10 +46,18 @@ class LoopConfig(BaseModel):
 
 def learning_rate(config: LoopConfig, step: int) -> float:
     """Learning rate of ``step``: linear warm-up, then cosine to 2% of the peak."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
-    progress = (step - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    return config.lr * rate_share(step, config.warmup, config.steps)
+
+
+def rate_share(step: int, warmup: int, steps: int | None) -> float:
+    """Share of the peak learning rate: linear up to step ``warmup``, then cosine down to 2% at
+    ``steps``, or 1 without ``steps``."""
+    if step < warmup:
+        return (step + 1) / warmup
+    if steps is None:
+        return 1.0
+    progress = (step - warmup) / max(1, steps - warmup)
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
 def run(
@@ -74,7 +82,7 @@ def run(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
     ema = torch.optim.swa_utils.AveragedModel(
-        model, multi_avg_fn=_ema_update(config.ema_decay), use_buffers=True
+        model, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True
     )
     start = load_state(folder / "state.pt", model, optimizer, ema)
     model.train()
@@ -126,7 +134,7 @@ def _check_finite(what: str, value: Tensor, step: int, folder: Path) -> None:
         )
 
 
-def _ema_update(
+def ema_update(
     decay: float,
 ) -> Callable[[_Tensors, _Tensors, Tensor | int], None]:
     """Exponential moving average whose decay grows with the step count (as in diffusers)."""

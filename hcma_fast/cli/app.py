@@ -17,9 +17,9 @@ from hcma_fast.cli.build import build
 from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.generate import generate
-from hcma_fast.cli.output import OutputError, print_error, print_note
+from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train import train_app
-from hcma_fast.errors import DeviceMemoryError, HcmaError
+from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError
 
 DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
 _INTERRUPTED = 130

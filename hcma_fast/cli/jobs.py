@@ -11,8 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hcma_fast.cli.output import OutputError
-from hcma_fast.errors import HcmaError, InputError
+from hcma_fast.errors import HcmaError, InputError, OutputError
 from hcma_fast.layout import Layout
 
 MAX_SEED = 2**63 - 1

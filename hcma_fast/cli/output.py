@@ -15,26 +15,10 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from hcma_fast.errors import HcmaError
+from hcma_fast.errors import OutputError
 
 #: progress and messages; stdout carries data only
 stderr = Console(stderr=True, highlight=False)
-
-
-class OutputError(HcmaError):
-    """A file or folder that cannot be written, or that would be overwritten (exit code 3)."""
-
-    exit_code = 3
-
-    @classmethod
-    def from_os(cls, error: OSError, path: Path | None = None) -> OutputError:
-        """What the system says of ``path``, by default the path that it names itself."""
-        shown = str(path) if path is not None else error.filename
-        return cls(
-            f"cannot read or write here: {error.strerror or error}",
-            value=shown,
-            remedy="Check the path, its permissions and the free space, or choose another.",
-        )
 
 
 def print_error(message: str) -> None:

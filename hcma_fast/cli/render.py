@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hcma_fast.cli.jobs import Job, at
-from hcma_fast.cli.output import BuildProgress, OutputError, stderr, write_file
+from hcma_fast.cli.output import BuildProgress, stderr, write_file
 from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.config import PRESETS, AlignmentSettings
-from hcma_fast.errors import InputError
+from hcma_fast.errors import InputError, OutputError
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -1,18 +1,299 @@
-"""``hcma-fast train``: from data to weights and their settings."""
+"""``hcma-fast train``: encode a data set once, train the aligner on it, tune the alignment."""
 
 from __future__ import annotations
 
-import typer
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+from hcma_fast.cli.output import print_json, print_note, stderr
 from hcma_fast.cli.tune import tune_alignment
+from hcma_fast.config import PRESETS, RegionMode
+from hcma_fast.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from hcma_fast.train.aligner import AlignerTraining
+    from hcma_fast.train.encode import CacheReport
 
 train_app = typer.Typer(
-    help="Train and tune. Tables and JSON on stdout, progress on stderr.", no_args_is_help=True
+    help="Train the aligner, tune the alignment. Results on stdout, progress on stderr.",
+    no_args_is_help=True,
 )
 train_app.command("tune-alignment")(tune_alignment)
+_Preset = Literal["tiny", "sd14"]
 
 
-@train_app.callback()
-def _train() -> None:
-    # typer makes the only command of an app without a callback the app itself
-    pass
+class _Rate(ProgressColumn):
+    """What is done a second."""
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=stderr,
+        redirect_stdout=False,
+    )
+
+
+@train_app.command()
+def cache(
+    data: Annotated[
+        Path, typer.Option(help="Folder with SPLIT/ and annotations/ in COCO's format.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for the cache; an unfinished one goes on.")],
+    split: Annotated[str, typer.Option(help="train2014, or the name of another split.")] = (
+        "train2014"
+    ),
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}, a folder in diffusers' layout or a hub id.")
+    ] = "tiny",
+    size: Annotated[
+        int | None, typer.Option(min=8, help="Side of the crops in pixels.  [the model's]")
+    ] = None,
+    flip: Annotated[bool, typer.Option(help="Also encode the mirrored images.")] = True,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out unusable images, and list them.")
+    ] = False,
+    shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 16,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode images; 0 for none of their own.")
+    ] = 0,
+    share: Annotated[
+        str, typer.Option(help="I/N: this run makes every N-th shard, from the I-th on (from 0).")
+    ] = "0/1",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N.  [cuda where there is one]")
+    ] = None,
+    precision: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option(help="What the VAE computes in.")
+    ] = "float32",
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Encode images to VAE posteriors, captions and labels to text embeddings, once."""
+    part = _share(share)
+    from dataclasses import asdict
+
+    from hcma_fast.train.encode import Encoders, make_cache
+
+    encoders = Encoders(model, _device(device), precision)
+    with _progress() as progress:
+        task = progress.add_task("images", total=None, note="")
+
+        def advance(done: int, total: int) -> None:
+            progress.update(task, completed=done, total=total)
+
+        report = make_cache(
+            data,
+            split,
+            encoders,
+            out,
+            image_size=size,
+            flip=flip,
+            skip_bad=skip_bad,
+            shard_size=shard_size,
+            batch_size=batch_size,
+            workers=workers,
+            share=part,
+            progress=advance,
+        )
+    _print_skipped(report)
+    if json_:
+        print_json(asdict(report))
+        return
+    typer.echo(
+        f"{report.images} images, {report.boxes} boxes, {report.captions} captions in {out}; "
+        f"{report.encoded} encoded by this run, {len(report.skipped)} skipped"
+    )
+
+
+def _print_skipped(report: CacheReport) -> None:
+    for image in report.skipped:
+        print_note(f"skipped: {image.why} ({image.path})")
+    if report.cut_captions:
+        print_note(f"{report.cut_captions} captions were longer than the text encoder takes: cut.")
+
+
+@train_app.command()
+def aligner(
+    cache: Annotated[Path, typer.Option(help="Folder that hcma-fast train cache made.")],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
+    ],
+    preset: Annotated[
+        _Preset | None, typer.Option(help="Architecture and settings.  [the cache's]")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Aligner to start from, instead of random weights.")
+    ] = None,
+    region: Annotated[RegionMode, typer.Option(help="Region map.")] = "coverage+fourier",
+    time_conditioning: Annotated[
+        Literal["none", "adaln"], typer.Option(help="How the aligner is told the noise level.")
+    ] = "none",
+    epochs: Annotated[int | None, typer.Option(min=1, help="[60; tiny 4]")] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images a step, all processes.  [1024; tiny 64]")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images that a process takes at once.  [128; tiny 64]")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.  [1e-3]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(min=0, help="[5e-4]")] = None,
+    decoupled_decay: Annotated[
+        bool | None, typer.Option("--decoupled-decay/--l2-decay", help="AdamW, or Adam.")
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps of warm-up.  [0; tiny 100]")
+    ] = None,
+    cosine: Annotated[
+        bool | None, typer.Option("--cosine/--constant", help="Decay of the learning rate.")
+    ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option(min=0, help="Largest norm of the gradient.  [none; tiny 1]")
+    ] = None,
+    ema_decay: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Average of weights.  [0, off; tiny 0.995]")
+    ] = None,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and noise.")] = 0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read the cache.")] = 0,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps.  [10; tiny 50]")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps; also at an epoch's end.  [500]")
+    ] = None,
+    keep: Annotated[int | None, typer.Option(min=1, help="States to keep.  [2]")] = None,
+    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's events too.")] = True,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+) -> None:
+    """Train the aligner (stage 1 of the paper's Algorithm 1); prints the best one's folder.
+
+    Under accelerate launch or torchrun it is one process of many.
+    """
+    from hcma_fast.train.cache import read_header
+
+    header = read_header(cache)
+    chosen = preset or header.preset
+    if chosen not in ("tiny", "sd14"):
+        raise UsageError(
+            "no aligner is known for this cache's preset", value=chosen, remedy="Give --preset."
+        )
+    given = {
+        "epochs": epochs,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "decoupled_decay": decoupled_decay,
+        "warmup": warmup,
+        "cosine": cosine,
+        "clip_norm": clip_norm,
+        "ema_decay": ema_decay,
+        "bf16": bf16,
+        "seed": seed,
+        "max_steps": max_steps,
+        "workers": workers,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "keep": keep,
+        "tensorboard": tensorboard,
+    }
+    training = _settings(chosen, {name: v for name, v in given.items() if v is not None})
+
+    import torch
+    from accelerate import PartialState
+
+    from hcma_fast.models.aligner import Aligner
+    from hcma_fast.train.aligner import architecture, train_aligner
+    from hcma_fast.train.aligner_run import check_provenance
+
+    torch.manual_seed(seed)
+    if init is not None:
+        check_provenance(init, header)
+        model = Aligner.from_pretrained(init)
+    else:
+        shape = architecture("tiny" if chosen == "tiny" else "sd14")
+        update = {"region": region, "time_conditioning": time_conditioning}
+        model = Aligner(shape.model_copy(update=update))
+    with _progress() as progress:
+        # a bar in the main process only: it is the one that reports
+        tasks: list[TaskID] = []
+
+        def advance(done: int, total: int, record: dict[str, object] | None) -> None:
+            if not tasks:
+                tasks.append(progress.add_task("steps", total=total, note="", completed=done - 1))
+            progress.update(tasks[0], completed=done)
+            if record is not None:
+                progress.update(
+                    tasks[0],
+                    note=f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} images/s",
+                )
+
+        best = train_aligner(cache, out, training, model, cpu=cpu, progress=advance)
+    if PartialState().is_main_process:
+        typer.echo(best)
+
+
+def _settings(preset: str, given: dict[str, object]) -> AlignerTraining:
+    from pydantic import ValidationError
+
+    from hcma_fast.train.aligner import TINY, AlignerTraining
+
+    base = TINY if preset == "tiny" else AlignerTraining()
+    settings = base.model_dump() | given
+    if "batch" in given and "micro_batch" not in given:
+        settings["micro_batch"] = min(base.micro_batch, base.batch, int(str(given["batch"])))
+    try:
+        return AlignerTraining.model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"--{'-'.join(str(part) for part in first['loc']).replace('_', '-')}: {first['msg']}",
+            value=first["input"],
+            remedy="See hcma-fast train aligner --help.",
+        ) from error
+
+
+def _share(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if slash and index.isdigit() and count.isdigit() and int(index) < int(count):
+        return int(index), int(count)
+    raise UsageError("a share must read I/N, with I from 0 to N - 1", value=text, remedy="0/8")
+
+
+def _device(name: str | None) -> torch.device:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(
+            "this device cannot be used", value=name, remedy="Give cpu, or a GPU that torch sees."
+        ) from error
+    return device

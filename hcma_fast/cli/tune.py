@@ -22,7 +22,6 @@ from rich.progress import (
 
 from hcma_fast.cli.output import (
     BuildProgress,
-    OutputError,
     output_folder,
     print_json,
     print_note,
@@ -30,7 +29,7 @@ from hcma_fast.cli.output import (
     write_file,
 )
 from hcma_fast.config import BACKENDS, PRESETS, cache_root
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.errors import HcmaError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.bench.tune_alignment import Comparison, TuningReport

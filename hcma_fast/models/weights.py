@@ -47,6 +47,7 @@ __all__ = [
     "ModelSource",
     "VAEDecoder",
     "load_components",
+    "load_part",
     "load_tokenizer",
     "locate",
 ]
@@ -262,13 +263,13 @@ def load_components(
     )
     folder = checkpoint.folder
     info = read_info(folder)
-    unet = _load(UNet2DConditionModel, folder / "unet")
-    vae = _load(AutoencoderKL, folder / "vae")
+    unet = load_part(UNet2DConditionModel, folder / "unet")
+    vae = load_part(AutoencoderKL, folder / "vae")
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     components = Components(
         preset=info.preset if info else "sd14",
         tokenizer=load_tokenizer(folder / "tokenizer"),
-        text_encoder=_load(CLIPTextModel, folder / "text_encoder"),
+        text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
         unet=unet,
         vae=vae,
         aligner=Aligner.from_pretrained(checkpoint.aligner_folder),
@@ -320,8 +321,15 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _load(cls: Any, folder: Path) -> Any:
-    """One part in float32; refuses what the libraries only warn of, above all missing weights."""
+def load_part(cls: Any, folder: Path) -> Any:
+    """One part in float32; refuses what the libraries only warn of, above all missing weights.
+
+    Args:
+        cls: its class in diffusers or transformers; folder: of this part.
+
+    Raises:
+        WeightsError: it is missing, damaged, or lacks weights.
+    """
     names = {path.name for path in folder.glob("*.safetensors")}
     half_only = bool(names) and all(".fp16." in name for name in names)
     dtype_name = "dtype" if cls is CLIPTextModel else "torch_dtype"

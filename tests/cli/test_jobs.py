@@ -20,8 +20,7 @@ from hcma_fast.cli.jobs import (
     read_requests,
     slug,
 )
-from hcma_fast.cli.output import OutputError
-from hcma_fast.errors import InputError
+from hcma_fast.errors import InputError, OutputError
 from hcma_fast.layout import Layout
 
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hcma_fast.cli.output import BuildProgress, OutputError, output_folder, write_file
+from hcma_fast.cli.output import BuildProgress, output_folder, write_file
+from hcma_fast.errors import OutputError
 
 
 def test_write_file_replaces_whole(tmp_path: Path) -> None:

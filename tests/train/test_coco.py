@@ -12,19 +12,10 @@ from PIL import Image
 
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.coco import CocoExample, read_coco
+from hcma_fast.train.coco import BadImage, CocoExample, open_image, read_split
 from hcma_fast.train.emoji_scenes import sample_scene, write_coco
 
 Document = dict[str, Any]
-
-
-def read_split(folder: Path, split: str) -> list[CocoExample]:
-    annotations = folder / "annotations"
-    return read_coco(
-        folder / split,
-        annotations / f"instances_{split}.json",
-        annotations / f"captions_{split}.json",
-    )
 
 
 @pytest.mark.parametrize("size", [64, 48])
@@ -83,7 +74,9 @@ def coco_2014() -> tuple[Document, Document]:
 Change = Callable[[Document, Document], object]
 
 
-def read_2014(folder: Path, change: Change | None = None) -> list[CocoExample]:
+def read_2014(
+    folder: Path, change: Change | None = None, skipped: list[BadImage] | None = None
+) -> list[CocoExample]:
     instances, captions = coco_2014()
     (folder / "train2014").mkdir()
     for image in instances["images"]:
@@ -93,7 +86,7 @@ def read_2014(folder: Path, change: Change | None = None) -> list[CocoExample]:
     (folder / "annotations").mkdir()
     for name, document in (("instances", instances), ("captions", captions)):
         (folder / "annotations" / f"{name}_train2014.json").write_text(json.dumps(document))
-    return read_split(folder, "train2014")
+    return read_split(folder, "train2014", skipped=skipped)
 
 
 def test_reads_coco_2014(tmp_path: Path) -> None:
@@ -131,6 +124,11 @@ WRONG: dict[str, tuple[str, str, Change]] = {
         "image 57870 has no caption",
         "captions",
         lambda i, c: c["annotations"][1].update(caption=" \n"),
+    ),
+    "no image": (
+        "this split lists no image",
+        "instances",
+        lambda i, c: (i["images"].clear(), i["annotations"].clear()),
     ),
     "image id twice": (
         "image id 9 occurs 2 times",
@@ -214,3 +212,64 @@ def test_missing_folder_of_images(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="folder of images") as caught:
         read_split(tmp_path, "train2014")
     assert caught.value.value == str(tmp_path / "train2014")
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("image without caption", 9), ("missing image file", 9), ("not a number", 57870)],
+)
+def test_bad_images_are_listed_where_that_is_asked_for(
+    tmp_path: Path, name: str, kept: int
+) -> None:
+    problem, file, change = WRONG[name]
+    skipped: list[BadImage] = []
+    (example,) = read_2014(tmp_path, change, skipped)
+    assert example.image_id == kept
+    (bad,) = skipped
+    assert bad.image_id == 9 + 57870 - kept and file in bad.path and problem in bad.why
+
+
+@pytest.mark.parametrize("name", ["image id twice", "annotation of an unknown image", "no image"])
+def test_a_file_that_contradicts_itself_is_never_skipped(tmp_path: Path, name: str) -> None:
+    problem, _, change = WRONG[name]
+    with pytest.raises(InputError, match=problem):
+        read_2014(tmp_path, change, [])
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no image of this split can be used"):
+        read_2014(tmp_path, lambda i, c: c["annotations"].clear(), [])
+
+
+def test_pycocotools_reads_the_same(tmp_path: Path) -> None:
+    coco = pytest.importorskip("pycocotools.coco")
+    write_coco(tmp_path, "val", 12)
+    boxes = coco.COCO(tmp_path / "annotations" / "instances_val.json")
+    texts = coco.COCO(tmp_path / "annotations" / "captions_val.json")
+    examples = read_split(tmp_path, "val")
+    assert [example.image_id for example in examples] == sorted(boxes.getImgIds())
+    for example in examples:
+        found = boxes.loadAnns(boxes.getAnnIds(imgIds=example.image_id, iscrowd=False))
+        wanted = sorted(
+            (boxes.cats[a["category_id"]]["name"], *(v / 64 for v in a["bbox"])) for a in found
+        )
+        pairs = zip(example.layout.phrases, example.layout.boxes, strict=True)
+        assert wanted == sorted((n, x0, y0, x1 - x0, y1 - y0) for n, (x0, y0, x1, y1) in pairs)
+        lines = texts.loadAnns(texts.getAnnIds(imgIds=example.image_id))
+        assert tuple(line["caption"] for line in lines) == example.captions
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "size"])
+def test_images_that_cannot_be_used(tmp_path: Path, damage: str) -> None:
+    write_coco(tmp_path, "val", 1)
+    (example,) = read_split(tmp_path, "val")
+    assert open_image(example).size == (64, 64)
+    content = example.path.read_bytes()
+    if damage == "size":
+        Image.new("RGB", (64, 63)).save(example.path)
+    else:
+        broken = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image"}
+        example.path.write_bytes(broken[damage])
+    with pytest.raises(InputError, match="image 0") as caught:
+        open_image(example)
+    assert caught.value.value == str(example.path)

@@ -1,4 +1,4 @@
-"""The aligner's figures while training, and packing a run as an embedded checkpoint."""
+"""Packing a training run as an embedded checkpoint."""
 
 from __future__ import annotations
 
@@ -13,27 +13,9 @@ from safetensors.torch import load_file, save_file
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import WeightsError
 from hcma_fast.models.weights import load_components
-from hcma_fast.train.aligner import label_retrieval, make_aligner
 from hcma_fast.train.pack import SUMS_FILE, pack
 
 SETTINGS = AlignmentSettings(eta0=3.0, guidance_scale=2.0)
-
-
-def test_label_retrieval_counts_valid_boxes_only() -> None:
-    table = torch.eye(4)
-    labels = table[[[0, 1, 2]]]
-    mask = torch.tensor([[1.0, 1.0, 0.0]])
-    assert label_retrieval(3 * labels, table, labels, mask) == 1
-    assert label_retrieval(table[[[0, 3, 3]]], table, labels, mask) == 0.5
-    # the mean of all labels, which a low loss might hide, finds at best one of them
-    assert label_retrieval(torch.ones(1, 3, 4), table, labels, mask) <= 0.5
-    assert label_retrieval(labels, table, labels, torch.zeros(1, 3)) == 0
-
-
-def test_aligner_is_of_the_size_that_it_says() -> None:
-    aligner = make_aligner()
-    assert 0.9e6 < sum(p.numel() for p in aligner.parameters()) < 1.1e6
-    assert (aligner.config.grid, aligner.config.text_width) == (8, 128)
 
 
 def test_pack_stores_half_precision_that_loads(random_checkpoint: Path, tmp_path: Path) -> None:

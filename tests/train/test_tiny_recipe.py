@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hcma_fast.config import TOKEN_LENGTH
+from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.text import tokenize
+from hcma_fast.train.aligner import architecture
 from hcma_fast.train.denoiser import make_unet
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, render_scene, sample_scene
 from hcma_fast.train.text import WIDTH, make_text_encoder, make_tokenizer
@@ -81,12 +83,10 @@ def test_sizes_are_those_of_the_issue() -> None:
 
 
 def test_aligner_fits_the_other_parts() -> None:
-    from hcma_fast.train.aligner import make_aligner
-
-    aligner = make_aligner()
+    aligner = Aligner(architecture("tiny"))
     assert aligner.config.latent_size == make_unet().config.sample_size
-    assert aligner.config.text_width == WIDTH
-    assert 2 * millions(aligner) < 10
+    assert (aligner.config.grid, aligner.config.text_width) == (8, WIDTH)
+    assert 0.9 < millions(aligner) < 1.1
 
 
 def test_gates_start_open() -> None:

@@ -1,0 +1,130 @@
+"""``hcma-fast train``: from 50 images in COCO's format on disk to an aligner that loads."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from hcma_fast.cli.app import main
+from hcma_fast.cli.train import train_app
+from hcma_fast.models.aligner import Aligner
+from hcma_fast.models.weights import load_components
+from hcma_fast.train.emoji_scenes import write_coco
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("coco")
+    write_coco(folder, "train", 50)
+    # as COCO names it
+    (folder / "train").rename(folder / "train2014")
+    for kind in ("instances", "captions"):
+        path = folder / "annotations" / f"{kind}_train.json"
+        path.rename(path.with_stem(f"{kind}_train2014"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cached(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("latents")
+    assert main(["train", "cache", "--data", str(data), "--out", str(out), "--no-flip"]) == 0
+    return out
+
+
+def test_from_images_to_an_aligner(data: Path, cli: Any, tmp_path: Path) -> None:
+    """docs/train.md: fine-tuning the embedded model's aligner on one's own data."""
+    latents, out = tmp_path / "latents", tmp_path / "run"
+    made = cli("train", "cache", "--data", data, "--model", "tiny", "--out", latents, "--json")
+    assert made.code == 0, made.err
+    report = json.loads(made.out)
+    assert report["images"] == report["encoded"] == 50 and report["skipped"] == []
+
+    start = Path(load_components("tiny").source or "") / "aligner"
+    options = ["--batch", 20, "--epochs", 2, "--lr", "1e-4", "--log-every", 1]
+    command = ["train", "aligner", "--cache", latents, "--out", out, "--init", start, *options]
+    first = cli(*command)
+    assert first.code == 0, first.err
+    assert first.out.strip() == str(out / "aligner")
+    trained, before = Aligner.from_pretrained(out / "aligner"), Aligner.from_pretrained(start)
+    assert trained.config == before.config
+    moved = [
+        (a - b).abs().max().item()
+        for a, b in zip(trained.parameters(), before.parameters(), strict=True)
+    ]
+    assert 0 < max(moved) < 0.1
+    log = (out / "aligner-run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["part"] for line in log] == ["train", "train", "val"] * 2
+    # what it started from knows these scenes: chance would be 1 in 23
+    assert json.loads(log[0])["region_r1"] > 0.2
+    # a model with the new aligner loads
+    assert load_components("tiny", aligner=out / "aligner").aligner.config == before.config
+    # the same line again has nothing to do
+    assert cli(*command).out == first.out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--data", "nowhere"), 3, ("cannot read the annotations", "nowhere")),
+        (("--split", "val2014"), 3, ("instances_val2014.json",)),
+        (("--model", "nowhere"), 3, ("no such preset or folder",)),
+        (("--size", "63"), 3, ("multiple of the VAE's factor, 4", "63")),
+        (("--share", "2/2"), 2, ("a share must read I/N", "2/2")),
+        (("--device", "cuda:99"), 3, ("this device cannot be used", "cuda:99")),
+    ],
+)
+def test_cache_refuses(
+    data: Path, cli: Any, options: tuple[str, str], code: int, words: tuple[str, ...]
+) -> None:
+    given = {"--data": data, "--out": "latents"} | dict([options])
+    cli("train", "cache", *(part for pair in given.items() for part in pair)).failed(code, *words)
+
+
+def test_bad_images(data: Path, cli: Any, tmp_path: Path) -> None:
+    copy = tmp_path / "coco"
+    for path in data.rglob("*.*"):
+        target = copy / path.relative_to(data)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    broken = copy / "train2014" / f"{3:012d}.png"
+    broken.write_bytes(broken.read_bytes()[:100])
+    command = ["train", "cache", "--data", copy, "--no-flip", "--out"]
+    cli(*command, tmp_path / "strict").failed(3, "cannot read image 3", str(broken), "--skip-bad")
+    skipped = cli(*command, tmp_path / "latents", "--skip-bad")
+    assert skipped.code == 0 and "49 images" in skipped.out and "1 skipped" in skipped.out
+    assert str(broken) in skipped.err.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--preset", "sd14", "--batch", "8"), 3, ("does not fit this cache", "latent_size is 64")),
+        (("--batch", "64"), 2, ("less than one batch",)),
+        (("--batch", "20", "--micro-batch", "8"), 2, ("multiple of micro-batch",)),
+        (("--batch", "8", "--lr", "0"), 2, ("--lr", "greater than 0")),
+        (("--init", "nowhere"), 3, ("the aligner cannot be loaded", "nowhere")),
+        (("--cache", "nowhere"), 3, ("this is no cache", "nowhere")),
+    ],
+)
+def test_aligner_refuses(
+    cached: Path, cli: Any, options: tuple[str, ...], code: int, words: tuple[str, ...]
+) -> None:
+    cli("train", "aligner", "--cache", cached, "--out", "run", *options).failed(code, *words)
+
+
+def test_the_commands_of_the_docs_are_ours() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
+    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
+    found = re.findall(r" train ((?:cache|aligner) .*)", "\n".join(lines))
+    assert len(found) >= 10
+    commands = get_command(train_app)
+    for line in found:
+        name, *arguments = shlex.split(line)
+        # parses and checks every option, and runs nothing
+        commands.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]

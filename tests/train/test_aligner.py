@@ -1,0 +1,350 @@
+"""Stage 1: a killed run ends with the same bits, n processes do what one does, errors are named."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hcma_fast.config import AlignerConfig
+from hcma_fast.errors import InputError, OutputError, UsageError, WeightsError
+from hcma_fast.models.aligner import Aligner
+from hcma_fast.models.weights import Components
+from hcma_fast.train.aligner import AlignerTraining, architecture, check_fits, train_aligner
+from hcma_fast.train.aligner_run import check_provenance
+from hcma_fast.train.cache import LatentCache, read_header
+from hcma_fast.train.loop import DivergenceError
+
+CONFIG = AlignerConfig(
+    latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16
+)
+#: 51 images in the train part: 3 steps an epoch, 9 in all
+TRAINING = AlignerTraining(
+    epochs=3,
+    batch=16,
+    micro_batch=8,
+    warmup=2,
+    cosine=True,
+    clip_norm=1.0,
+    ema_decay=0.9,
+    log_every=2,
+    checkpoint_every=2,
+    tensorboard=False,
+)
+#: the same run as a program of its own; with a number it kills itself after that step
+PROGRAM = """
+import importlib.util, os, signal, sys
+from pathlib import Path
+
+spec = importlib.util.spec_from_file_location("this_test", sys.argv[1])
+this_test = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(this_test)
+
+def progress(done, total, record):
+    if done == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+this_test.run(Path(sys.argv[2]), Path(sys.argv[3]), progress=progress)
+"""
+
+
+def run(cache: Path, out: Path, config: AlignerConfig = CONFIG, **changes: Any) -> Path:
+    torch.manual_seed(0)
+    progress = changes.pop("progress", lambda *_: None)
+    training = TRAINING.model_copy(update=changes)
+    return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    lines = (out / "aligner-run" / "log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(out: Path) -> list[dict[str, Any]]:
+    timed = ("samples_per_second", "data_wait_share")
+    return [{k: v for k, v in record.items() if k not in timed} for record in records(out)]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def same(first: Path, second: Path) -> bool:
+    a, b = weights(first), weights(second)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("whole")
+    run(small_cache, out)
+    torch.set_num_threads(threads)
+    return out
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    """Bits may depend on the number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_it_learns_logs_and_exports(small_cache: Path, uninterrupted: Path) -> None:
+    found = records(uninterrupted)
+    train = [record for record in found if record["part"] == "train"]
+    val = [record for record in found if record["part"] == "val"]
+    assert [record["step"] for record in train] == [2, 3, 4, 6, 8, 9]
+    assert [record["step"] for record in val] == [3, 6, 9]
+    assert train[-1]["loss"] < train[0]["loss"]
+    for record in train:
+        assert 0 <= record["data_wait_share"] <= 1 and record["samples_per_second"] > 0
+        assert len(record["global_by_t"]) == len(record["region_r1_by_t"]) == 10
+    assert train[0]["lr"] == pytest.approx(1e-3)
+
+    # the best by the val part is exported, as generate and build take it
+    best = min(val, key=lambda record: record["loss"])
+    aligner = Aligner.from_pretrained(uninterrupted / "aligner")
+    assert aligner.config == CONFIG
+    provenance = json.loads((uninterrupted / "aligner" / "training.json").read_text())
+    assert provenance["step"] == best["step"] and provenance["val"]["loss"] == best["loss"]
+    assert provenance["cache"] == read_header(small_cache).digest
+    assert Aligner.from_pretrained(uninterrupted / "aligner-last").config == CONFIG
+    # the newest two states are kept
+    states = sorted(path.name for path in (uninterrupted / "aligner-run" / "states").iterdir())
+    assert states == ["step-00000008.pt", "step-00000009.pt"]
+
+
+@pytest.mark.parametrize("stop", [4, 5, 7])
+def test_kill_and_resume_is_bitwise_the_same(
+    small_cache: Path, uninterrupted: Path, tmp_path: Path, stop: int
+) -> None:
+    if stop != 5:
+        # a process of its own is slow to start: one of the three is killed for real
+        def progress(done: int, total: int, record: object) -> None:
+            if done == stop:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(small_cache, tmp_path, progress=progress)
+    else:
+        command = [sys.executable, "-c", PROGRAM, __file__, small_cache, tmp_path, str(stop)]
+        done = subprocess.run(command, env=environment(), capture_output=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        states = tmp_path / "aligner-run" / "states"
+        # killed while it wrote: the half has another name
+        content = (states / "step-00000004.pt").read_bytes()
+        (states / ".step-00000005.pt.1.part").write_bytes(content[:1000])
+        with (tmp_path / "aligner-run" / "log.jsonl").open("a") as log:
+            log.write('{"part": "train", "st')
+    assert not (tmp_path / "aligner-last").exists()
+    first: list[int] = []
+    run(small_cache, tmp_path, progress=lambda done, *_: first.append(done))
+    assert first[0] == {4: 5, 5: 5, 7: 7}[stop] and first[-1] == 9
+    assert same(tmp_path / "aligner", uninterrupted / "aligner")
+    assert same(tmp_path / "aligner-last", uninterrupted / "aligner-last")
+    # losses of a window that the stop cut in two are of its second half
+    steps = [record["step"] for record in records(tmp_path)]
+    assert steps == [record["step"] for record in records(uninterrupted)]
+    assert untimed(tmp_path)[-2:] == untimed(uninterrupted)[-2:]
+
+
+def test_a_finished_run_does_nothing(small_cache: Path, uninterrupted: Path) -> None:
+    before = records(uninterrupted)
+
+    def never(*_: object) -> None:
+        raise AssertionError("no step is left")
+
+    assert run(small_cache, uninterrupted, progress=never) == uninterrupted / "aligner"
+    assert records(uninterrupted) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_two_processes_are_one_that_accumulates(
+    small_cache: Path, uninterrupted: Path, tmp_path: Path, launcher: str
+) -> None:
+    # one process takes both micro-batches of a step, of two each takes one
+    (tmp_path / "program.py").write_text(PROGRAM)
+    arguments = [str(tmp_path / "program.py"), __file__, str(small_cache), str(tmp_path), "-1"]
+    if launcher == "torchrun":
+        head = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
+    else:
+        head = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+        head += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        head += ["--main_process_port", "29618"]
+    done = subprocess.run(
+        [sys.executable, "-m", *head, *arguments],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found, wanted = untimed(tmp_path), untimed(uninterrupted)
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert (a["step"], a["part"]) == (b["step"], b["part"])
+        for name in ("loss", "global", "local"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5)
+    ours, theirs = weights(tmp_path / "aligner-last"), weights(uninterrupted / "aligner-last")
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4)
+
+
+def test_without_average_and_with_plain_settings(small_cache: Path, tmp_path: Path) -> None:
+    plain = {"ema_decay": 0.0, "clip_norm": None, "cosine": False, "warmup": 0, "bf16": True}
+    run(small_cache, tmp_path, max_steps=3, tensorboard=True, workers=1, **plain)
+    (first, *_, last) = records(tmp_path)
+    assert first["lr"] == 1e-3 and math.isfinite(last["loss"])
+    assert list((tmp_path / "aligner-run" / "tensorboard").iterdir())
+    # at a constant rate a run can be made longer
+    run(small_cache, tmp_path, max_steps=5, **plain)
+    assert records(tmp_path)[-1]["step"] == 5
+
+
+def test_validation_draws_the_same_each_time(small_cache: Path, tmp_path: Path) -> None:
+    # a rate too small to move float32 weights
+    run(small_cache, tmp_path, lr=1e-30, weight_decay=0.0, warmup=0, cosine=False)
+    losses = [record["loss"] for record in records(tmp_path) if record["part"] == "val"]
+    assert len(losses) == 3 and len(set(losses)) == 1
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Make the caption of one image NaN, as a damaged cache would."""
+    plain = LatentCache.batch
+
+    def batch(self: LatentCache, indices: Any, *draws: Any) -> Any:
+        found = plain(self, indices, *draws)
+        if draws:
+            found.caption[np.asarray(found.image_ids) == number] = float("nan")
+        return found
+
+    monkeypatch.setattr(LatentCache, "batch", batch)
+
+
+def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, 7)
+    with pytest.raises(DivergenceError, match="is not finite") as caught:
+        run(small_cache, tmp_path)
+    (path,) = (tmp_path / "aligner-run").glob("bad-batch-*.safetensors")
+    assert str(path) in str(caught.value)
+    saved = load_file(path)
+    bad = ~torch.isfinite(saved["caption"]).all(1)
+    assert saved["image_ids"][bad].tolist() == [7]
+    assert saved["z"].shape == (8, 4, 8, 8) and saved["timesteps"].shape == (8,)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "code"])
+def test_a_damaged_state_is_refused(small_cache: Path, tmp_path: Path, damage: str) -> None:
+    run(small_cache, tmp_path, max_steps=2)
+    (state,) = (tmp_path / "aligner-run" / "states").iterdir()
+    content = state.read_bytes()
+    if damage == "code":
+        torch.save({"provenance": print}, state)
+    else:
+        state.write_bytes(content[:3000] if damage == "cut" else b"")
+    with pytest.raises(WeightsError, match="cannot be resumed") as caught:
+        run(small_cache, tmp_path, max_steps=2)
+    assert caught.value.value == str(state) and "\n" not in str(caught.value)
+
+
+def test_a_run_goes_on_only_with_what_it_was_begun_with(
+    small_cache: Path, tmp_path: Path, emoji_coco: Path, encoders: Any
+) -> None:
+    from hcma_fast.train.encode import make_cache
+
+    run(small_cache, tmp_path, max_steps=2)
+    with pytest.raises(WeightsError, match="begun with depth = 2, not 3"):
+        run(small_cache, tmp_path, CONFIG.model_copy(update={"depth": 3}), max_steps=2)
+    with pytest.raises(WeightsError, match=r"begun with lr = 0\.001, not 0\.002"):
+        run(small_cache, tmp_path, max_steps=2, lr=2e-3)
+    # the cosine's length counts
+    with pytest.raises(WeightsError, match="begun with max_steps = 2, not 3"):
+        run(small_cache, tmp_path, max_steps=3)
+    other = tmp_path / "other-cache"
+    make_cache(emoji_coco, "train", encoders, other, flip=False)
+    with pytest.raises(WeightsError, match="begun with another cache"):
+        run(other, tmp_path, max_steps=2)
+
+
+def test_a_cache_of_another_encoder_is_refused(
+    small_cache: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    header = read_header(small_cache)
+    with pytest.raises(WeightsError, match="its latent_size is 64, the cache's 8"):
+        check_fits(architecture("sd14"), header, "the aligner")
+    with pytest.raises(WeightsError, match="its latent_size is 16"):
+        run(small_cache, tmp_path, architecture("tiny"))
+    check_provenance(uninterrupted / "aligner", header)
+    changed = header.model_copy(update={"vae_sha256": "0" * 64})
+    with pytest.raises(WeightsError, match="another encoder") as caught:
+        check_provenance(uninterrupted / "aligner", changed)
+    assert caught.value.value == str(uninterrupted / "aligner")
+
+
+def test_batches_that_do_not_fit(small_cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="multiple of micro-batch x processes"):
+        run(small_cache, tmp_path, batch=20)
+    with pytest.raises(UsageError, match="less than one batch"):
+        run(small_cache, tmp_path, batch=64)
+
+
+def test_an_empty_part_is_an_error(encoders: Any, tmp_path: Path) -> None:
+    from hcma_fast.train.emoji_scenes import write_coco
+    from hcma_fast.train.encode import make_cache
+
+    # ids 0 to 7 are all in the train part
+    write_coco(tmp_path / "data", "train", 8, 24)
+    make_cache(tmp_path / "data", "train", encoders, tmp_path / "cache")
+    with pytest.raises(InputError, match="the val part of this cache is empty"):
+        run(tmp_path / "cache", tmp_path / "out", batch=4, micro_batch=4)
+
+
+def test_a_full_disk_is_named(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left") as caught:
+        run(small_cache, tmp_path)
+    assert str(tmp_path) in str(caught.value.value)
+    assert list((tmp_path / "aligner-run" / "states").iterdir()) == []
+
+
+def test_the_presets() -> None:
+    assert architecture("sd14") == AlignerConfig()
+    assert AlignerTraining().batch == 1024 and AlignerTraining().epochs == 60
+    assert AlignerTraining().lr == 1e-3 and AlignerTraining().weight_decay == 5e-4
+
+
+def test_the_export_is_an_aligner_for_the_model(
+    uninterrupted: Path, random_checkpoint: Path
+) -> None:
+    from hcma_fast.models.weights import load_components
+
+    parts: Components = load_components(random_checkpoint, aligner=uninterrupted / "aligner")
+    assert parts.aligner.config == CONFIG

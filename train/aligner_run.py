@@ -1,0 +1,253 @@
+"""The folder of a stage 1 run: states to resume from, exports, logs.
+
+``aligner/`` holds the best aligner by the val part, ``aligner-last/`` the last one: config.json and
+model.safetensors, as ``--aligner`` and ``Aligner.from_pretrained`` take them, and training.json,
+which says where they come from. ``aligner-run/`` holds states, log.jsonl and TensorBoard's events.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import nn
+
+from hcma_fast.errors import OutputError, UsageError, WeightsError
+from hcma_fast.models.aligner import Aligner
+from hcma_fast.models.checkpoint import first_line
+from hcma_fast.train.cache import CacheHeader
+from hcma_fast.train.checkpoints import write_state
+from hcma_fast.train.files import make_folder, write_whole
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+PROVENANCE_FILE = "training.json"
+LOG_FILE = "log.jsonl"
+
+
+class Provenance(BaseModel):
+    """Where an aligner comes from; a run goes on only with what it was begun with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cache: str
+    """digest of the cache's header"""
+    vae_sha256: str
+    text_sha256: str
+    architecture: dict[str, Any]
+    training: dict[str, Any]
+    """settings that change the weights"""
+
+
+@dataclass
+class RunState:
+    """How far a run is. Order, noise and learning rate follow from ``step``."""
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+
+
+def check_provenance(folder: Path, header: CacheHeader) -> None:
+    """Was the aligner in ``folder`` trained with the encoders of this cache? Unknown is no error.
+
+    Raises:
+        WeightsError: it was not, or its training.json is damaged.
+    """
+    path = folder / PROVENANCE_FILE
+    if not path.is_file():
+        return
+    try:
+        found = Provenance.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        raise WeightsError(
+            f"this file is damaged: {first_line(error)}",
+            value=str(path),
+            remedy="Delete it where you know that the aligner fits the cache.",
+        ) from error
+    for name in ("vae_sha256", "text_sha256"):
+        if getattr(found, name) != getattr(header, name):
+            raise WeightsError(
+                f"this aligner was trained with another encoder than the cache was made with: the "
+                f"{name} differ",
+                value=str(folder),
+                remedy="Make the cache with the model that the aligner belongs to.",
+            )
+
+
+class AlignerRun:
+    """Reads and writes the folder of a run; only the main process writes."""
+
+    def __init__(self, out: Path, provenance: Provenance, *, main: bool, keep: int) -> None:
+        self.best_folder, self.last_folder = out / "aligner", out / "aligner-last"
+        self.work = out / "aligner-run"
+        self.states = self.work / "states"
+        self.provenance, self.main, self.keep = provenance, main, keep
+        self._events: SummaryWriter | None = None
+        if main:
+            make_folder(self.states)
+
+    def newest(self) -> Path | None:
+        """The newest state; files are renamed when whole, so every one of them is."""
+        found = sorted(self.states.glob("step-*.pt"))
+        return found[-1] if found else None
+
+    def resume(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module
+    ) -> RunState:
+        """Restore the newest state, or start at 0.
+
+        Raises:
+            WeightsError: it is damaged, or of a run with another cache, architecture or settings.
+        """
+        path = self.newest()
+        if path is None:
+            return RunState()
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True)
+            there = Provenance.model_validate(stored["provenance"])
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            raise _unusable(path, first_line(error)) from error
+        self._check_same(path, there)
+        try:
+            model.load_state_dict(stored["model"])
+            optimizer.load_state_dict(stored["optimizer"])
+            average.load_state_dict(stored["average"])
+            state = RunState(**stored["state"])
+        except Exception as error:  # as above
+            raise _unusable(path, first_line(error)) from error
+        return state
+
+    def _check_same(self, path: Path, there: Provenance) -> None:
+        wanted, found = self.provenance.model_dump(), there.model_dump()
+        for part in ("architecture", "training"):
+            for name in wanted[part].keys() | found[part].keys():
+                was, now = found[part].get(name), wanted[part].get(name)
+                # a constant rate leads the same way, however long
+                longer = name in ("epochs", "max_steps") and not wanted[part]["cosine"]
+                if was != now and not longer:
+                    raise WeightsError(
+                        f"this run was begun with {name} = {was}, not {now}",
+                        value=str(path),
+                        remedy="Give what it was begun with, or another --out.",
+                    )
+        for name in ("vae_sha256", "text_sha256", "cache"):
+            if wanted[name] != found[name]:
+                raise WeightsError(
+                    "this run was begun with another cache",
+                    value=str(path),
+                    remedy="Give the cache that it was begun with, or another --out.",
+                )
+
+    def save(
+        self,
+        state: RunState,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        average: nn.Module,
+    ) -> None:
+        """Write a state, and remove all but the newest ``keep``."""
+        if not self.main:
+            return
+        content: dict[str, object] = {
+            "provenance": self.provenance.model_dump(),
+            "state": vars(state),
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "average": average.state_dict(),
+        }
+        write_state(self.states / f"step-{state.step:08d}.pt", content)
+        for old in sorted(self.states.glob("step-*.pt"))[: -self.keep]:
+            old.unlink(missing_ok=True)
+
+    def export_best(self, aligner: Aligner, step: int, figures: dict[str, Any]) -> None:
+        """Write the aligner that is best so far to ``aligner/``."""
+        self._export(self.best_folder, aligner, step, figures)
+
+    def export_last(self, aligner: Aligner, step: int) -> None:
+        """Write the aligner to ``aligner-last/``."""
+        self._export(self.last_folder, aligner, step, {})
+
+    def _export(self, folder: Path, aligner: Aligner, step: int, figures: dict[str, Any]) -> None:
+        if not self.main:
+            return
+        try:
+            aligner.save_pretrained(folder)
+        except OSError as error:
+            raise OutputError.from_os(error, folder) from error
+        record = self.provenance.model_dump() | {"step": step, "val": figures}
+        content = json.dumps(record, indent=2) + "\n"
+        write_whole(folder / PROVENANCE_FILE, lambda file: file.write(content.encode()))
+
+    @contextmanager
+    def logging(self, step: int, *, tensorboard: bool) -> Iterator[None]:
+        """Open the logs, cut back to ``step``: a run that was killed repeats what came after.
+
+        Raises:
+            UsageError: TensorBoard is not installed.
+        """
+        if not self.main:
+            yield
+            return
+        path = self.work / LOG_FILE
+        if path.exists():
+            lines = path.read_bytes().splitlines(keepends=True)
+            kept = b"".join(line for line in lines if _step_of(line) <= step)
+            write_whole(path, lambda file: file.write(kept))
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise UsageError(
+                    "tensorboard is not installed",
+                    remedy="pip install 'hcma-fast[train]', or give --no-tensorboard.",
+                ) from error
+            self._events = SummaryWriter(self.work / "tensorboard", purge_step=step + 1)
+        try:
+            yield
+        finally:
+            if self._events is not None:
+                self._events.close()
+                self._events = None
+
+    def log(self, part: str, record: dict[str, Any]) -> None:
+        """Append a record to log.jsonl, and its numbers to TensorBoard."""
+        if not self.main:
+            return
+        path = self.work / LOG_FILE
+        try:
+            with path.open("a") as file:
+                file.write(json.dumps({"part": part, **record}) + "\n")
+        except OSError as error:
+            raise OutputError.from_os(error, path) from error
+        if self._events is None:
+            return
+        for name, value in record.items():
+            values = value if isinstance(value, list) else [value]
+            for bucket, number in enumerate(values):
+                if number is not None:
+                    tag = f"{part}/{name}" + (f"/{bucket}" if isinstance(value, list) else "")
+                    self._events.add_scalar(tag, number, record["step"])
+
+
+def _step_of(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        # half a line, of a process that was killed
+        return float("inf")
+
+
+def _unusable(path: Path, why: str) -> WeightsError:
+    return WeightsError(
+        f"this training state cannot be resumed ({why})",
+        value=str(path),
+        remedy="Delete it to go on from the one before, or give another --out.",
+    )
