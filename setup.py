@@ -14,6 +14,7 @@ PACKAGE_DIR = {
     "hcma_fast.export": "export",
     "hcma_fast.train": "train",
     "hcma_fast.bench": "bench",
+    "hcma_fast.bench.peers": "bench/peers",
 }
 
 PACKAGE_DATA = {
