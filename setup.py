@@ -57,7 +57,13 @@ EXTRAS_REQUIRE = {
     "tensorrt": ["tensorrt>=11,<12"],
     "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
     "train": ["tokenizers>=0.22,<1"],
-    "eval": ["torchmetrics>=1.8,<2"],
+    # torchmetrics' FID needs scipy
+    "eval": [
+        "faster-coco-eval>=1.7,<2",
+        "matplotlib>=3.10,<4",
+        "scipy>=1.15,<2",
+        "torchmetrics>=1.8,<2",
+    ],
     "dev": [
         "hypothesis>=6.130,<7",
         "mypy>=2.1,<3",
@@ -70,6 +76,11 @@ EXTRAS_REQUIRE = {
         "tensorrt-rtx-cu13>=1.7,<2",
         "triton>=3.7,<4",
         "tokenizers>=0.22,<1",
+        # hcma-fast eval
+        "faster-coco-eval>=1.7,<2",
+        "matplotlib>=3.10,<4",
+        "scipy>=1.15,<2",
+        "torchmetrics>=1.8,<2",
     ],
 }
 

@@ -39,7 +39,9 @@ class Difference(BaseModel):
     """two-sided: twice the smaller share of resamples on either side of 0"""
 
 
-def estimate(score: Score, count: int, *, resamples: int = RESAMPLES, plug_in: bool = True) -> Estimate:
+def estimate(
+    score: Score, count: int, *, resamples: int = RESAMPLES, plug_in: bool = True
+) -> Estimate:
     """The score of all images and its interval.
 
     Args:
@@ -61,7 +63,9 @@ def estimate(score: Score, count: int, *, resamples: int = RESAMPLES, plug_in: b
     return Estimate(value=value, interval=(float(low), float(high)))
 
 
-def compare(metric: str, a: Score, b: Score, count: int, *, resamples: int = RESAMPLES) -> Difference:
+def compare(
+    metric: str, a: Score, b: Score, count: int, *, resamples: int = RESAMPLES
+) -> Difference:
     """Paired bootstrap: both scores on the same resamples of the images.
 
     Raises:

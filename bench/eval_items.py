@@ -92,7 +92,7 @@ class _Line(BaseModel):
 
 _REMEDY = (
     'A line reads {"id": "1", "prompt": "a dog", "phrases": ["dog"], "boxes": '
-    '[[0.1, 0.1, 0.5, 0.9]]}, and may have mentions, negative_prompt and image.'
+    "[[0.1, 0.1, 0.5, 0.9]]}, and may have mentions, negative_prompt and image."
 )
 
 
@@ -134,7 +134,9 @@ def _parse(line: bytes, where: str, folder: Path) -> EvalItem:
     try:
         layout = Layout(row.phrases, row.boxes)
     except HcmaError as error:
-        raise InputError(f"{where}: {error.what}", value=error.value, remedy=error.remedy) from error
+        raise InputError(
+            f"{where}: {error.what}", value=error.value, remedy=error.remedy
+        ) from error
     if row.mentions is not None and len(row.mentions) != len(layout):
         raise InputError(
             f"{where}: there must be as many mentions as phrases",
@@ -196,9 +198,7 @@ def emoji_items(split: Split, count: int) -> list[EvalItem]:
                 id=f"{split}-{index:06d}",
                 prompt=scene.captions[index % len(scene.captions)],
                 layout=Layout(names, [item.box for item in scene.objects]),
-                mentions=tuple(
-                    _PLURALS[name] if names.count(name) > 1 else name for name in names
-                ),
+                mentions=tuple(_PLURALS[name] if names.count(name) > 1 else name for name in names),
                 scene=(split, index),
             )
         )

@@ -6,7 +6,7 @@ and recall (Kynkaanniemi et al. 2019) in torch, as no library takes raw features
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -71,20 +71,23 @@ def check_count(count: int, width: int) -> None:
         )
 
 
-def fid(real: Features, generated: Features) -> float:
+def fid(real: Iterable[Features], generated: Iterable[Features], width: int) -> float:
     """|mu_r - mu_g|^2 + tr(C_r + C_g - 2 (C_r C_g)^(1/2)), computed in float64.
 
+    Args:
+        real, generated: features in parts, (n, width) each; only one part is held at a time.
+
     Raises:
-        InputError: see :func:`check_count`, or the widths differ.
+        InputError: see :func:`check_count`.
     """
-    width = _width(real, generated)
-    for some in (real, generated):
-        check_count(len(some), width)
     metric = FrechetInceptionDistance(feature=_Given(width))
     metric.set_dtype(torch.float64)
-    for some, is_real in ((real, True), (generated, False)):
-        for start in range(0, len(some), _CHUNK):
-            metric.update(torch.from_numpy(some[start : start + _CHUNK]).double(), real=is_real)
+    for parts, is_real in ((real, True), (generated, False)):
+        for part in parts:
+            if len(part):
+                metric.update(torch.from_numpy(part).double(), real=is_real)
+    for count in (metric.real_features_num_samples, metric.fake_features_num_samples):
+        check_count(int(count), width)
     return max(float(metric.compute()), 0.0)
 
 

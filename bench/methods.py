@@ -16,7 +16,7 @@ from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.peers.attend_and_excite import AttendAndExcite
 from hcma_fast.bench.peers.attention import AttentionUNet, choose_factor
 from hcma_fast.bench.peers.boxdiff import BoxDiff
-from hcma_fast.bench.peers.guidance import Guide, GuidanceEngine
+from hcma_fast.bench.peers.guidance import GuidanceEngine, Guide
 from hcma_fast.bench.peers.layout_guidance import LayoutGuidance
 from hcma_fast.bench.peers.targets import Target, find_targets
 from hcma_fast.config import AlignmentSettings

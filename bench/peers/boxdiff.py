@@ -50,9 +50,7 @@ class BoxDiff:
         return boxdiff_terms(mean_map(maps, self.factor), self.targets)[0].amax()
 
 
-def boxdiff_terms(
-    attention: Tensor, targets: tuple[Target, ...]
-) -> tuple[Tensor, Tensor, Tensor]:
+def boxdiff_terms(attention: Tensor, targets: tuple[Target, ...]) -> tuple[Tensor, Tensor, Tensor]:
     """Inner-box, outer-box and corner constraints of each target, (S,) each.
 
     A subject with several boxes has their union for M, and the edges of all for corners; the

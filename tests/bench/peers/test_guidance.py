@@ -129,9 +129,10 @@ def test_layout_guidance_ends_for_good_once_it_is_there(random_components: Compo
     assert peer(noise(), step)[1] is not None and maps.passes.backward == 1
     unmoved, loss = peer(noise(), step)
     assert loss is None and torch.equal(unmoved, noise())
-    assert LayoutGuidance(TARGETS)(noise(), GuidanceStep(10, 50, step.timestep, states, maps))[
-        1
-    ] is None
+    assert (
+        LayoutGuidance(TARGETS)(noise(), GuidanceStep(10, 50, step.timestep, states, maps))[1]
+        is None
+    )
 
 
 @pytest.fixture
@@ -162,9 +163,7 @@ def test_every_method_runs_and_an_image_does_not_depend_on_its_batch(
 
 
 @pytest.mark.parametrize("names", [QUICK, pytest.param(METHOD_NAMES, marks=pytest.mark.slow)])
-def test_methods_differ_where_they_should(
-    names: list[str], runner: Runner
-) -> None:
+def test_methods_differ_where_they_should(names: list[str], runner: Runner) -> None:
     images = {
         name: runner.generate(Method.parse(name), [ITEM], 3, [7]).images[0].astype(int)
         for name in names
