@@ -97,4 +97,5 @@ def compare(
 def _draws(score: Score, count: int, resamples: int) -> NDArray[np.float64]:
     rng = np.random.default_rng(0)
     found = np.array([score(rng.integers(count, size=count)) for _ in range(resamples)])
-    return found[np.isfinite(found)]
+    finite: NDArray[np.float64] = found[np.isfinite(found)]
+    return finite

@@ -17,6 +17,7 @@ from PIL import Image
 from hcma_fast.bench.detection import Detection, Detector
 from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_run import (
+    WHOLE,
     Progress,
     RunSettings,
     Shard,
@@ -159,7 +160,7 @@ def measure(
     run: RunSettings,
     out: Path,
     *,
-    shard: Shard = Shard(),
+    shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> None:
     """Measure all blocks of the shard that are not measured yet, and the real images' once.

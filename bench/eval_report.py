@@ -33,11 +33,11 @@ def markdown(report: EvalReport) -> str:
         "",
         *_table(list(COST_HEAD), [cost_row(row) for row in report.methods]),
         "",
-        *notes(report),
+        *(line for text in notes(report) for line in (text, "")),
     ]
     if report.differences:
-        lines += ["", *_table(list(DIFFERENCE_HEAD), difference_rows(report))]
-    return "\n".join([*lines, "", *footer(report), ""])
+        lines += _table(list(DIFFERENCE_HEAD), difference_rows(report))
+    return "\n".join([*lines, "", *(line for text in footer(report) for line in (text, ""))])
 
 
 def paragraphs(report: EvalReport) -> list[str]:

@@ -116,6 +116,9 @@ class Shard:
                 yield start, items[start : start + BLOCK]
 
 
+WHOLE = Shard()
+
+
 def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
     """Make ``out`` the folder of this run, or go on in it.
 
@@ -225,7 +228,7 @@ def generate(
     out: Path,
     *,
     batch_size: int,
-    shard: Shard = Shard(),
+    shard: Shard = WHOLE,
     progress: Progress | None = None,
 ) -> int:
     """Make the images that are not there yet; returns how many it made.

@@ -269,10 +269,10 @@ def _scored(
     return scored
 
 
-def _ratio(parts: NDArray[np.floating], totals: NDArray[np.generic]) -> _Scored:
+def _ratio(parts: NDArray[np.generic], totals: NDArray[np.generic]) -> _Scored:
     def score(chosen: NDArray[np.int64]) -> float:
-        total = float(totals[chosen].sum())
-        return float(parts[chosen].sum()) / total if total else float("nan")
+        total = float(np.sum(totals[chosen]))
+        return float(np.sum(parts[chosen])) / total if total else float("nan")
 
     return _Scored(score)
 
@@ -308,7 +308,7 @@ def _set_scores(
     blocks: _Blocks,
     real: _Blocks,
 ) -> dict[str, _Scored]:
-    """FID and its kin of whole images, or of boxes; a resample takes an image with all its boxes."""
+    """FID and its kin of whole images, or of boxes; a resample takes an image and its boxes."""
     mine, theirs = blocks.joined(attribute, _MOST_ROWS), real.joined(attribute, _MOST_ROWS)
     width, count = theirs.shape[1], int(owners[-1]) + 1 if len(owners) else 0
     owners = owners[:_MOST_ROWS]

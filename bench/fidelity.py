@@ -65,7 +65,7 @@ def check_count(count: int, width: int) -> None:
     """
     if count <= width:
         raise InputError(
-            f"FID on {width} features needs more than {width} images, or the covariance is singular",
+            f"FID on {width} features needs more images than that for the covariance",
             value=count,
             remedy="Use more images, or leave fid out of --metric (kid works on few).",
         )

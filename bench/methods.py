@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -31,15 +32,15 @@ from hcma_fast.specs import GRAPH_NAMES, GraphName
 #: without the gated layers, on the caption alone: Stable Diffusion
 _UNGROUNDED = {"grounding_beta": 0.0, "eta0": 0.0}
 _GUIDED: dict[str, Any] = {
-    "attend-and-excite": lambda targets, factor: AttendAndExcite(targets, factor),
-    "boxdiff": lambda targets, factor: BoxDiff(targets, factor),
-    "layout-guidance": lambda targets, factor: LayoutGuidance(targets),
+    "attend-and-excite": AttendAndExcite,
+    "boxdiff": BoxDiff,
+    "layout-guidance": lambda targets, _: LayoutGuidance(targets),
 }
 _SETTINGS: dict[str, dict[str, float]] = {
     "sd": _UNGROUNDED,
     "gligen": {"eta0": 0.0},
     # any rate above 0 makes the sampler call `align`, where the peer's own step length counts
-    **dict.fromkeys(_GUIDED, {**_UNGROUNDED, "eta0": 1.0}),
+    **{name: {**_UNGROUNDED, "eta0": 1.0} for name in _GUIDED},
     "hcma": {},
     "hcma-global": {"lambda_local": 0.0},
     "hcma-local": {"lambda_global": 0.0},
@@ -253,7 +254,7 @@ class Runner:
                 if not method.guided and len(item.layout):
                     local = float(entry.loss_local[row, : len(item.layout)].mean())
                     total += settings.lambda_local * local
-                losses[row].append(None if total != total else total)
+                losses[row].append(None if math.isnan(total) else total)
         passes = unet.passes if unet is not None else None
         return Generated(
             images,

@@ -46,7 +46,7 @@ class FeatureNetwork(Protocol):
 
 
 class JudgeFeatures:
-    """The judge's last layer before its read-out, for EmojiScenes: where Inception knows nothing."""
+    """The judge's last layer before its read-out: Inception knows nothing of EmojiScenes."""
 
     title = "EmojiScenes, judge features"
     width = 256

@@ -69,7 +69,7 @@ class AttendAndExcite:
     targets: tuple[Target, ...]
     factor: int
     """latent cells per cell of the maps; the paper's is 4"""
-    updates: RefinedUpdates = RefinedUpdates()
+    updates: RefinedUpdates = field(default_factory=RefinedUpdates)
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
         """See :class:`hcma_fast.bench.peers.guidance.Guide`."""

@@ -9,7 +9,7 @@ follows the worst inner-box constraint. Constants are those of the paper's code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ class BoxDiff:
     targets: tuple[Target, ...]
     factor: int
     """latent cells per cell of the maps; the paper's is 4"""
-    updates: RefinedUpdates = RefinedUpdates()
+    updates: RefinedUpdates = field(default_factory=RefinedUpdates)
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
         """See :class:`hcma_fast.bench.peers.guidance.Guide`.

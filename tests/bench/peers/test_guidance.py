@@ -221,8 +221,8 @@ def test_hcma_without_a_rate_is_refused_before_anything_runs(
     settings = AlignmentSettings(eta0=0)
     with pytest.raises(UsageError, match="gligen"):
         Method.parse("hcma").check([ITEM], random_components.tokenizer, settings)
+    wrong = ITEM.model_copy(update={"prompt": "a cat"})
     with pytest.raises(InputError, match="image a"):
-        wrong = ITEM.model_copy(update={"prompt": "a cat"})
         Method.parse("boxdiff").check([wrong], random_components.tokenizer, settings)
 
 
