@@ -11,9 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from faster_coco_eval import COCO, COCOeval_faster
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from hcma_fast.bench.networks import load_pretrained
 from hcma_fast.errors import InputError
@@ -41,6 +39,9 @@ class Detector:
         Raises:
             WeightsError: it does not load.
         """
+        # seconds of imports, for those who use it
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
         self._model: Any = load_pretrained(AutoModelForObjectDetection, name)
         self._processor: Any = load_pretrained(AutoImageProcessor, name)
         self.title = f"detector {Path(name).name}"
@@ -119,6 +120,8 @@ def layout_ap(
 
     Detections of categories that no layout asks for do not count. NaN without any box.
     """
+    from faster_coco_eval import COCO, COCOeval_faster
+
     names = sorted({phrase.lower() for layout in layouts for phrase in layout.phrases})
     if not names:
         return float("nan"), float("nan")

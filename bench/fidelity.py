@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from hcma_fast.errors import InputError
 
@@ -80,6 +79,9 @@ def fid(real: Iterable[Features], generated: Iterable[Features], width: int) -> 
     Raises:
         InputError: see :func:`check_count`.
     """
+    # seconds of imports, for those who use it
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     metric = FrechetInceptionDistance(feature=_Given(width))
     metric.set_dtype(torch.float64)
     for parts, is_real in ((real, True), (generated, False)):

@@ -11,7 +11,6 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import AutoImageProcessor, AutoModel, CLIPModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hcma_fast.bench.fidelity import Features
@@ -84,6 +83,9 @@ class VisionFeatures:
         Raises:
             WeightsError: it does not load, or gives no pooled output.
         """
+        # here and below: half a minute of imports on a busy machine, for those who use them
+        from transformers import AutoImageProcessor, AutoModel
+
         model = load_pretrained(AutoModel, name)
         self._model = getattr(model, "vision_model", model)
         self._processor = load_pretrained(AutoImageProcessor, name)
@@ -124,6 +126,8 @@ class ClipScorer:
         Raises:
             WeightsError: it does not load.
         """
+        from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
         self._model = load_pretrained(CLIPModel, name)
         self._processor = load_pretrained(AutoImageProcessor, name)
         self._tokenizer = load_pretrained(CLIPTokenizer, name)

@@ -44,7 +44,7 @@ from hcma_fast.models.weights import Components
 from hcma_fast.train.emoji_scenes import render_scene, sample_scene
 
 METHODS = [Method.parse("gligen"), Method.parse("hcma")]
-COUNT = 2 * BLOCK + 5
+COUNT = BLOCK + 5
 
 
 class Drawing(Runner):
@@ -117,7 +117,7 @@ def test_stopped_at_any_image_it_neither_loses_nor_repeats_one(
     runner = make(Drawing, random_components)
     run = settings(items, runner)
     open_run(tmp_path, run, force=False)
-    for stop in (3, 20, 40, 61):
+    for stop in (3, 20, 24, 39):
         runner.dies_after = stop
         with pytest.raises(KeyboardInterrupt):
             generate(runner, METHODS, items, run, tmp_path, batch_size=3)
@@ -143,7 +143,7 @@ def test_a_damaged_or_half_written_image_is_made_again(
     picture, _ = image_files(tmp_path, METHODS[0], items[3])
     picture.write_bytes(picture.read_bytes()[:-10])
     image_files(tmp_path, METHODS[0], items[7])[1].unlink()
-    with pytest.raises(InputError, match="2 of 37 images of gligen are missing"):
+    with pytest.raises(InputError, match="2 of 21 images of gligen are missing"):
         load_records(tmp_path, METHODS[0], items, run)
     generate(runner, METHODS[:1], items, run, tmp_path, batch_size=4)
     assert [seed for _, seed in runner.made] == [13, 17]
@@ -250,8 +250,8 @@ def test_measuring_resumes_and_checks_images(
     measure(instruments, METHODS[:1], items, run, tmp_path)
     path = block_file(tmp_path, "gligen", instruments.digest(run), BLOCK)
     whole = Measured.from_file(path)
-    assert whole is not None and whole.whole.shape == (BLOCK, 256)
-    assert len(whole.judged) == sum(len(item.layout) for item in items[BLOCK : 2 * BLOCK])
+    assert whole is not None and whole.whole.shape == (5, 256)
+    assert len(whole.judged) == sum(len(item.layout) for item in items[BLOCK:])
     path.write_bytes(path.read_bytes()[:-50])
     other = block_file(tmp_path, REAL, instruments.digest(run), 0)
     untouched = other.stat().st_mtime_ns

@@ -16,7 +16,7 @@ from hcma_fast.errors import InputError, UsageError
 
 
 def run(checkpoint: Path, out: Path, *more: str) -> Result:
-    few = ["--backend", "eager", "--count", "4", "--steps", "3", "--out", str(out)]
+    few = ["--backend", "eager", "--count", "2", "--steps", "2", "--out", str(out)]
     return CliRunner().invoke(app, ["eval", "--model", str(checkpoint), *few, *more])
 
 
@@ -39,15 +39,15 @@ def test_a_whole_run_leaves_a_report_and_a_second_one_needs_force(
     html = (out / "report.html").read_text()
     # self-contained: nothing but data in it
     assert not re.search(r'(src|href)="(?!data:)', html)
-    assert html.count("<svg") == 4 * 4 and html.count("<figure>") == 3
+    assert html.count("<svg") == 2 * 4 and html.count("<figure>") == 3
     assert "<rect" in html and "Loss against step" in html and "Score against eta" in html
 
     rows = list(csv.DictReader((out / "scores.csv").read_text().splitlines()))
     assert {row["method"] for row in rows} == {"gligen", "hcma", "hcma:eta0=2", "real images"}
     costs = {row["method"]: row["value"] for row in rows if row["score"] == "aligner_passes"}
-    assert costs == {"gligen": "0.0", "hcma": "3.0", "hcma:eta0=2": "3.0"}
+    assert costs == {"gligen": "0.0", "hcma": "2.0", "hcma:eta0=2": "2.0"}
     scores = json.loads((out / "scores.json").read_text())
-    assert scores["run"]["count"] == 4 and scores["machine"]["torch_threads"] >= 1
+    assert scores["run"]["count"] == 2 and scores["machine"]["torch_threads"] >= 1
 
     again = run(random_checkpoint, out, *methods, *METRICS)
     assert isinstance(again.exception, OutputError) and "--force" in str(again.exception)
@@ -59,6 +59,7 @@ def test_a_whole_run_leaves_a_report_and_a_second_one_needs_force(
     assert kept and {path: path.stat().st_mtime_ns for path in out.rglob("*.png")} == kept
 
 
+@pytest.mark.slow
 def test_shards_then_a_report(random_checkpoint: Path, tmp_path: Path) -> None:
     more = ("--method", "gligen", *METRICS)
     early = run(random_checkpoint, tmp_path, *more, "--stage", "report")
