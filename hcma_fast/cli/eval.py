@@ -34,6 +34,7 @@ from hcma_fast.errors import BackendError, UsageError
 if TYPE_CHECKING:
     from hcma_fast.bench.eval_items import EvalItem
     from hcma_fast.bench.eval_measure import Instruments
+    from hcma_fast.bench.methods import Method, Runner
 
 _STAGES = ("generate", "measure", "report")
 _REPORTS = ("scores.json", "scores.csv", "report.md", "report.html")
@@ -133,9 +134,7 @@ def evaluate(
     from hcma_fast.bench.eval_measure import measure
     from hcma_fast.bench.eval_run import RunSettings, Shard, check_plan, generate, open_run
     from hcma_fast.bench.eval_scores import check_pairs, score_run
-    from hcma_fast.bench.methods import Method, Runner
-    from hcma_fast.models.weights import load_components, locate
-    from hcma_fast.runtime.pipeline import HCMAPipeline
+    from hcma_fast.bench.methods import Method
 
     part = Shard.parse(shard)
     stages = tuple(stage or (_STAGES if part.count == 1 else _STAGES[:2]))
@@ -148,12 +147,8 @@ def evaluate(
     items, source = _items(data, manifest, count)
     instruments = _instruments(items, metric, features, clip, detector, resize_real)
     instruments.check(items)
-    checkpoint = locate(model, aligner=aligner)
-    with BuildProgress("Building engines, once for this model.") as building:
-        pipe = HCMAPipeline.from_pretrained(
-            model, backend=backend, device=device, aligner=aligner, progress=building
-        )
-    runner = Runner(pipe, lambda: load_components(checkpoint), attention_factor=attention_factor)
+    runner = _runner(model, aligner, backend, device, methods, attention_factor)
+    pipe = runner.pipe
     check_plan(runner, methods, items, batch_size)
     run = RunSettings(
         preset=pipe.preset,
@@ -355,6 +350,36 @@ def _instruments(
         clip=ClipScorer(clip) if clip else None,
         detector=Detector(detector) if detector else None,
         resize_real=resize_real,
+    )
+
+
+def _runner(
+    model: str,
+    aligner: Path | None,
+    backend: str,
+    device: str | None,
+    methods: Sequence[Method],
+    attention_factor: int | None,
+) -> Runner:
+    """The loaded model; an SD 1.x folder without gates or aligner serves what needs neither."""
+    from hcma_fast.bench.methods import Runner
+    from hcma_fast.bench.plain_checkpoint import check_methods, lacks, load_plain_components
+    from hcma_fast.models.checkpoint import resolve_folder
+    from hcma_fast.models.weights import load_components
+    from hcma_fast.runtime.pipeline import HCMAPipeline
+
+    folder = resolve_folder(model, offline=False)
+    if without := lacks(folder, aligner):
+        check_methods(methods, without, backend)
+        parts = load_plain_components(model, aligner)
+        pipe = HCMAPipeline.from_components(parts, device=device or "cpu")
+        return Runner(pipe, lambda: parts, attention_factor=attention_factor)
+    with BuildProgress("Building engines, once for this model.") as building:
+        pipe = HCMAPipeline.from_pretrained(
+            model, backend=backend, device=device, aligner=aligner, progress=building
+        )
+    return Runner(
+        pipe, lambda: load_components(model, aligner=aligner), attention_factor=attention_factor
     )
 
 
