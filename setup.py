@@ -14,6 +14,7 @@ PACKAGE_DIR = {
     "hcma_fast.export": "export",
     "hcma_fast.train": "train",
     "hcma_fast.bench": "bench",
+    "hcma_fast.bench.peers": "bench/peers",
 }
 
 PACKAGE_DATA = {
@@ -62,7 +63,13 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
     ],
-    "eval": ["torchmetrics>=1.8,<2"],
+    # torchmetrics' FID needs scipy
+    "eval": [
+        "faster-coco-eval>=1.7,<2",
+        "matplotlib>=3.11,<4",
+        "scipy>=1.15,<2",
+        "torchmetrics>=1.8,<2",
+    ],
     "dev": [
         "hypothesis>=6.130,<7",
         "mypy>=2.1,<3",
@@ -80,6 +87,10 @@ EXTRAS_REQUIRE = {
         "optuna>=5.0,<6",
         "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
+        # hcma-fast eval
+        "faster-coco-eval>=1.7,<2",
+        "scipy>=1.15,<2",
+        "torchmetrics>=1.8,<2",
     ],
 }
 

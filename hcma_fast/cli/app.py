@@ -16,6 +16,7 @@ from hcma_fast.cli.bench import bench_app
 from hcma_fast.cli.build import build
 from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
+from hcma_fast.cli.eval import evaluate
 from hcma_fast.cli.generate import generate
 from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train import train_app
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command()(build)
 app.command()(generate)
+app.command("eval")(evaluate)
 app.command()(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")

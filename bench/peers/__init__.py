@@ -1,0 +1,1 @@
+"""Other methods of layout guidance, written from their papers, that run in our sampler."""

@@ -1,0 +1,389 @@
+"""``hcma-fast eval``: methods side by side on many layouts; images, measurements, report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from hcma_fast.cli.output import (
+    BuildProgress,
+    OutputError,
+    output_folder,
+    print_json,
+    print_note,
+    stderr,
+    write_file,
+)
+from hcma_fast.config import BACKENDS, PRESETS
+from hcma_fast.errors import BackendError, UsageError
+
+if TYPE_CHECKING:
+    from hcma_fast.bench.eval_items import EvalItem
+    from hcma_fast.bench.eval_measure import Instruments
+    from hcma_fast.bench.methods import Method, Runner
+
+_STAGES = ("generate", "measure", "report")
+_REPORTS = ("scores.json", "scores.csv", "report.md", "report.html")
+_NEEDED = ("torchmetrics", "scipy", "faster_coco_eval", "matplotlib")
+_EMOJI = {"emoji-scenes": "test", "emoji-scenes:test": "test", "emoji-scenes:val": "val"}
+
+
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Folder of the run; a stopped one goes on in it.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="sd, gligen, attend-and-excite, boxdiff, layout-guidance, hcma, hcma-global or "
+            "hcma-local, with settings if wanted, such as hcma:eta0=10; repeat it.",
+            show_default="gligen, hcma",
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a folder or hub id.")] = "tiny",
+    aligner: Annotated[
+        Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+    ] = None,
+    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    device: Annotated[
+        str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="emoji-scenes, emoji-scenes:val, or coco2014=FOLDER.")
+    ] = "emoji-scenes",
+    manifest: Annotated[
+        Path | None,
+        typer.Option(help="JSONL instead of --data: id, prompt, phrases, boxes, mentions, image."),
+    ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a manifest all"),
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
+    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    attention_factor: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Latent cells per cell of the attention maps that peers guide by.",
+            show_default="4 as in the papers, or the UNet's coarsest",
+        ),
+    ] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="judge, fid, kid, precision-recall, clip, detector; repeat it.",
+            show_default="all whose networks there are",
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            help="Vision model for fid, kid, precision-recall: folder or hub id.",
+            show_default="the judge, on EmojiScenes",
+        ),
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="CLIP model: folder or hub id.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Detector: folder or hub id.")] = None,
+    resize_real: Annotated[
+        bool, typer.Option("--resize-real", help="Scale real images of another size.")
+    ] = False,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(help="A,B: test the difference of two methods; repeat it."),
+    ] = None,
+    shard: Annotated[str, typer.Option(help="I/N: do this part of the images only.")] = "1/1",
+    stage: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="generate, measure or report; repeat it.",
+            show_default="all; with --shard, generate and measure",
+        ),
+    ] = None,
+    pictures: Annotated[int, typer.Option(min=0, help="Layouts shown in the report.")] = 12,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a report, and the images of another run.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
+) -> None:
+    """Compare methods on the same captions, layouts, seeds and steps.
+
+    Images, then measurements, then the report, each kept: a stopped run goes on where it was.
+    """
+    missing = [name for name in _NEEDED if find_spec(name) is None]
+    if missing:
+        raise BackendError(
+            "a library for the evaluation is missing",
+            value=", ".join(missing),
+            remedy='Run pip install "hcma-fast[eval]".',
+        )
+    from hcma_fast.bench.eval_items import items_hash
+    from hcma_fast.bench.eval_measure import measure
+    from hcma_fast.bench.eval_run import RunSettings, Shard, check_plan, generate, open_run
+    from hcma_fast.bench.eval_scores import check_pairs, score_run
+    from hcma_fast.bench.methods import Method
+
+    part = Shard.parse(shard)
+    stages = tuple(stage or (_STAGES if part.count == 1 else _STAGES[:2]))
+    _check_stages(stages, part.count)
+    methods = [Method.parse(text) for text in method or ("gligen", "hcma")]
+    pairs = [_pair(text) for text in compare or ()]
+    check_pairs(methods, pairs)
+    if "report" in stages and not force:
+        _check_absent(out)
+    items, source = _items(data, manifest, count)
+    instruments = _instruments(items, metric, features, clip, detector, resize_real)
+    instruments.check(items)
+    runner = _runner(model, aligner, backend, device, methods, attention_factor)
+    pipe = runner.pipe
+    check_plan(runner, methods, items, batch_size)
+    run = RunSettings(
+        preset=pipe.preset,
+        backend=pipe.backend,
+        device=pipe.device,
+        weights_hash=pipe.weights_hash,
+        engine_hash=pipe.engine_hash,
+        settings=pipe.settings,
+        num_inference_steps=steps,
+        seed=seed,
+        width=pipe.image_shape[1],
+        height=pipe.image_shape[0],
+        count=len(items),
+        items_hash=items_hash(items),
+        data=source,
+        attention_factor=attention_factor,
+    )
+    with output_folder(out):
+        open_run(out, run, force=force)
+        with _Bars() as bars:
+            if "generate" in stages:
+                generate(
+                    runner,
+                    methods,
+                    items,
+                    run,
+                    out,
+                    batch_size=batch_size,
+                    shard=part,
+                    progress=bars.of("images"),
+                )
+            if "measure" in stages:
+                measure(
+                    instruments, methods, items, run, out, shard=part, progress=bars.of("measuring")
+                )
+        if "report" not in stages:
+            return
+        from hcma_fast.bench.eval_page import page
+        from hcma_fast.bench.eval_report import as_csv, markdown
+
+        report = score_run(
+            instruments,
+            methods,
+            items,
+            run,
+            out,
+            pairs=pairs,
+            command=_command(),
+            progress=lambda label: print_note(f"scoring {label}"),
+        )
+        html = page(report, methods, items, out, pictures=pictures, resize_real=resize_real)
+        contents = (report.model_dump_json(indent=2), as_csv(report), markdown(report), html)
+        for name, text in zip(_REPORTS, contents, strict=True):
+            write_file(out / name, text.encode())
+    if json_:
+        print_json(report.model_dump(mode="json"))
+    else:
+        typer.echo(markdown(report))
+
+
+class _Bars:
+    """A bar per method and stage, with the time left."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=stderr,
+            redirect_stdout=False,
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> _Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def of(self, stage: str) -> _Bar:
+        return _Bar(self, stage)
+
+    def advance(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done)
+
+
+class _Bar:
+    def __init__(self, bars: _Bars, stage: str) -> None:
+        self._bars, self._stage = bars, stage
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        self._bars.advance(f"{self._stage} {name}", done, total)
+
+
+def _check_stages(stages: Sequence[str], shards: int) -> None:
+    for name in stages:
+        if name not in _STAGES:
+            raise UsageError("unknown stage", value=name, remedy=f"Stages: {', '.join(_STAGES)}.")
+    if "report" in stages and shards > 1:
+        raise UsageError(
+            "a report needs the whole run, not a shard",
+            value=f"{shards} shards",
+            remedy="Run all shards first, then --stage report without --shard.",
+        )
+
+
+def _check_absent(out: Path) -> None:
+    for name in _REPORTS:
+        if (out / name).exists():
+            raise OutputError(
+                "the report exists already",
+                value=str(out / name),
+                remedy="Use --force to replace it (finished images stay), or another --out.",
+            )
+
+
+def _pair(text: str) -> tuple[str, str]:
+    # settings of a method hold commas too: "hcma:eta0=1,lambda_global=2,gligen" splits at the last
+    first, comma, second = text.rpartition(",")
+    if not comma or not first or not second:
+        raise UsageError(
+            "a comparison reads A,B", value=text, remedy="For example --compare hcma,gligen."
+        )
+    return first, second
+
+
+def _items(data: str, manifest: Path | None, count: int | None) -> tuple[list[EvalItem], str]:
+    from hcma_fast.bench.eval_items import COCO_COUNT, coco_items, emoji_items, read_items
+
+    if manifest is not None:
+        items = read_items(manifest)
+        if count is not None and count > len(items):
+            raise UsageError(
+                f"the manifest has {len(items)} lines", value=count, remedy="Lower --count."
+            )
+        return items[:count], manifest.name
+    if data in _EMOJI:
+        split = _EMOJI[data]
+        return emoji_items(
+            "val" if split == "val" else "test", count or 500
+        ), f"EmojiScenes {split}"
+    kind, equals, folder = data.partition("=")
+    if kind == "coco2014" and equals:
+        return coco_items(Path(folder), count or COCO_COUNT), "COCO 2014 validation"
+    raise UsageError(
+        "unknown data", value=data, remedy="Use emoji-scenes, coco2014=FOLDER, or --manifest."
+    )
+
+
+def _instruments(
+    items: Sequence[EvalItem],
+    metric: list[str] | None,
+    features: str | None,
+    clip: str | None,
+    detector: str | None,
+    resize_real: bool,
+) -> Instruments:
+    """The networks that were asked for; on EmojiScenes the judge without being asked."""
+    from hcma_fast.bench.detection import Detector
+    from hcma_fast.bench.eval_measure import Instruments
+    from hcma_fast.bench.judge import Judge
+    from hcma_fast.bench.networks import (
+        ClipScorer,
+        FeatureNetwork,
+        JudgeFeatures,
+        VisionFeatures,
+    )
+
+    scenes = all(item.scene is not None for item in items)
+    judge = Judge.load() if scenes else None
+    network: FeatureNetwork | None = None
+    if features is not None:
+        network = VisionFeatures(features)
+    elif judge is not None:
+        network = JudgeFeatures(judge)
+    real = all(item.has_real for item in items)
+    possible = [
+        *(["judge"] if judge else []),
+        *(["fid", "kid", "precision-recall"] if network and real else []),
+        *(["clip"] if clip else []),
+        *(["detector"] if detector else []),
+    ]
+    chosen = tuple(metric or possible)
+    if not chosen:
+        raise UsageError(
+            "there is nothing to measure with",
+            value="no network",
+            remedy="Name --features, --clip or --detector.",
+        )
+    return Instruments(
+        metrics=chosen,
+        judge=judge,
+        features=network,
+        clip=ClipScorer(clip) if clip else None,
+        detector=Detector(detector) if detector else None,
+        resize_real=resize_real,
+    )
+
+
+def _runner(
+    model: str,
+    aligner: Path | None,
+    backend: str,
+    device: str | None,
+    methods: Sequence[Method],
+    attention_factor: int | None,
+) -> Runner:
+    """The loaded model; an SD 1.x folder without gates or aligner serves what needs neither."""
+    from hcma_fast.bench.methods import Runner
+    from hcma_fast.bench.plain_checkpoint import check_methods, lacks, load_plain_components
+    from hcma_fast.models.checkpoint import resolve_folder
+    from hcma_fast.models.weights import load_components
+    from hcma_fast.runtime.pipeline import HCMAPipeline
+
+    folder = resolve_folder(model, offline=False)
+    if without := lacks(folder, aligner):
+        check_methods(methods, without, backend)
+        parts = load_plain_components(model, aligner)
+        pipe = HCMAPipeline.from_components(parts, device=device or "cpu")
+        return Runner(pipe, lambda: parts, attention_factor=attention_factor)
+    with BuildProgress("Building engines, once for this model.") as building:
+        pipe = HCMAPipeline.from_pretrained(
+            model, backend=backend, device=device, aligner=aligner, progress=building
+        )
+    return Runner(
+        pipe, lambda: load_components(model, aligner=aligner), attention_factor=attention_factor
+    )
+
+
+def _command() -> str:
+    import shlex
+
+    return " ".join(["hcma-fast", *(shlex.quote(word) for word in sys.argv[1:])])
