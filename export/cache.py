@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from hcma_fast.config import cache_root
 from hcma_fast.errors import EngineError, HcmaError, InputError
 from hcma_fast.export.build import Progress, build
+from hcma_fast.export.kernel_cache import kernel_folders
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
@@ -111,14 +112,15 @@ def engine_folder(
 
 
 class CacheEntry(BaseModel):
-    """One folder of the cache."""
+    """One folder of the cache: an engine, or the kernels that were compiled for one."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     state: State
-    """stale: of other versions, so it is never found again; elsewhere: for a backend that is not
-    installed here, or another machine; leftover: of a build that was killed, or runs"""
+    """stale: of other versions, or for an engine that is gone, so it is never found again;
+    elsewhere: for a backend that is not installed here, or another machine; leftover: of a build
+    that was killed, or runs"""
     reason: str
     backend: str | None
     precision: str | None
@@ -128,13 +130,17 @@ class CacheEntry(BaseModel):
 
 
 def list_cache() -> list[CacheEntry]:
-    """All engine folders in the cache, the newest first. Files are not hashed."""
+    """All engine folders in the cache, and engines' kernels, the newest first.
+
+    Files are not hashed.
+    """
     root, entries = cache_root(), []
     for folder in root.iterdir() if root.is_dir() else ():
         # a build that runs beside us may take files away
         with contextlib.suppress(FileNotFoundError):
             if _OURS.fullmatch(folder.name) and folder.is_dir():
                 entries.append(_entry(folder))
+    entries += _kernel_entries()
     return sorted(entries, key=lambda entry: entry.age_days)
 
 
@@ -147,32 +153,64 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
     Raises:
         InputError: a folder cannot be removed.
     """
+
+    def unwanted(entry: CacheEntry) -> bool:
+        old = older_than_days is not None and entry.age_days > older_than_days
+        return everything or old or entry.state not in ("current", "elsewhere")
+
     removed = []
     for entry in list_cache():
-        old = older_than_days is not None and entry.age_days > older_than_days
-        if not (everything or old or entry.state not in ("current", "elsewhere")):
-            continue
         match = _OURS.fullmatch(entry.folder.name)
-        name = match["name"] if match else entry.folder.name
-        lock = FileLock(entry.folder.with_name(f".{name}.lock"), blocking=False)
+        if match is None or not unwanted(entry):
+            continue
+        lock = FileLock(entry.folder.with_name(f".{match['name']}.lock"), blocking=False)
         try:
             with lock:
-                shutil.rmtree(entry.folder)
+                _remove(entry.folder)
         except TimeoutError:
             _log.warning("%s is left: it is being built.", entry.folder)
             continue
-        except OSError as error:
-            raise InputError(
-                f"an engine cannot be removed: {error.strerror}",
-                value=str(entry.folder),
-                remedy="Remove it by hand.",
-            ) from error
+        removed.append(entry.folder)
+    # after the engines: their kernels go with them
+    for entry in filter(unwanted, _kernel_entries()):
+        _remove(entry.folder)
         removed.append(entry.folder)
     return removed
 
 
+def _remove(path: Path) -> None:
+    try:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        raise InputError(
+            f"this cannot be removed from the cache: {error.strerror}",
+            value=str(path),
+            remedy="Remove it by hand.",
+        ) from error
+
+
+def _kernel_entries() -> list[CacheEntry]:
+    entries = []
+    for folder, has_engine in kernel_folders():
+        with contextlib.suppress(FileNotFoundError):
+            entry = CacheEntry(
+                folder=folder,
+                state="current" if has_engine else "stale",
+                reason="kernels" if has_engine else "kernels of an engine that is gone",
+                backend=None,
+                precision=None,
+                preset=None,
+                size_bytes=_size(folder),
+                age_days=_age_days(folder),
+            )
+            entries.append(entry)
+    return entries
+
+
 def _entry(folder: Path) -> CacheEntry:
-    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     manifest, state, reason = _judge(folder)
     return CacheEntry(
         folder=folder,
@@ -181,9 +219,17 @@ def _entry(folder: Path) -> CacheEntry:
         backend=manifest.backend if manifest else None,
         precision=manifest.precision if manifest else None,
         preset=manifest.info.preset if manifest else None,
-        size_bytes=size,
-        age_days=(time.time() - folder.stat().st_mtime) / 86400,
+        size_bytes=_size(folder),
+        age_days=_age_days(folder),
     )
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def _age_days(folder: Path) -> float:
+    return (time.time() - folder.stat().st_mtime) / 86400
 
 
 def _judge(folder: Path) -> tuple[Manifest | None, State, str]:

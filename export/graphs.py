@@ -15,7 +15,7 @@ from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.export.products import unflatten_products
 from hcma_fast.models.step import FusedStep, step_plan
 from hcma_fast.schedule import eta_table, plms_table
-from hcma_fast.specs import BATCH, MAX_BATCH, GraphName, IOSpec, TensorSpec
+from hcma_fast.specs import BATCH, GraphName, IOSpec, TensorSpec
 
 _aten = torch.ops.aten
 #: operators of the backward pass that have no plain ONNX form
@@ -73,6 +73,10 @@ _OURS = {
 
 #: a batch that no other size of a graph has: torch.export would tie equal sizes together
 _EXAMPLE_BATCH = 3
+#: From 64 on diffusers' Upsample2D makes its input contiguous, which means nothing in ONNX. A
+#: range with both makes torch.export fail, and torch.onnx.export start again. Step graphs double
+#: the batch.
+_TRACED_BATCH = 31
 
 
 def random_inputs(
@@ -128,7 +132,7 @@ def dynamic_shapes(spec: IOSpec) -> tuple[Any, ...] | None:
     """For torch.export, per input: ``"batch"`` is one symbolic dimension; None if it is static."""
     if spec.batch.static:
         return None
-    batch = torch.export.Dim(BATCH, min=1, max=MAX_BATCH)
+    batch = torch.export.Dim(BATCH, min=1, max=_TRACED_BATCH)
     return tuple(
         {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
         for tensor in spec.inputs

@@ -20,7 +20,8 @@ MANIFEST_FILE = "manifest.json"
 FORMAT: Literal[2] = 2
 
 
-_SUFFIXES = {"onnxruntime": ".onnx", "openvino": ".onnx", "torch-compile": ".pt2"}
+_ONNX = ("onnxruntime", "onnxruntime-tensorrt", "openvino")
+_SUFFIXES = {**dict.fromkeys(_ONNX, ".onnx"), "torch-compile": ".pt2"}
 
 
 class _Strict(BaseModel):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
-from hcma_fast.export.translations import TRANSLATIONS, rewritten
+from hcma_fast.export.translations import TRANSLATIONS, simplified
 from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.specs import IOSpec
 
@@ -42,10 +42,11 @@ def export_onnx(
             input_names=list(spec.input_names),
             output_names=list(spec.output_names),
             opset_version=OPSET,
+            optimize=False,
             verbose=False,
         )
         assert program is not None, "torch.onnx.export(dynamo=True) returns a program"
-        weights.save(rewritten(program.model), path)
+        weights.save(simplified(program.model), path)
 
 
 class _Positional(nn.Module):

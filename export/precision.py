@@ -30,7 +30,12 @@ def at_precision(name: GraphName, module: nn.Module, precision: Precision) -> nn
     if precision == "float32" or name in _FLOAT32_GRAPHS:
         return module
     dtype = getattr(torch, precision)
-    converted = copy.deepcopy(module).to(dtype)
+    # weight by weight: a copy of the whole in float32 would be the most memory that a build takes
+    halves = {
+        id(weight): nn.Parameter(weight.detach().to(dtype), requires_grad=weight.requires_grad)
+        for weight in module.parameters()
+    }
+    converted = copy.deepcopy(module, halves).to(dtype)
     _restore_norms(converted)
     return converted
 

@@ -15,6 +15,7 @@ from hcma_fast.specs import BATCH, IOSpec
 
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider",)
+TENSORRT = ("TensorrtExecutionProvider",)
 
 
 def onnxruntime_version() -> str:
@@ -26,14 +27,22 @@ def onnxruntime_version() -> str:
     return str(_onnxruntime().__version__)
 
 
-def open_session(path: Path, providers: Sequence[str] = CPU, *, threads: int = 0) -> Any:
+def open_session(
+    path: Path,
+    providers: Sequence[str] = CPU,
+    *,
+    threads: int = 0,
+    provider_options: Mapping[str, str] | None = None,
+) -> Any:
     """An ``onnxruntime.InferenceSession`` over the file at ``path``.
 
     Args:
         threads: that run a graph together; 0 for as many as there are cores.
+        provider_options: of the first provider, see :func:`tensorrt_options`.
 
     Raises:
-        BackendError: ONNX Runtime is missing, or runs on other providers than those asked for.
+        BackendError: ONNX Runtime is missing, or runs on other providers than those asked for, or
+            TensorRT does not take the whole graph.
         EngineError: the file cannot be read as a graph.
     """
     onnxruntime = _onnxruntime()
@@ -45,9 +54,21 @@ def open_session(path: Path, providers: Sequence[str] = CPU, *, threads: int = 0
     options.log_severity_level = 3  # errors only: they are raised as well
     # every session has threads of its own; spinning on, they would take the cores from the next one
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if tuple(providers) == TENSORRT:
+        # what TensorRT does not take would be run by the CPU, without a word
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    settings = [dict(provider_options or {}), *({} for _ in providers[1:])]
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
+        session = onnxruntime.InferenceSession(
+            str(path), options, providers=list(providers), provider_options=settings
+        )
     except Exception as error:  # onnxruntime raises kinds of its own that share no base class
+        if "fallback to CPU EP has been explicitly disabled" in str(error):
+            raise BackendError(
+                "ONNX Runtime's TensorRT provider does not take the whole graph",
+                value=str(path),
+                remedy="Use the backend tensorrt, or onnxruntime with --device cuda.",
+            ) from error
         raise EngineError(
             f"ONNX Runtime cannot read this graph ({str(error).splitlines()[0][:200]})",
             value=str(path),
@@ -56,6 +77,31 @@ def open_session(path: Path, providers: Sequence[str] = CPU, *, threads: int = 0
     if session.get_providers()[: len(providers)] != list(providers):
         raise _no_provider(list(providers))
     return session
+
+
+def tensorrt_options(spec: IOSpec, folder: Path, device: torch.device) -> dict[str, str]:
+    """For :func:`open_session` on ``TENSORRT``: batch range as in the spec, caches in ``folder``.
+
+    The precision is that of the graph. With the range given, TensorRT builds its engine as the
+    session opens, not at the first call or anew at each larger batch.
+    """
+    options = {
+        "device_id": str(device.index or 0),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
+    if spec.batch.static:
+        return options
+    for kind in ("min", "opt", "max"):
+        batch = getattr(spec.batch, kind)
+        shapes = (
+            f"{tensor.name}:" + "x".join(str(batch if n == BATCH else n) for n in tensor.shape)
+            for tensor in spec.inputs
+        )
+        options[f"trt_profile_{kind}_shapes"] = ",".join(shapes)
+    return options
 
 
 def runner(session: Any, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
@@ -112,8 +158,14 @@ def _onnxruntime() -> Any:
 
 
 def _no_provider(names: list[str]) -> BackendError:
+    remedy = "Install the build that has it; hcma-fast doctor shows what is there."
+    if names == list(TENSORRT):
+        remedy = (
+            "Install onnxruntime-gpu and the TensorRT release that it was built with (the table of "
+            "its TensorRT execution provider says which), or use the backend tensorrt."
+        )
     return BackendError(
         "ONNX Runtime does not offer this execution provider",
         value=", ".join(names),
-        remedy="Install the build that has it; hcma-fast doctor shows what is there.",
+        remedy=remedy,
     )

@@ -17,14 +17,18 @@ from hcma_fast.export.session import onnxruntime_version
 from hcma_fast.export.trt_engine import TRTLibrary, TRTOptions, trt_version
 from hcma_fast.specs import ANY_BATCH, GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName
 
-Backend = Literal["onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx"]
+Backend = Literal[
+    "onnxruntime", "onnxruntime-tensorrt", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx"
+]
 _TRT_BATCH = BatchRange(1, 1, 8)
 COMPILED_BACKENDS: tuple[Backend, ...] = get_args(Backend)
 TRT_LIBRARIES: tuple[TRTLibrary, ...] = get_args(TRTLibrary)
 
-#: What each can compute in. OpenVINO rounds float32 graphs to bfloat16 itself, where the CPU has it
+#: What each can compute in. OpenVINO rounds float32 graphs to bfloat16 where the CPU has it.
+#: ONNX Runtime's TensorRT provider rounds float32 products to TF32, and has no switch for it.
 PRECISIONS_OF: dict[str, tuple[Precision, ...]] = {
     "onnxruntime": ("float32", "float16"),
+    "onnxruntime-tensorrt": ("float16",),
     "openvino": ("float32", "bfloat16"),
     "torch-compile": PRECISIONS,
     "tensorrt": ("float32", "float16"),
@@ -103,12 +107,13 @@ class Target:
     @property
     def batch_range(self) -> BatchRange:
         """Images at once."""
-        return self.batch or (_TRT_BATCH if self.backend in TRT_LIBRARIES else ANY_BATCH)
+        tuned = self.backend in (*TRT_LIBRARIES, "onnxruntime-tensorrt")
+        return self.batch or (_TRT_BATCH if tuned else ANY_BATCH)
 
     @property
     def native(self) -> bool:
         """The engines are code for one kind of machine, rather than ONNX graphs."""
-        return self.backend not in ("onnxruntime", "openvino")
+        return self.backend not in ("onnxruntime", "onnxruntime-tensorrt", "openvino")
 
 
 def backend_version(backend: str) -> str:
@@ -117,7 +122,7 @@ def backend_version(backend: str) -> str:
     Raises:
         BackendError: it is not installed.
     """
-    if backend == "onnxruntime":
+    if backend in ("onnxruntime", "onnxruntime-tensorrt"):
         return onnxruntime_version()
     if backend == "openvino":
         return openvino_version()

@@ -18,11 +18,15 @@ TOKEN_LENGTH = 77
 PRESETS: dict[str, Path] = {"tiny": Path(__file__).parent / "assets" / "tiny"}
 """Checkpoints that are embedded in the package."""
 
-BACKENDS = ("eager", "onnxruntime", "openvino", "torch-compile", "tensorrt", "tensorrt-rtx")
+BACKENDS = (
+    *("eager", "onnxruntime", "onnxruntime-tensorrt", "openvino", "torch-compile"),
+    *("tensorrt", "tensorrt-rtx"),
+)
 """Backends that the pipeline runs on: torch eager is the reference."""
 _DEVICES = {
     "eager": ("cpu", "cuda", "mps"),
     "onnxruntime": ("cpu", "cuda"),
+    "onnxruntime-tensorrt": ("cuda",),
     "tensorrt": ("cuda",),
     "tensorrt-rtx": ("cuda",),
 }

@@ -31,12 +31,19 @@ _TENSORRT_RTX = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 _NEEDED: dict[str, tuple[tuple[str, ...], ...]] = {
     "eager": (("torch",), ("diffusers",), ("transformers",)),
     "onnxruntime": (("onnxruntime", "onnxruntime-gpu"), ("torch",), ("onnx",), ("onnxscript",)),
+    "onnxruntime-tensorrt": (("onnxruntime-gpu",), _TENSORRT, ("torch",), ("onnx",)),
     "openvino": (("openvino",), ("torch",)),
     "torch-compile": (("torch",),),
     "tensorrt": (_TENSORRT, ("torch",)),
     "tensorrt-rtx": (_TENSORRT_RTX, ("torch",)),
 }
-_EXTRAS = {"eager": "", "torch-compile": "", "tensorrt": "[tensorrt]", "tensorrt-rtx": "[rtx]"}
+_EXTRAS = {
+    "eager": "",
+    "torch-compile": "",
+    "onnxruntime-tensorrt": "[gpu,tensorrt]",
+    "tensorrt": "[tensorrt]",
+    "tensorrt-rtx": "[rtx]",
+}
 #: library -> its distributions, and the extra that brings it
 _LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "gpu"),

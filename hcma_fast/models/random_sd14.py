@@ -1,12 +1,11 @@
 """The paper's model at full size with random weights: for work on compilation and speed.
 
-Nothing is downloaded. Parts are made when a graph asks for them and freed when another part is
-asked for, so that the largest part, not their sum, is what it takes in memory.
+Nothing is downloaded. Parts are drawn anew for each graph that has them, which takes seconds, and
+live as long as the graph, so that the largest part, not their sum, is what it takes in memory.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable
@@ -62,9 +61,6 @@ class RandomSD14:
     The tokenizer knows single letters only: CLIP's vocabulary is part of the real checkpoint.
     """
 
-    def __init__(self) -> None:
-        self._held: tuple[str, nn.Module] | None = None
-
     @property
     def info(self) -> CheckpointInfo:
         """Settings of the paper."""
@@ -107,24 +103,16 @@ class RandomSD14:
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
     ) -> nn.Module:
-        """See :meth:`hcma_fast.models.weights.Components.graph`; frees what it does not need."""
+        """See :meth:`hcma_fast.models.weights.Components.graph`; nothing of it is kept here."""
         parts = {"text_encoder": ["text"], "align": ["aligner"], "vae_decoder": ["vae"]}
         wanted = parts.get(name, ["unet", "aligner"])
 
         def make(part: str) -> Any:
-            if part not in wanted:
-                with torch.device("meta"):
-                    return _make(part)
-            if part == "aligner":
+            if part in wanted:
                 return _draw(part)
-            if self._held is None or self._held[0] != part:
-                self._held = None
-                # held in float16, of which the float32 that torch computes in is an exact copy
-                self._held = (part, _draw(part).half())
-            return copy.deepcopy(self._held[1]).float()
+            with torch.device("meta"):
+                return _make(part)
 
-        if self._held is not None and self._held[0] not in wanted:
-            self._held = None
         return self._components(make).graph(name, height, width)
 
     def _components(self, make: Callable[[str], Any]) -> Components:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,8 +9,9 @@ from typing import cast
 
 import torch
 
-from hcma_fast.config import cache_root, devices_of
+from hcma_fast.config import devices_of
 from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import OpenVINOPrecision
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
@@ -81,24 +81,23 @@ def open_engine(folder: Path, manifest: Manifest, name: GraphName, device: str) 
     file = folder / record.file
     if backend in TRT_LIBRARIES:
         onnx = file.with_suffix(".onnx") if manifest.target.strip_weights else None
-        kernels = runtime_cache(record.sha256) if backend == "tensorrt-rtx" else None
+        kernels = runtime_cache(file, record.sha256) if backend == "tensorrt-rtx" else None
         return TRTEngine(file, record.spec, backend, weights_onnx=onnx, runtime_cache=kernels)
     if backend == "onnxruntime":
         return OrtEngine(file, record.spec, device=device)
+    if backend == "onnxruntime-tensorrt":
+        kept = kernel_folder(file, record.sha256)
+        return OrtEngine(file, record.spec, device=device, tensorrt=kept)
     if backend == "openvino":
         precision = cast(OpenVINOPrecision, manifest.precision)
         return OpenVINOEngine(file, record.spec, precision=precision)
     return CompiledEngine(file, record.spec)
 
 
-def runtime_cache(engine_sha256: str) -> Path:
-    """Where TensorRT-RTX's kernels for this engine and GPU lie; beside the engines, as it grows."""
-    folder = cache_root() / "kernels"
-    # where that fails, the engine runs all the same, and says that it cannot keep its kernels
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
+def runtime_cache(engine: Path, sha256: str) -> Path:
+    """Where TensorRT-RTX's kernels for this engine and the GPU here lie."""
     gpu = "{}-{}".format(*torch.cuda.get_device_capability()) if torch.cuda.is_available() else "0"
-    return folder / f"{engine_sha256[:24]}-sm{gpu}"
+    return kernel_folder(engine, sha256) / f"sm{gpu}"
 
 
 def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, GraphRecord, float]]:

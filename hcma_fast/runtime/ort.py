@@ -8,12 +8,22 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.session import CUDA, cuda_runner, onnxruntime_version, open_session, runner
+from hcma_fast.export.kernel_cache import drop_damaged, note_hashes
+from hcma_fast.export.session import (
+    CUDA,
+    TENSORRT,
+    cuda_runner,
+    onnxruntime_version,
+    open_session,
+    runner,
+    tensorrt_options,
+)
 from hcma_fast.specs import BATCH, IOSpec
 
 _Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -33,14 +43,23 @@ class OrtEngine:
     Args:
         device: "cpu" or "cuda"; tensors must lie there.
         threads: of the CPU; default torch's number.
+        tensorrt: folder in which ONNX Runtime's TensorRT provider keeps its engine and its timings;
+            None to leave that provider alone. Only for "cuda".
 
     Raises:
-        BackendError: ONNX Runtime is missing, or has no CUDA.
+        BackendError: ONNX Runtime is missing, or has no CUDA or no TensorRT, or the latter does not
+            take the whole graph.
         EngineError: the file cannot be read; on a CPU at the first call.
     """
 
     def __init__(
-        self, path: Path, spec: IOSpec, *, device: str = "cpu", threads: int | None = None
+        self,
+        path: Path,
+        spec: IOSpec,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        tensorrt: Path | None = None,
     ) -> None:
         self.spec = spec
         self._path = path
@@ -50,8 +69,11 @@ class OrtEngine:
         self._sessions: dict[int, _Run] = {}
         self._opening = threading.Lock()
         onnxruntime_version()
-        if torch.device(device).type == "cuda":
-            self._cuda = cuda_runner(open_session(path, CUDA), spec, torch.device(device))
+        place = torch.device(device)
+        if tensorrt is not None:
+            self._cuda = cuda_runner(_tensorrt_session(path, spec, place, tensorrt), spec, place)
+        elif place.type == "cuda":
+            self._cuda = cuda_runner(open_session(path, CUDA), spec, place)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -101,6 +123,15 @@ class OrtEngine:
                 session = open_session(self._path, threads=threads)
                 self._sessions[threads] = runner(session, self.spec)
             return self._sessions[threads]
+
+
+def _tensorrt_session(path: Path, spec: IOSpec, device: torch.device, folder: Path) -> Any:
+    # ONNX Runtime reads what it finds there; what was cut off or changed it must not find
+    drop_damaged(folder)
+    options = tensorrt_options(spec, folder, device)
+    session = open_session(path, TENSORRT, provider_options=options)
+    note_hashes(folder)
+    return session
 
 
 def splits(batch: int, threads: int, spec: IOSpec) -> bool:
