@@ -21,7 +21,6 @@ from rich.progress import (
 
 from hcma_fast.cli.output import (
     BuildProgress,
-    OutputError,
     output_folder,
     print_json,
     print_note,
@@ -29,7 +28,7 @@ from hcma_fast.cli.output import (
     write_file,
 )
 from hcma_fast.config import BACKENDS, PRESETS
-from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.errors import BackendError, OutputError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.bench.eval_items import EvalItem

@@ -11,8 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from hcma_fast.cli.app import app
-from hcma_fast.cli.output import OutputError
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import InputError, OutputError, UsageError
 
 
 def run(checkpoint: Path, out: Path, *more: str) -> Result:
