@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Literal, get_args
+from typing import Literal
 
 from PIL import Image, ImageOps
 
 from hcma_fast.layout import Layout
 
 Part = Literal["train", "val"]
-PARTS: tuple[Part, ...] = get_args(Part)
 VAL_SHARE = 0.2
 MIN_AREA = 0.01
 """Smallest box, as a share of the image"""

@@ -26,7 +26,7 @@ from hcma_fast.errors import InputError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from hcma_fast.train.aligner import AlignerTraining
+    from hcma_fast.train.aligner_settings import AlignerTraining
     from hcma_fast.train.encode import CacheReport
 
 train_app = typer.Typer(
@@ -97,7 +97,8 @@ def cache(
     part = _share(share)
     from dataclasses import asdict
 
-    from hcma_fast.train.encode import Encoders, make_cache
+    from hcma_fast.train.encode import make_cache
+    from hcma_fast.train.encoders import Encoders
 
     encoders = Encoders(model, _device(device), precision)
     with _progress() as progress:
@@ -227,8 +228,9 @@ def aligner(
     from accelerate import PartialState
 
     from hcma_fast.models.aligner import Aligner
-    from hcma_fast.train.aligner import architecture, train_aligner
+    from hcma_fast.train.aligner import train_aligner
     from hcma_fast.train.aligner_run import check_provenance
+    from hcma_fast.train.aligner_settings import architecture
 
     torch.manual_seed(seed)
     if init is not None:
@@ -260,7 +262,7 @@ def aligner(
 def _settings(preset: str, given: dict[str, object]) -> AlignerTraining:
     from pydantic import ValidationError
 
-    from hcma_fast.train.aligner import TINY, AlignerTraining
+    from hcma_fast.train.aligner_settings import TINY, AlignerTraining
 
     base = TINY if preset == "tiny" else AlignerTraining()
     settings = base.model_dump() | given

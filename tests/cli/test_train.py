@@ -47,7 +47,8 @@ def test_from_images_to_an_aligner(data: Path, cli: Any, tmp_path: Path) -> None
 
     start = Path(load_components("tiny").source or "") / "aligner"
     options = ["--batch", 20, "--epochs", 2, "--lr", "1e-4", "--log-every", 1]
-    command = ["train", "aligner", "--cache", latents, "--out", out, "--init", start, *options]
+    command = ["train", "aligner", "--cpu", "--cache", latents, "--out", out]
+    command += ["--init", start, *options]
     first = cli(*command)
     assert first.code == 0, first.err
     assert first.out.strip() == str(out / "aligner")
@@ -115,7 +116,8 @@ def test_bad_images(data: Path, cli: Any, tmp_path: Path) -> None:
 def test_aligner_refuses(
     cached: Path, cli: Any, options: tuple[str, ...], code: int, words: tuple[str, ...]
 ) -> None:
-    cli("train", "aligner", "--cache", cached, "--out", "run", *options).failed(code, *words)
+    given = ("--cpu", "--cache", cached, "--out", "run")
+    cli("train", "aligner", *given, *options).failed(code, *words)
 
 
 def test_the_commands_of_the_docs_are_ours() -> None:

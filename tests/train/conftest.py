@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from hcma_fast.train.emoji_scenes import write_coco
-from hcma_fast.train.encode import Encoders, make_cache
+from hcma_fast.train.encode import make_cache
+from hcma_fast.train.encoders import Encoders
 
 SCENES = 60
 

@@ -21,8 +21,9 @@ from hcma_fast.config import AlignerConfig
 from hcma_fast.errors import InputError, OutputError, UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import Components
-from hcma_fast.train.aligner import AlignerTraining, architecture, check_fits, train_aligner
+from hcma_fast.train.aligner import train_aligner
 from hcma_fast.train.aligner_run import check_provenance
+from hcma_fast.train.aligner_settings import AlignerTraining, architecture, check_fits
 from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
 

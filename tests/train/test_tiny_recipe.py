@@ -12,7 +12,7 @@ from torch import nn
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.text import tokenize
-from hcma_fast.train.aligner import architecture
+from hcma_fast.train.aligner_settings import architecture
 from hcma_fast.train.denoiser import make_unet
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, render_scene, sample_scene
 from hcma_fast.train.text import WIDTH, make_text_encoder, make_tokenizer

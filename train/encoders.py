@@ -1,0 +1,85 @@
+"""The frozen encoders that the aligner's data is made with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from hcma_fast.config import TOKEN_LENGTH
+from hcma_fast.models.checkpoint import check_safe, read_info, resolve_folder
+from hcma_fast.models.weights import load_part, load_tokenizer
+
+ComputeDtype = Literal["float32", "bfloat16", "float16"]
+_TEXTS_AT_ONCE = 256
+
+
+class Encoders:
+    """The frozen parts that the aligner's data needs: VAE encoder, text encoder, tokenizer."""
+
+    def __init__(
+        self, model: str | Path, device: torch.device, dtype: ComputeDtype = "float32"
+    ) -> None:
+        """Load them from a preset, a folder in diffusers' layout or a hub id.
+
+        Raises:
+            WeightsError: a part is missing, damaged or unsafe.
+        """
+        folder = resolve_folder(model)
+        check_safe(folder)
+        info = read_info(folder)
+        self.preset = info.preset if info else "sd14"
+        self.tokenizer: CLIPTokenizer = load_tokenizer(folder / "tokenizer")
+        self.text_encoder: CLIPTextModel = load_part(CLIPTextModel, folder / "text_encoder")
+        self.vae: AutoencoderKL = load_part(AutoencoderKL, folder / "vae")
+        self.image_size = info.image_size if info else int(self.vae.config.sample_size)
+        self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.device, self.dtype = device, dtype
+        # before they are cast: the hash is of the weights, not of the precision
+        self.vae_sha256 = _state_hash(self.vae.encoder, self.vae.quant_conv)
+        self.text_sha256 = _state_hash(self.text_encoder, extra=self.tokenizer.get_vocab())
+        self.vae.requires_grad_(False).eval().to(device)
+        if dtype != "float32":
+            self.vae = self.vae.half() if dtype == "float16" else self.vae.bfloat16()
+        self.text_encoder.requires_grad_(False).eval().to(device)
+
+    @torch.no_grad()
+    def posterior(self, images: Tensor) -> Tensor:
+        """images (B, 3, S, S) uint8 -> (B, 2, C, h, w) float16: mean and standard deviation."""
+        pixels = images.to(self.device).to(self.vae.dtype) / 127.5 - 1
+        found = self.vae.encode(pixels).latent_dist
+        return torch.stack([found.mean, found.std], dim=1).half().cpu()
+
+    @torch.no_grad()
+    def embed(self, texts: Sequence[str]) -> tuple[Tensor, int]:
+        """Pooled embeddings (B, d) float32, and how many texts were too long and lost their end."""
+        parts, cut = [], 0
+        for start in range(0, len(texts), _TEXTS_AT_ONCE):
+            some = list(texts[start : start + _TEXTS_AT_ONCE])
+            cut += sum(len(ids) > TOKEN_LENGTH for ids in self.tokenizer(some).input_ids)
+            ids = self.tokenizer(
+                some,
+                padding="max_length",
+                max_length=TOKEN_LENGTH,
+                truncation=True,
+                return_tensors="pt",
+            ).input_ids
+            output = self.text_encoder(input_ids=ids.to(self.device))
+            parts.append(output.pooler_output.float().cpu())
+        return torch.cat(parts), cut
+
+
+def _state_hash(*modules: nn.Module | None, extra: object = None) -> str:
+    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
+    for module in modules:
+        for name, value in module.state_dict().items() if module is not None else ():
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.contiguous().numpy().tobytes())
+    return digest.hexdigest()
