@@ -57,7 +57,8 @@ def open_session(
     if tuple(providers) == TENSORRT:
         # what TensorRT does not take would be run by the CPU, without a word
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    settings = [dict(provider_options or {}), *({} for _ in providers[1:])]
+    settings: list[dict[str, str]] = [{} for _ in providers]
+    settings[0].update(provider_options or {})
     try:
         session = onnxruntime.InferenceSession(
             str(path), options, providers=list(providers), provider_options=settings
