@@ -117,9 +117,11 @@ def plots(report: EvalReport) -> list[Figure]:
     if curves:
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.add_subplot()
-        for row, colour in zip(curves, _cycle(len(curves)), strict=True):
+        # the colours of the first plot
+        for row in curves:
+            colour = _COLOURS[report.methods.index(row) % len(_COLOURS)]
             values = [float("nan") if value is None else value for value in row.losses]
-            axes.plot(range(len(values)), values, color=colour, label=row.method)
+            axes.plot(range(len(values)), values, ".-", color=colour, label=row.method)
         axes.set(xlabel="PLMS step", ylabel="mean loss, each method's own")
         axes.set_title("Loss against step")
         axes.legend(fontsize=8)
