@@ -215,7 +215,9 @@ def denoise_update_cuda(
 
 
 @torch.library.custom_op(
-    "hcma_fast::denoise_update_", mutates_args=("z", "history", "stored"), device_types="cpu"
+    "hcma_fast::denoise_update_",
+    mutates_args=("z", "history", "stored"),
+    device_types=("cpu", "mps"),
 )
 def denoise_update_op(
     z: Tensor,

@@ -61,7 +61,7 @@ class Launch:
         if triton is None:
             raise BackendError(
                 "CUDA tensors need the Triton kernels, and Triton is not installed",
-                remedy="Run pip install 'hcma-fast[gpu]', or choose another --grad-backend.",
+                remedy="Run pip install 'hcma-fast[gpu]'.",
             )
         tensors = [value for value in self.arguments.values() if isinstance(value, Tensor)]
         for tensor in tensors:

@@ -24,7 +24,7 @@ from hcma_fast.errors import (
 )
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import ReplaySampler, device_errors, no_capture
+from hcma_fast.runtime.cudagraph import ReplaySampler, memory_errors, no_capture
 from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
@@ -32,6 +32,7 @@ from hcma_fast.runtime.requests import noise_from_seeds
 from hcma_fast.runtime.sampler import Schedule, StepLosses
 from hcma_fast.specs import GraphName
 
+_ENCODERS: tuple[GraphName, ...] = ("text_encoder", "grounding")
 _log = logging.getLogger("hcma_fast")
 
 
@@ -68,7 +69,8 @@ class BatchGenerator:
     """Generates requests in batches over one pipeline, and keeps what they share.
 
     Encodings of texts and layouts are kept by content. On a GPU a batch is decoded on a second
-    stream while the next one is sampled. Not for two threads at once.
+    stream while the next one is sampled: leave the pipeline alone until all results are there. Not
+    for two threads at once.
 
     Args:
         max_batch: images at once, at most; less if the engines take fewer. Where memory runs out it
@@ -81,10 +83,9 @@ class BatchGenerator:
         self.pipe = pipe
         self.max_batch = min(max_batch, pipe.batch_range.max)
         self._sampler = pipe.replay or ReplaySampler(pipe.engines, pipe.device, capture=no_capture)
-        cached: dict[GraphName, Engine] = {
-            name: CachedEngine(pipe.engines[name]) for name in ("text_encoder", "grounding")
-        }
-        self._engines: Mapping[GraphName, Engine] = {**pipe.engines, **cached}
+        self._pads = pipe.replay is not None
+        self._cached = {name: CachedEngine(pipe.engines[name]) for name in _ENCODERS}
+        self._engines: Mapping[GraphName, Engine] = {**pipe.engines, **self._cached}
         on_gpu = torch.device(pipe.device).type == "cuda"
         self._decoder = torch.cuda.Stream(pipe.device) if on_gpu else None
 
@@ -113,20 +114,27 @@ class BatchGenerator:
             if len(indices) > self.max_batch:
                 waiting[:0] = [indices[: self.max_batch], indices[self.max_batch :]]
                 continue
-            started, lacking = None, None
+            started, failed = None, None
             try:
-                with device_errors():
+                with memory_errors():
                     started = self._start(
                         indices, [requests[i] for i in indices], [schedules[i] for i in indices]
                     )
-            except DeviceMemoryError as error:
-                lacking = error
+            except HcmaError as error:
+                # without its traceback, which holds on to the device's memory
+                failed = error.with_traceback(None)
+                failed.__cause__ = None
+            alone = finish is None
             if finish is not None:
+                # whatever became of this batch, the one before it is done
                 yield from finish()
             finish = started
-            if lacking is not None:
-                self._shrink(len(indices), lacking)
+            if failed is not None:
+                if not isinstance(failed, DeviceMemoryError):
+                    raise failed
                 waiting.insert(0, indices)
+                if alone:
+                    self._shrink(self._bucket(len(indices)))
             elif self._decoder is None and finish is not None:
                 # nothing runs beside the host: no reason to hold results back
                 yield from finish()
@@ -148,7 +156,7 @@ class BatchGenerator:
                 value=f"request {number}: normalized={settings.normalized}",
                 remedy="Leave it as the checkpoint has it.",
             )
-        if isinstance(request.seed, bool) or not 0 <= request.seed < 2**63:
+        if type(request.seed) is not int or not 0 <= request.seed < 2**63:
             raise InputError(
                 "a seed is a whole number from 0",
                 value=f"request {number}: {request.seed}",
@@ -165,16 +173,18 @@ class BatchGenerator:
         phrases = {phrase for r in requests for phrase in r.layout.phrases}
         tokenize(tokenizer, sorted(phrases), "phrase")
 
-    def _shrink(self, failed: int, error: DeviceMemoryError) -> None:
+    def _shrink(self, failed: int) -> None:
         """After an allocation failed: give back what is kept, and go on with half the batch."""
         if failed <= self.pipe.batch_range.min:
             raise DeviceMemoryError(
                 "out of memory with the smallest batch",
                 value=failed,
                 remedy="Free memory on the device, or use a smaller model or image.",
-            ) from error
+            )
         self.max_batch = max(failed // 2, self.pipe.batch_range.min)
         self._sampler.clear()
+        for cached in self._cached.values():
+            cached.clear()
         if self._decoder is not None:
             torch.cuda.empty_cache()
         _log.warning(
@@ -221,7 +231,7 @@ class BatchGenerator:
         Captured graphs and engines of one size have few sizes: the next power of two.
         """
         sizes = self.pipe.batch_range
-        if self.pipe.replay is not None:
+        if self._pads:
             count = min(1 << (count - 1).bit_length(), self.max_batch)
         return max(count, sizes.min)
 

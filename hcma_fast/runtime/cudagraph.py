@@ -11,9 +11,10 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Literal, get_args
+from importlib.util import find_spec
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -28,10 +29,12 @@ from hcma_fast.specs import PLAN_ROWS, GraphName
 CaptureMode = Literal["step", "trajectory"]
 Kind = tuple[bool, bool]
 """Of an evaluation: whether it aligns, and whether its attention is gated."""
-Capture = Callable[[Callable[[], None]], Callable[[], None]]
-"""From a function of no argument to one that does the same again, at the same addresses."""
-CAPTURABLE = ("eager", "tensorrt", "tensorrt-rtx")
-"""Backends whose work goes to torch's stream, where a CUDA graph catches it."""
+Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
+"""From a function, and one to warm up with, to a function that does the same again as the first, at
+the same addresses."""
+CAPTURABLE = ("eager", "tensorrt")
+"""Backends whose work goes to torch's stream, where a CUDA graph catches it. TensorRT-RTX needs
+engines that were built for it (REQUIRE_USER_ALLOCATION), and kernels compiled beforehand."""
 _WARM_UPS = 3
 
 
@@ -40,7 +43,7 @@ def check_capturable(mode: str, device: str, backend: str, grad_backend: str | N
 
     Raises:
         UsageError: an unknown mode, or a device without CUDA graphs.
-        BackendError: a backend that runs elsewhere than on torch's stream.
+        BackendError: a backend that runs elsewhere than on torch's stream, or no Triton.
     """
     if mode not in get_args(CaptureMode):
         raise UsageError(
@@ -60,6 +63,11 @@ def check_capturable(mode: str, device: str, backend: str, grad_backend: str | N
             value="the gradient by onnx" if backend in CAPTURABLE else backend,
             remedy=f"Use {', '.join(CAPTURABLE)}, and a gradient other than onnx.",
         )
+    if find_spec("triton") is None:
+        raise BackendError(
+            "the captured sampler updates the latent by a Triton kernel, and Triton is missing",
+            remedy='Run pip install "hcma-fast[gpu]".',
+        )
 
 
 class CudaGraphs:
@@ -68,29 +76,55 @@ class CudaGraphs:
     That is safe because they run one after the other, and leave nothing there that outlives them.
     """
 
+    _one_at_a_time = threading.Lock()
+    """CUDA allows one capture in a process"""
+
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.pool = torch.cuda.graph_pool_handle()
+        # Of their own: cuBLAS keeps a workspace per stream, and that of torch's shared capture
+        # stream would belong to whichever sampler came first. Warm-ups run on another one, lest
+        # their workspace lie outside of the pool.
+        self.stream, self.warm_up_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        """A function that replays what ``function`` launches; it is run a few times to warm up."""
-        with torch.cuda.device(self.device):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(_WARM_UPS):
-                    function()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # other threads may go on using the GPU
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                function()
+    def __call__(
+        self, function: Callable[[], None], warm_up: Callable[[], None]
+    ) -> Callable[[], None]:
+        """A function that replays what ``function`` launches."""
+        current = torch.cuda.current_stream(self.device)
+        self.warm_up_stream.wait_stream(current)
+        with torch.cuda.stream(self.warm_up_stream):
+            for _ in range(_WARM_UPS):
+                warm_up()
+        current.wait_stream(self.warm_up_stream)
+        self.stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        # the outer context leaves the stream even where the end of the capture fails; other
+        # threads may go on using the GPU
+        with (
+            self._one_at_a_time,
+            torch.cuda.stream(self.stream),
+            torch.cuda.graph(
+                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+            ),
+        ):
+            function()
+        current.wait_stream(self.stream)
         return graph.replay
 
 
-def no_capture(function: Callable[[], None]) -> Callable[[], None]:
+def no_capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
     """Stands in for :class:`CudaGraphs` where there are none: the function is called again."""
     return function
+
+
+@runtime_checkable
+class Forkable(Protocol):
+    """An engine that holds state for the shape it runs, as TensorRT's context does."""
+
+    def fork(self) -> Engine:
+        """The same engine with state of its own."""
+        ...
 
 
 class Trajectory:
@@ -109,7 +143,12 @@ class Trajectory:
         halves: int,
         device: torch.device,
     ) -> None:
-        self.engines, self.halves = engines, halves
+        # an engine that is captured for one shape must not be set to another
+        self.engines: Mapping[GraphName, Engine] = {
+            name: engine.fork() if isinstance(engine, Forkable) else engine
+            for name, engine in engines.items()
+        }
+        self.halves = halves
         batch = len(like.caption_embedding)
         self.batch = batch
         self.z = torch.zeros(batch, *latent, device=device)
@@ -129,6 +168,7 @@ class Trajectory:
         # what the engines read in this evaluation
         self.time = torch.zeros(1, batch, dtype=torch.int64, device=device)
         self.eta = torch.zeros(1, batch, device=device)
+        self.moves = torch.zeros(1, batch, dtype=torch.bool, device=device)
         self.doubled = torch.zeros(halves, *self.z.shape, device=device)
         self.times = torch.zeros(halves, batch, dtype=torch.int64, device=device)
         self.captured: dict[tuple[Kind, ...], Callable[[], None]] = {}
@@ -152,7 +192,10 @@ class Trajectory:
         if aligns:
             torch.index_select(self.etas, 0, self.step, out=self.eta)
             aligned = self.engines["align"](self.align_inputs)
-            self.z.copy_(aligned["z_aligned"])
+            # a rate of 0 leaves an image as it is, whatever the gradient
+            torch.gt(self.eta, 0, out=self.moves)
+            moves = self.moves.view(-1, *[1] * (self.z.dim() - 1))
+            torch.where(moves, aligned["z_aligned"], self.z, out=self.z)
             self.loss_global.index_copy_(0, self.step, aligned["loss_global"].unsqueeze(0))
             self.loss_local.index_copy_(0, self.step, aligned["loss_local"].unsqueeze(0))
         self.doubled.copy_(self.z)
@@ -218,6 +261,7 @@ class ReplaySampler:
         self._capture = capture or (CudaGraphs(self.device) if on_gpu else no_capture)
         self._shapes: OrderedDict[tuple[int, ...], Trajectory] = OrderedDict()
         self._lock = threading.Lock()
+        self._owner: int | None = None
         self._done = torch.cuda.Event() if on_gpu else None
 
     def __call__(
@@ -235,7 +279,7 @@ class ReplaySampler:
 
         Raises:
             InputError: images of one batch need different UNets in the same evaluation.
-            UsageError: a callback with ``mode="trajectory"``.
+            UsageError: a callback with ``mode="trajectory"``, or one that calls this sampler.
             BackendError: the device cannot capture what the engines do.
             DeviceMemoryError: it has no memory left.
         """
@@ -246,28 +290,25 @@ class ReplaySampler:
                 value=self.mode,
                 remedy='Call enable_cuda_graphs("step"), or leave out the callback.',
             )
+        if self._owner == threading.get_ident():
+            raise UsageError(
+                "a callback cannot generate with the pipeline that called it",
+                remedy="Load a second pipeline, or generate after the call.",
+            )
         kinds = evaluation_kinds(schedules)
-        with self._lock, torch.no_grad():
-            if self._done is not None:
-                # the last batch may have been on another stream
-                self._done.wait()
+        groups = [kinds] if self.mode == "trajectory" else [(kind,) for kind in kinds]
+        with self._turn(), torch.no_grad():
             batch = self._buffers(z, conditioning)
-            groups = [kinds] if self.mode == "trajectory" else [(kind,) for kind in kinds]
             replays = self._captured(batch, groups)
             batch.load(z, conditioning, schedules)
             for k, group in enumerate(groups):
                 replays[group]()
                 if on_evaluation is not None:
-                    given = batch.z.clone()
-                    changed = on_evaluation(k, given)
-                    if changed is not given:
-                        batch.z.copy_(changed)
+                    batch.z.copy_(on_evaluation(k, batch.z.clone()))
             count = len(kinds)
             result = batch.z.clone()
-            loss_global, loss_local = batch.loss_global[:count], batch.loss_local[:count]
-            loss_global, loss_local = loss_global.clone(), loss_local.clone()
-            if self._done is not None:
-                self._done.record()
+            loss_global = batch.loss_global[:count].clone()
+            loss_local = batch.loss_local[:count].clone()
         rows = max((s.table for s in schedules), key=len).rows()
         losses = [
             StepLosses(row.step, row.timestep, loss_global[k], loss_local[k])
@@ -278,10 +319,34 @@ class ReplaySampler:
 
     def clear(self) -> None:
         """Give all buffers and graphs back; what comes next captures anew."""
-        with self._lock:
-            if self._done is not None:
-                self._done.synchronize()
-            self._shapes.clear()
+        with self._turn():
+            while self._shapes:
+                self._drop()
+            if isinstance(self._capture, CudaGraphs):
+                self._capture = CudaGraphs(self.device)
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The buffers are one call's: of one thread, and on a GPU of one stream."""
+        on_gpu = self._done is not None
+        with self._lock, torch.cuda.device(self.device) if on_gpu else nullcontext():
+            self._owner = threading.get_ident()
+            try:
+                if self._done is not None:
+                    # the last batch may have been on another stream
+                    self._done.wait()
+                yield
+            finally:
+                if self._done is not None:
+                    self._done.record()
+                self._owner = None
+
+    def _drop(self) -> None:
+        """The shape that was not used for longest."""
+        if self._done is not None:
+            self._done.synchronize()
+        _, gone = self._shapes.popitem(last=False)
+        gone.captured.clear()
 
     def _buffers(self, z: Tensor, conditioning: Conditioning) -> Trajectory:
         """Those of this shape, the most recently used last."""
@@ -290,8 +355,8 @@ class ReplaySampler:
         found = self._shapes.get(key)
         if found is None:
             while len(self._shapes) >= self.max_shapes:
-                self._shapes.popitem(last=False)
-            with device_errors():
+                self._drop()
+            with memory_errors():
                 found = Trajectory(self.engines, conditioning, z.shape[1:], halves, self.device)
         self._shapes[key] = found
         self._shapes.move_to_end(key)
@@ -302,16 +367,20 @@ class ReplaySampler:
     ) -> dict[tuple[Kind, ...], Callable[[], None]]:
         """A replay for each distinct group of evaluations."""
 
-        def run(group: tuple[Kind, ...]) -> None:
+        def run(group: Sequence[Kind]) -> None:
             for kind in group:
                 batch.evaluate(*kind)
 
         for group in dict.fromkeys(groups):
-            if group not in batch.captured:
+            replay = batch.captured.pop(group, None)
+            if replay is None:
                 if self.mode == "trajectory" and len(batch.captured) >= self.max_shapes:
                     batch.captured.pop(next(iter(batch.captured)))
-                with device_errors():
-                    batch.captured[group] = self._capture(partial(run, group))
+                # warm-ups advance the counter: it must not leave the tables
+                batch.step.zero_()
+                with memory_errors(), capture_errors():
+                    replay = self._capture(partial(run, group), partial(run, sorted(set(group))))
+            batch.captured[group] = replay
         return batch.captured
 
 
@@ -322,11 +391,13 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
         InputError: in one evaluation some images need gated attention, and others none.
     """
     kinds: list[Kind] = []
-    rows = [schedule.table.rows() for schedule in schedules]
-    for k in range(max(map(len, rows))):
-        running = [(s, row[k]) for s, row in zip(schedules, rows, strict=True) if k < len(row)]
-        aligns = any(bool(s.etas[k] > 0) for s, _ in running)
-        gated = {row.step < s.grounded_steps for s, row in running}
+    plans = [
+        (s.table.rows(), (s.etas > 0).tolist(), s.grounded_steps) for s in dict.fromkeys(schedules)
+    ]
+    for k in range(max(len(rows) for rows, _, _ in plans)):
+        running = [plan for plan in plans if k < len(plan[0])]
+        aligns = any(moves[k] for _, moves, _ in running)
+        gated = {rows[k].step < steps for rows, _, steps in running}
         if len(gated) > 1:
             raise InputError(
                 "images of one batch must switch off the gated attention at the same step",
@@ -338,8 +409,8 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
 
 
 @contextmanager
-def device_errors() -> Iterator[None]:
-    """Turn what torch raises while it allocates or captures into our errors."""
+def memory_errors() -> Iterator[None]:
+    """Raises DeviceMemoryError where torch lacks memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -347,7 +418,18 @@ def device_errors() -> Iterator[None]:
             "out of memory for the sampler's buffers and graphs",
             remedy="Generate fewer images at once.",
         ) from error
+
+
+@contextmanager
+def capture_errors() -> Iterator[None]:
+    """Raises BackendError where CUDA refuses to capture, DeviceMemoryError for want of memory."""
+    try:
+        yield
     except torch.AcceleratorError as error:
+        if "out of memory" in str(error):
+            raise DeviceMemoryError(
+                "out of memory for a CUDA graph", remedy="Generate fewer images at once."
+            ) from error
         raise BackendError(
             f"the evaluation cannot be captured as a CUDA graph: {error}",
             remedy="Leave CUDA graphs off, and report it with the output of hcma-fast doctor.",

@@ -55,6 +55,11 @@ class CachedEngine:
             name: torch.stack([found[key][name] for key in keys]) for name in self.spec.output_names
         }
 
+    def clear(self) -> None:
+        """Forget all rows."""
+        self._rows.clear()
+        self.bytes = 0
+
     def _compute(
         self, given: Mapping[str, Tensor], missing: Mapping[bytes, int]
     ) -> dict[bytes, dict[str, Tensor]]:
@@ -70,8 +75,8 @@ class CachedEngine:
             for row, key in enumerate(chunk):
                 # copies: a view would keep the whole batch alive
                 found[key] = {name: value[row].clone() for name, value in outputs.items()}
+                self._rows[key] = found[key]
                 self.bytes += _size(found[key])
-        self._rows.update(found)
         return found
 
 

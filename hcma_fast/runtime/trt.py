@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import logging
 from collections.abc import Mapping
@@ -131,6 +132,18 @@ class TRTEngine:
             self._warm = True
             self._keep_kernels()
         return outputs
+
+    def fork(self) -> TRTEngine:
+        """The same engine with a context of its own: a CUDA graph that captured one needs it as it
+        was then.
+
+        Raises:
+            EngineError, DeviceMemoryError: there can be no second context.
+        """
+        twin = copy.copy(self)
+        twin._bound, twin._warm, twin._context, twin._cache = (), False, None, None
+        twin._context = twin._create_context()
+        return twin
 
     def allocate(self, batch: int) -> dict[str, Tensor]:
         """Uninitialised outputs for this batch size, on the engine's device.

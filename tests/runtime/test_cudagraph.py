@@ -103,7 +103,8 @@ def test_equals_the_plain_sampler(
 ) -> None:
     given = conditioned(random_components, engines, [0, 1], guided)
     expected, losses = sample(engines, noise([0, 1]), given, schedule)
-    found, ours = ReplaySampler(engines, "cpu", mode=mode)(noise([0, 1]), given, schedule)
+    sampler = ReplaySampler(engines, "cpu", mode=mode, capture=Counted())
+    found, ours = sampler(noise([0, 1]), given, schedule)
     assert relative(found, expected) < 1e-5
     assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
     for one, other in zip(ours, losses, strict=True):
@@ -116,7 +117,7 @@ def test_a_second_batch_finds_nothing_of_the_first(
     engines: dict[GraphName, Engine], random_components: Components, mode: CaptureMode
 ) -> None:
     """Longer before shorter, aligned before unaligned: leftovers would show."""
-    sampler = ReplaySampler(engines, "cpu", mode=mode)
+    sampler = ReplaySampler(engines, "cpu", mode=mode, capture=Counted())
     runs = [
         ([0, 1], plan(steps=9, eta0=3.0)),
         ([2, 0], plan(steps=4, eta0=1.0, window=(0.5, 1.0))),
@@ -164,14 +165,19 @@ def test_a_batch_that_needs_both_unets_at_once_is_refused() -> None:
 
 
 class Counted:
-    """A capture that counts captures and replays."""
+    """A capture that warms up, and counts captures and replays."""
 
     def __init__(self) -> None:
         self.captures, self.replays = 0, 0
 
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+    def __call__(
+        self, function: Callable[[], None], warm_up: Callable[[], None]
+    ) -> Callable[[], None]:
         self.captures += 1
-        replay = no_capture(function)
+        # as on a GPU
+        for _ in range(3):
+            warm_up()
+        replay = no_capture(function, warm_up)
 
         def counted() -> None:
             self.replays += 1
@@ -243,8 +249,58 @@ def test_a_callback_may_change_the_latent_but_not_by_accident(
 
     found, _ = sampler(noise([0]), given, plan(), spoil)
     assert relative(found, expected) < 1e-5
-    zeros, _ = sampler(noise([0]), given, plan(), lambda k, z: torch.zeros_like(z))
-    assert zeros.abs().max() == 0
+    for change in (lambda k, z: torch.zeros_like(z), lambda k, z: z.zero_()):
+        zeros, _ = sampler(noise([0]), given, plan(), change)
+        assert zeros.abs().max() == 0
+
+    def again(k: int, z: Tensor) -> Tensor:
+        return sampler(z, given, plan())[0]
+
+    with pytest.raises(UsageError, match="callback cannot generate"):
+        sampler(noise([0]), given, plan(), again)
+    assert relative(sampler(noise([0]), given, plan())[0], expected) < 1e-5
+
+
+def test_long_trajectories_stay_inside_their_tables(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    """Warm-ups advance the counter that the next capture's warm-ups start from."""
+    given = conditioned(random_components, engines, [0])
+    cheap = dict(engines, unet_grounded=Still(engines["unet_grounded"]))
+    sampler = ReplaySampler(cheap, "cpu", mode="trajectory", capture=Counted())
+    for steps in (400, 300, 999):
+        sampler(noise([0]), given, plan(steps=steps, eta0=0.0))
+    sampler = ReplaySampler(cheap, "cpu", capture=Counted())
+    sampler(noise([0]), given, plan(steps=999, eta0=0.0))
+    z, _ = sampler(noise([0]), given, plan(steps=3, eta0=1.0))
+    assert z.isfinite().all()
+
+
+class Still:
+    """A UNet that sees no noise."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.spec = engine.spec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"noise_pred": torch.zeros_like(inputs["sample"])}
+
+
+def test_a_rate_of_zero_keeps_an_image_from_its_neighbours_gradient(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    class Broken(Still):
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            found = engines["align"](inputs)
+            return {**found, "z_aligned": torch.full_like(found["z_aligned"], torch.nan)}
+
+    given = conditioned(random_components, engines, [0, 1])
+    sampler = ReplaySampler(dict(engines, align=Broken(engines["align"])), "cpu")
+    z, _ = sampler(noise([0, 1]), given, [plan(), plan(eta0=0.0)])
+    alone, _ = sample(
+        engines, noise([1]), conditioned(random_components, engines, [1]), plan(eta0=0.0)
+    )
+    assert z[0].isnan().all() and relative(z[1:], alone) < 1e-5
 
 
 def test_threads_take_turns_and_samplers_share_nothing(
@@ -437,12 +493,36 @@ def test_a_pipeline_draws_the_same_picture_by_replays(random_components: Compone
     assert times == [entry.timestep for entry in found.losses] and len(times) == STEPS
 
 
+def test_a_shape_has_forks_of_engines_that_hold_state(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    class Context(Still):
+        forks = 0
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            assert self.forks, "the engine of all shapes was run"
+            return super().__call__(inputs)
+
+        def fork(self) -> Context:
+            self.forks += 1
+            twin = Context(self)
+            twin.forks = 1
+            return twin
+
+    parent = Context(engines["unet_grounded"])
+    sampler = ReplaySampler(dict(engines, unet_grounded=parent), "cpu")
+    for images in ([0], [0, 1], [2]):
+        sampler(noise(images), conditioned(random_components, engines, images), plan(steps=2))
+    assert parent.forks == 2
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["step", "trajectory"])
 def test_cuda_graphs_equal_the_plain_sampler(
     random_components: Components, mode: CaptureMode
 ) -> None:
     """Nobody has run this yet."""
+    torch.backends.cudnn.allow_tf32 = False
     specs = random_components.specs()
     engines: dict[GraphName, Engine] = {
         name: EagerEngine(deepcopy(module).cuda(), specs[name])
