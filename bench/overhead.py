@@ -102,7 +102,7 @@ def measure_overhead(
             raise UsageError(f"{what} is out of its range", value=value, remedy=remedy)
     table = plms_table(num_inference_steps)
     parts = RandomSD14().without_weights() if model == "sd14" else load_components(model)
-    conditioning = _conditioning(parts, batch)
+    conditioning = no_op_conditioning(parts, batch)
     etas = eta_table(num_inference_steps, AlignmentSettings())
     schedule = Schedule(table, etas, (1.0, 1.0), guidance_scale=7.5, grounding_beta=1.0)
     specs = parts.specs()
@@ -139,7 +139,7 @@ def _row(name: str, taken_ms: NDArray[np.float64], calls: dict[str, int]) -> Ove
     return OverheadRow(name=name, median_ms=median, p10_ms=p10, p90_ms=p90, calls=calls)
 
 
-def _conditioning(parts: Components, batch: int) -> Conditioning:
+def no_op_conditioning(parts: Components, batch: int) -> Conditioning:
     """Zeros: nothing looks at them."""
     specs = parts.specs()
     fixed = {t.name: t for name in ("align", "unet_grounded") for t in specs[name].inputs}
