@@ -36,7 +36,7 @@ class _Operators(TorchDispatchMode):
     """Counts operators, and the tensors in memory of their own that they make."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operators, self.allocations = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -54,7 +54,8 @@ def _memory(leaf: object) -> int:
 def count_tiny() -> Counts:
     """Per graph one call for one image with guidance; per sampler one image of 50 steps."""
     parts = load_components("tiny")
-    specs, found = parts.specs(), {}
+    specs = parts.specs()
+    found: Counts = {}
     for name in GRAPH_NAMES:
         batch = 2 if name.startswith("unet") else 1
         counts = count_module(parts.graph(name), specs[name], batch)
@@ -64,7 +65,7 @@ def count_tiny() -> Counts:
             "io_bytes": counts.io_bytes,
             "unfused_bytes": sum(operation.bytes for operation in counts.operations),
         }
-    engines: dict[GraphName, NoOpEngine] = {
+    engines: dict[GraphName, Engine] = {
         name: NoOpEngine(specs[name], 2 if name.startswith("unet") else 1) for name in GRAPH_NAMES
     }
     replay = ReplaySampler(engines, "cpu")
@@ -72,8 +73,8 @@ def count_tiny() -> Counts:
         "sampler": lambda *given: sample(engines, *given),
         "replayed sampler": replay,
     }
-    for name, run in samplers.items():
-        found[name] = _count_sampler(run, parts, engines)
+    for sampler, run in samplers.items():
+        found[sampler] = _count_sampler(run, parts, engines)
     return found
 
 
