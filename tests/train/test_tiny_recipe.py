@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hcma_fast.config import TOKEN_LENGTH
-from hcma_fast.models.aligner import Aligner
+from hcma_fast.models.aligner import Aligner, AlignStep
 from hcma_fast.models.text import tokenize
 from hcma_fast.train.aligner_settings import architecture
-from hcma_fast.train.denoiser import make_unet
+from hcma_fast.train.denoiser import align_some, make_unet
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, render_scene, sample_scene
+from hcma_fast.train.latents import Batch
 from hcma_fast.train.text import WIDTH, make_text_encoder, make_tokenizer
 from hcma_fast.train.vae import make_vae, psnr, to_tensor
 
@@ -128,3 +129,28 @@ def test_unet_takes_a_layout_and_a_caption() -> None:
     plain = unet(z, torch.tensor([500]), hidden)
     assert grounded.sample.shape == z.shape
     assert (grounded.sample - plain.sample).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_stage_2_aligns_the_chosen_examples_alone() -> None:
+    torch.manual_seed(0)
+    aligner = Aligner(architecture("tiny"))
+    z, width = torch.randn(3, 4, 16, 16), aligner.config.text_width
+    mask = torch.zeros(3, 30)
+    mask[:, 0] = 1
+    boxes = torch.zeros(3, 30, 4)
+    boxes[:, 0] = torch.tensor([0.1, 0.2, 0.7, 0.8])
+    batch = Batch(
+        z0=z,
+        hidden=torch.zeros(3, TOKEN_LENGTH, width),
+        caption=torch.randn(3, width),
+        labels=torch.randn(3, 30, width),
+        boxes=boxes,
+        mask=mask,
+    )
+    align, times = AlignStep(aligner), torch.tensor([100, 900, 500])
+    chosen = np.array([False, True, False])
+    moved = align_some(align, z, batch, times, chosen, seed=1)
+    assert torch.equal(moved[[0, 2]], z[[0, 2]]) and not torch.equal(moved[1], z[1])
+    assert torch.equal(align_some(align, z, batch, times, chosen, seed=1), moved)
+    assert torch.equal(align_some(align, z, batch, times, ~(chosen | True), seed=1), z)
