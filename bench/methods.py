@@ -26,7 +26,7 @@ from hcma_fast.layout import Layout
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import override_settings
+from hcma_fast.runtime.requests import call_arguments, override_settings
 from hcma_fast.specs import GRAPH_NAMES, GraphName
 
 #: without the gated layers, on the caption alone: Stable Diffusion
@@ -36,11 +36,15 @@ _GUIDED: dict[str, Any] = {
     "boxdiff": BoxDiff,
     "layout-guidance": lambda targets, _: LayoutGuidance(targets),
 }
-_SETTINGS: dict[str, dict[str, float]] = {
+_SETTINGS: dict[str, dict[str, Any]] = {
     "sd": _UNGROUNDED,
     "gligen": {"eta0": 0.0},
-    # any rate above 0 makes the sampler call `align`, where the peer's own step length counts
-    **{name: {**_UNGROUNDED, "eta0": 1.0} for name in _GUIDED},
+    # a rate above 0 in a window of all steps makes the sampler call `align` at each, whatever the
+    # checkpoint has: which steps count, how far they go and what is weighed are the peer's own
+    **{
+        name: {**_UNGROUNDED, "eta0": 1.0, "window": (0.0, 1.0), "lambda_global": 1.0}
+        for name in _GUIDED
+    },
     "hcma": {},
     "hcma-global": {"lambda_local": 0.0},
     "hcma-local": {"lambda_global": 0.0},
@@ -62,7 +66,7 @@ class Method:
     label: str
     """what the user wrote: the name, and settings after a colon"""
     name: str
-    overrides: dict[str, float] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
     """of the checkpoint's AlignmentSettings"""
 
     @classmethod
@@ -239,11 +243,7 @@ class Runner:
             num_inference_steps=steps,
             seed=list(seeds),
             negative_prompt=[item.negative_prompt for item in items],
-            eta0=settings.eta0,
-            lambda_global=settings.lambda_global,
-            lambda_local=settings.lambda_local,
-            grounding_beta=settings.grounding_beta,
-            guidance_scale=settings.guidance_scale,
+            **call_arguments(settings),
         )
         images = [np.asarray(image) for image in output.images]
         seconds = time.perf_counter() - start

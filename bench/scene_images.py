@@ -17,6 +17,7 @@ from hcma_fast.bench.judge import Verdict
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.runtime.requests import call_arguments
 from hcma_fast.train.emoji_scenes import Scene, Split
 
 _GRID_COLUMNS, _GRID_CELLS, _GRID_SIDE = 8, 64, 192
@@ -66,12 +67,7 @@ def generate_images(
                 ],
                 seed=[seed + place + i for i in range(len(batch))],
                 num_inference_steps=num_inference_steps,
-                eta0=settings.eta0,
-                guidance_scale=settings.guidance_scale,
-                grounding_beta=settings.grounding_beta,
-                lambda_global=settings.lambda_global,
-                lambda_local=settings.lambda_local,
-                align_window=settings.window,
+                **call_arguments(settings),
             )
             images = np.stack([np.asarray(image) for image in output.images])
             if kept:

@@ -136,7 +136,7 @@ def render(
         UsageError: the latent diverged. DeviceMemoryError: the batch is too large.
         OutputError: a file cannot be written.
     """
-    from hcma_fast.runtime.requests import override_settings
+    from hcma_fast.runtime.requests import call_arguments, override_settings
 
     settings = override_settings(pipe.settings, **plan.overrides)
     batch_size = min(batch_size, pipe.batch_range.max)
@@ -183,15 +183,10 @@ def render(
                 [job.prompt for job in batch],
                 [job.layout for job in batch],
                 num_inference_steps=plan.steps,
-                guidance_scale=settings.guidance_scale,
                 negative_prompt=[job.negative_prompt for job in batch],
-                grounding_beta=settings.grounding_beta,
-                eta0=settings.eta0,
-                lambda_global=settings.lambda_global,
-                lambda_local=settings.lambda_local,
-                align_window=settings.window,
                 seed=[job.seed for job in batch],
                 callback_on_step_end=lambda *_: progress.advance(task),
+                **call_arguments(settings),
             )
             for row, job in enumerate(batch):
                 losses = _final_losses(output, row, len(job.layout))

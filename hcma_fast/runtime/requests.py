@@ -135,6 +135,12 @@ def override_settings(defaults: AlignmentSettings, **overrides: Any) -> Alignmen
     return settings
 
 
+def call_arguments(settings: AlignmentSettings) -> dict[str, Any]:
+    """All of ``settings`` that a call of the pipeline takes, by its names there."""
+    fields = settings.model_dump(exclude={"normalized", "window"})
+    return {**fields, "align_window": settings.window}
+
+
 def check_device(device: str, backend: str) -> None:
     """Whether torch has the device, and the backend runs on it.
 

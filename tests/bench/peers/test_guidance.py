@@ -162,6 +162,21 @@ def test_every_method_runs_and_an_image_does_not_depend_on_its_batch(
     assert bool(alone.losses[0]) is (guided or name.startswith("hcma"))
 
 
+def test_a_peer_is_guided_outside_of_the_checkpoints_window(random_components: Components) -> None:
+    """The window and the lambdas are HCMA's: `tiny` aligns in a fifth of its steps."""
+    pipe = HCMAPipeline.from_components(random_components)
+    narrow = {"window": (0.9, 0.95), "lambda_global": 0.25}
+    alignment = pipe.info.alignment.model_copy(update=narrow)
+    pipe.info = pipe.info.model_copy(update={"alignment": alignment})
+    method = Method.parse("layout-guidance")
+    found = Runner(pipe, lambda: random_components).generate(method, [ITEM], 3, [7])
+    usual = Runner(
+        HCMAPipeline.from_components(random_components), lambda: random_components
+    ).generate(method, [ITEM], 3, [7])
+    assert found.unet_backward == usual.unet_backward > 0
+    assert found.losses == usual.losses
+
+
 @pytest.mark.parametrize("names", [QUICK, pytest.param(METHOD_NAMES, marks=pytest.mark.slow)])
 def test_methods_differ_where_they_should(names: list[str], runner: Runner) -> None:
     images = {
