@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from hcma_fast.bench.bootstrap import Indices, estimate
 from hcma_fast.bench.judge import Judge, Verdict
 from hcma_fast.bench.scene_images import generate_images, save_grid
 from hcma_fast.config import AlignmentSettings
@@ -25,8 +27,6 @@ from hcma_fast.train.emoji_scenes import (
     render_scene,
     sample_scene,
 )
-
-_RESAMPLES = 2000
 
 
 class Share(BaseModel):
@@ -170,16 +170,18 @@ def measure(hits: Sequence[Sequence[bool]], counted: Sequence[Sequence[bool]]) -
     total = np.array([sum(some) for some in counted])
     if not total.sum():
         return Share(correct=0, total=0, accuracy=None, interval=None)
-    draws = np.random.default_rng(0).integers(len(total), size=(_RESAMPLES, len(total)))
-    totals = total[draws].sum(1)
-    # a resample may hold no counted box at all: it says nothing
-    shares = right[draws].sum(1)[totals > 0] / totals[totals > 0]
-    low, high = np.percentile(shares, [2.5, 97.5])
+
+    def share(chosen: Indices) -> float:
+        counted_boxes = total[chosen].sum()
+        # a resample may hold no counted box at all: it says nothing
+        return float(right[chosen].sum() / counted_boxes) if counted_boxes else math.nan
+
+    found = estimate(share, len(total))
     return Share(
         correct=int(right.sum()),
         total=int(total.sum()),
-        accuracy=float(right.sum() / total.sum()),
-        interval=(float(low), float(high)),
+        accuracy=found.value,
+        interval=found.interval,
     )
 
 

@@ -20,7 +20,6 @@ from hcma_fast.errors import UsageError
 from hcma_fast.models.random_sd14 import RandomSD14
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.runtime.sampler import Conditioning, Schedule, sample, sample_fused
-from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import BATCH, MAX_BATCH, GraphName, IOSpec, TensorSpec
 
 GOAL_MS = 0.3
@@ -100,11 +99,9 @@ def measure_overhead(
         if not 1 <= value <= most:
             remedy = f"Use 1 to {most}."
             raise UsageError(f"{what} is out of its range", value=value, remedy=remedy)
-    table = plms_table(num_inference_steps)
+    schedule = Schedule.of(num_inference_steps, AlignmentSettings())
     parts = RandomSD14().without_weights() if model == "sd14" else load_components(model)
     conditioning = no_op_conditioning(parts, batch)
-    etas = eta_table(num_inference_steps, AlignmentSettings())
-    schedule = Schedule(table, etas, (1.0, 1.0), guidance_scale=7.5, grounding_beta=1.0)
     specs = parts.specs()
     z = zeros(specs["align"].inputs[0], batch)
     seconds: dict[str, list[float]] = {name: [] for name in _SAMPLERS}

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from hcma_fast.bench.bootstrap import estimate
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 Scores = NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 Verdict = Literal["better", "undecided", "not better"]
-_RESAMPLES = 2000
 #: trials before TPE models the scores, and before the median of earlier ones prunes
 _RANDOM_TRIALS, _UNPRUNED_TRIALS = 6, 4
 
@@ -141,14 +141,14 @@ def compare(scores: Scores, off: Scores) -> Comparison:
             remedy="Use more layouts, such as --count 100.",
         )
     gains = both[0] - both[1]
-    draws = np.random.default_rng(0).integers(len(gains), size=(_RESAMPLES, len(gains)))
-    low, high = np.percentile(gains[draws].mean(1), [2.5, 97.5])
+    gain = estimate(lambda chosen: float(gains[chosen].mean()), len(gains))
+    assert gain.interval is not None  # gains are finite
     return Comparison(
         images=len(gains),
         score=float(both[0].mean()),
         off=float(both[1].mean()),
-        difference=float(gains.mean()),
-        interval=(float(low), float(high)),
+        difference=gain.value,
+        interval=gain.interval,
     )
 
 

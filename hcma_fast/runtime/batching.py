@@ -19,16 +19,16 @@ from hcma_fast.errors import (
     DeviceMemoryError,
     DivergenceError,
     HcmaError,
-    InputError,
     UsageError,
 )
 from hcma_fast.layout import Layout
+from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler, memory_errors, no_capture
 from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
-from hcma_fast.runtime.requests import noise_from_seeds
+from hcma_fast.runtime.requests import noise_from_seeds, spread_seeds
 from hcma_fast.runtime.sampler import Schedule, StepLosses
 from hcma_fast.specs import GraphName
 
@@ -101,6 +101,7 @@ class BatchGenerator:
             DeviceMemoryError: not even one image fits into memory.
         """
         schedules = [self._schedule(number, request) for number, request in enumerate(requests)]
+        spread_seeds([request.seed for request in requests], len(requests))
         self._check_texts(requests)
         groups = group_requests(schedules)
         waiting = [
@@ -144,29 +145,16 @@ class BatchGenerator:
 
     def _schedule(self, number: int, request: Request) -> Schedule:
         settings = request.settings or self.pipe.settings
-        if self.pipe.batch_range.static and settings.guidance_scale <= 1:
-            raise UsageError(
-                "engines of one batch size always compute both halves of the guidance",
-                value=f"request {number}: guidance_scale {settings.guidance_scale}",
-                remedy="Use a guidance_scale above 1, or build with a range such as --batch 1:1:4.",
-            )
+        self.pipe.check_batch(self.pipe.batch_range.min, settings.guidance_scale > 1)
         if settings.normalized != self.pipe.settings.normalized:
             raise UsageError(
                 "whether the step is normalised is a part of the compiled graph",
                 value=f"request {number}: normalized={settings.normalized}",
                 remedy="Leave it as the checkpoint has it.",
             )
-        if type(request.seed) is not int or not 0 <= request.seed < 2**63:
-            raise InputError(
-                "a seed is a whole number from 0",
-                value=f"request {number}: {request.seed}",
-                remedy="Give one below 2**63.",
-            )
         return Schedule.of(request.num_inference_steps, settings)
 
     def _check_texts(self, requests: Sequence[Request]) -> None:
-        from hcma_fast.models.text import tokenize
-
         tokenizer = self.pipe.tokenizer
         tokenize(tokenizer, sorted({r.prompt for r in requests}))
         tokenize(tokenizer, sorted({r.negative_prompt for r in requests}), "negative prompt")

@@ -391,9 +391,7 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
         InputError: in one evaluation some images need gated attention, and others none.
     """
     kinds: list[Kind] = []
-    plans = [
-        (s.table.rows(), (s.etas > 0).tolist(), s.grounded_steps) for s in dict.fromkeys(schedules)
-    ]
+    plans = [(s.table.rows(), (s.etas > 0).tolist(), s.grounded_steps) for s in schedules]
     for k in range(max(len(rows) for rows, _, _ in plans)):
         running = [plan for plan in plans if k < len(plan[0])]
         aligns = any(moves[k] for _, moves, _ in running)

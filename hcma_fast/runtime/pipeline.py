@@ -322,7 +322,7 @@ class HCMAPipeline:
         negatives = spread_negatives(negative_prompt, batch)
         seeds = spread_seeds(seed, batch) if latents is None else []
         guided = settings.guidance_scale > 1
-        self._check_batch(batch, guided)
+        self.check_batch(batch, guided)
         shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
         noise = (
             noise_from_seeds(seeds, shape)
@@ -362,7 +362,12 @@ class HCMAPipeline:
             )
         return HCMAOutput(self._output(z, output_type), losses, seeds, z)
 
-    def _check_batch(self, batch: int, guided: bool) -> None:
+    def check_batch(self, batch: int, guided: bool) -> None:
+        """Whether the engines take this many images at once, with guidance or without.
+
+        Raises:
+            InputError: too few or too many. UsageError: none without guidance.
+        """
         images = self.batch_range
         if not images.min <= batch <= images.max:
             raise InputError(
