@@ -21,7 +21,7 @@ FOLDERS = ("kernels", "export", "train", "bench")
 
 #: design.md section 6: a module may import from its own layer and the ones above
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config"),
+    ("errors", "config", "files"),
     ("layout", "schedule", "losses", "specs"),
     ("kernels",),
     ("models",),

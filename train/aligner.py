@@ -26,12 +26,12 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.errors import UsageError, WeightsError
+from hcma_fast.files import write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.schedule import TRAIN_STEPS
 from hcma_fast.train.aligner_run import AlignerRun, Provenance, RunState
 from hcma_fast.train.aligner_settings import FREE, AlignerTraining, check_fits
 from hcma_fast.train.cache import Batch, LatentCache
-from hcma_fast.train.files import write_whole
 from hcma_fast.train.loop import DivergenceError, ema_update, rate_share
 from hcma_fast.train.objective import (
     BUCKETS,

@@ -19,11 +19,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
+from hcma_fast.files import make_folder, write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import first_line
 from hcma_fast.train.cache import CacheHeader
 from hcma_fast.train.checkpoints import write_state
-from hcma_fast.train.files import make_folder, write_whole
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

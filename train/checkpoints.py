@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from hcma_fast.errors import WeightsError
+from hcma_fast.files import write_whole
 from hcma_fast.models.checkpoint import first_line
-from hcma_fast.train.files import write_whole
 
 
 def save_state(

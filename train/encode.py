@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.errors import HcmaError, InputError
+from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.cache import (
     HEADER_FILE,
     LABELS_FILE,
@@ -37,7 +38,6 @@ from hcma_fast.train.coco import (
     read_split,
 )
 from hcma_fast.train.encoders import Encoders
-from hcma_fast.train.files import make_folder, write_whole
 from hcma_fast.train.views import MIN_AREA, crop_image, crop_layout, mentions_side
 
 

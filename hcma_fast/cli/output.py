@@ -16,6 +16,7 @@ from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElaps
 from rich.text import Text
 
 from hcma_fast.errors import OutputError
+from hcma_fast.files import write_whole
 
 #: progress and messages; stdout carries data only
 stderr = Console(stderr=True, highlight=False)
@@ -43,19 +44,7 @@ def write_file(path: Path, content: bytes) -> None:
     Raises:
         OutputError: the folder is missing or not writable, or the disk is full.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except OSError as error:
-        raise OutputError.from_os(error, path) from error
-    finally:
-        # gone already after the rename; left over after an error or Ctrl-C
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
+    write_whole(path, lambda file: file.write(content))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Files of training, written whole or not at all."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
