@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ def open_model(
         DeviceMemoryError: the host has no memory left.
     """
     openvino = _openvino()
-    core = openvino.Core()
+    core = _core(openvino)
     listed, hint = _PRECISIONS[precision]
     if listed not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise _no_precision(precision)
@@ -137,6 +138,17 @@ def _openvino() -> Any:
             "the backend openvino is not installed", remedy='Run pip install "hcma-fast[cpu]".'
         ) from error
     return openvino
+
+
+@cache
+def _core(openvino: Any) -> Any:
+    """One for the process, never given back.
+
+    A core gives its thread a stack for signals, and on its end that of before. Two that do not end
+    in the order of a stack leave the thread with memory that is gone, and the next signal that
+    Python handles, such as Ctrl-C, kills the process.
+    """
+    return openvino.Core()
 
 
 def _no_precision(precision: str) -> BackendError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
 import shutil
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -173,6 +176,34 @@ def test_bfloat16_is_refused_where_it_would_be_float32(
     monkeypatch.setattr(openvino_model, "_openvino", lambda: lies)
     with pytest.raises(BackendError, match="bfloat16"):
         open_model(random_engine / "grounding.onnx", precision="bfloat16")
+
+
+_SIGNAL = """
+import faulthandler, gc, os, signal, sys
+from pathlib import Path
+from hcma_fast.export.openvino_model import open_model
+faulthandler.enable()
+signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
+first, second = (open_model(Path(sys.argv[1])) for _ in range(2))
+del first
+gc.collect()
+del second
+gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="POSIX signals")
+def test_a_signal_is_heard_after_engines_are_gone(random_engine: Path) -> None:
+    """OpenVINO's stack for signals must not be one that it has given back."""
+    done = subprocess.run(
+        [sys.executable, "-c", _SIGNAL, random_engine / "grounding.onnx"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONSAFEPATH": "1"},
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr
 
 
 def test_bfloat16_is_real_or_refused(random_engine: Path, random_components: Components) -> None:
