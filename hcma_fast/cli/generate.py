@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hcma_fast.cli.jobs import MAX_SEED, Job, check_outputs, parse_request, read_requests
+from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.cli.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.sidecar import Sidecar, read_sidecar
@@ -62,7 +63,9 @@ def generate(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16.", show_default="float32"),
+        typer.Option(
+            callback=precision_name, help="float32, float16 or bfloat16.", show_default="float32"
+        ),
     ] = None,
     grad_backend: Annotated[
         str | None,
