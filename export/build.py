@@ -9,14 +9,16 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from hcma_fast.errors import EngineError, InputError
 from hcma_fast.export.compile import compile_engine, export_graph, open_graph
-from hcma_fast.export.estimate import check_resources
+from hcma_fast.export.estimate import check_resources, graph_weights
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import (
     MANIFEST_FILE,
@@ -29,7 +31,7 @@ from hcma_fast.export.manifest import (
 from hcma_fast.export.onnx_graph import OPSET
 from hcma_fast.export.precision import Precision, at_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
-from hcma_fast.export.validate import TOLERANCES, cases_for, compare, references
+from hcma_fast.export.validate import MANY_WEIGHTS, TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
@@ -45,10 +47,10 @@ def build(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Manifest:
-    """Export, compile and validate all graphs of ``target`` into ``folder``, one at a time.
+    """Export, compile and validate all graphs of ``target`` into ``folder``.
 
     Args:
-        progress: called with (graph, stage); stages are "export", "validate",
+        progress: called with (graph, stage), by two threads; stages are "export", "validate",
             "compile" (TensorRT; torch-compile instead of "export"), "done".
         force: replace an engine folder that is there already; anything else is never replaced.
 
@@ -88,7 +90,7 @@ def build(
             key=key_of(parts),
             key_parts=parts,
             graphs=graphs,
-            files=hash_folder(partial),
+            files=hash_folder(partial, {g.file: g.sha256 for g in graphs.values()}),
         )
         (partial / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
         partial.chmod(0o755)  # mkdtemp makes it private
@@ -105,6 +107,16 @@ def build(
     return manifest
 
 
+@dataclass(frozen=True)
+class _Checked:
+    """A graph as ONNX, compared with torch."""
+
+    file: Path
+    parity: float
+    tolerance: float
+    seconds: float
+
+
 def _build_all(
     source: ModelSource,
     specs: dict[GraphName, IOSpec],
@@ -112,12 +124,26 @@ def _build_all(
     target: Target,
     progress: Progress,
 ) -> dict[GraphName, GraphRecord]:
-    records = {}
-    with WeightsFile(folder) as weights:
-        for name in target.graph_names:
-            records[name] = _build_one(source, specs[name], folder, weights, target, progress)
-            progress(name, "done")
-            _free_memory()
+    """All graphs. TensorRT compiles one in the background while others are exported."""
+    weights_of = graph_weights(source, target)
+    heavy = [name for name in target.graph_names if weights_of[name] > MANY_WEIGHTS]
+    pending: dict[GraphName, Future[GraphRecord]] = {}
+    compiler = ThreadPoolExecutor(1, "hcma-fast-compile")
+    try:
+        with WeightsFile(folder) as weights:
+            for name in in_turns(target.graph_names, heavy):
+                for other in pending.values():
+                    # two heavy ones do not fit in memory together; and a failure ends the build
+                    if name in heavy or other.done():
+                        other.result()
+                checked = _export_one(source, specs[name], folder, weights, target, progress)
+                _free_memory()
+                pending[name] = compiler.submit(
+                    _compile_one, checked, specs[name], target, progress
+                )
+            records = {name: pending[name].result() for name in target.graph_names}
+    finally:
+        compiler.shutdown(cancel_futures=True)
     if target.native and not target.strip_weights:
         # the engines hold their weights themselves
         for file in [*folder.glob("*.onnx"), folder / WEIGHTS_FILE]:
@@ -125,14 +151,24 @@ def _build_all(
     return records
 
 
-def _build_one(
+def in_turns(names: Sequence[GraphName], heavy: Sequence[GraphName]) -> list[GraphName]:
+    """The heavy graphs, an equal share of the others after each: work while it is compiled."""
+    light = [name for name in names if name not in heavy]
+    share = -(-len(light) // max(1, len(heavy)))
+    order = []
+    for number, name in enumerate(heavy):
+        order += [name, *light[number * share : (number + 1) * share]]
+    return order or light
+
+
+def _export_one(
     source: ModelSource,
     spec: IOSpec,
     folder: Path,
     weights: WeightsFile,
     target: Target,
     progress: Progress,
-) -> GraphRecord:
+) -> _Checked:
     """One graph. What the next stage does not need is freed first: it may be gigabytes."""
     started, name = time.monotonic(), spec.graph
     vocabulary = len(source.tokenizer)
@@ -155,22 +191,30 @@ def _build_one(
             value=f"relative error {error:.2e}, tolerance {tolerance:.0e}",
             remedy="This is a fault of the export: report it, with hcma-fast doctor.",
         )
-    _free_memory()
+    return _Checked(file, error, tolerance, time.monotonic() - started)
+
+
+def _compile_one(
+    checked: _Checked, spec: IOSpec, target: Target, progress: Progress
+) -> GraphRecord:
+    started = time.monotonic()
     if target.backend in TRT_LIBRARIES:
-        progress(name, "compile")
-    engine, report = compile_engine(file, spec, target)
-    return GraphRecord(
+        progress(spec.graph, "compile")
+    engine, report = compile_engine(checked.file, spec, target)
+    record = GraphRecord(
         file=engine.name,
         sha256=hash_file(engine),
         size_bytes=engine.stat().st_size,
         spec=spec,
         # TensorRT, that of ONNX Runtime too, makes the engine that runs out of what was compared
-        checked="engine" if engine == file and "tensorrt" not in target.backend else "onnx",
-        parity=error,
-        tolerance=tolerance,
-        seconds=round(time.monotonic() - started, 2),
+        checked="engine" if engine == checked.file and "tensorrt" not in target.backend else "onnx",
+        parity=checked.parity,
+        tolerance=checked.tolerance,
+        seconds=round(checked.seconds + time.monotonic() - started, 2),
         engine=report,
     )
+    progress(spec.graph, "done")
+    return record
 
 
 def _free_memory() -> None:

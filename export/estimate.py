@@ -36,12 +36,18 @@ class Estimate:
     memory_bytes: int
 
 
-def estimate(source: ModelSource, target: Target) -> Estimate:
-    """Disk and memory that building for ``target`` takes at its peak."""
+def graph_weights(source: ModelSource, target: Target) -> dict[str, int]:
+    """How many weights each graph of ``target`` has."""
     counts = {str(name): count for name, count in source.parameter_counts().items()}
-    shared = sum(n for name, n in counts.items() if name != "unet_plain")
     for name in set(target.graph_names) & set(STEP_NAMES):
         counts[name] = counts["align"] + counts[name.replace("step", "unet")]
+    return counts
+
+
+def estimate(source: ModelSource, target: Target) -> Estimate:
+    """Disk and memory that building for ``target`` takes at its peak."""
+    counts = graph_weights(source, target)
+    shared = sum(n for name, n in counts.items() if name not in ("unet_plain", *STEP_NAMES))
     size = 4 if target.backend == "openvino" else _BYTES[target.precision]
     # graphs share their weights in ONNX; a compiled engine holds its own
     engines = sum(counts.values()) * size if target.native else 0

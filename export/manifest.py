@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
@@ -83,9 +84,13 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_folder(folder: Path) -> dict[str, str]:
-    """sha256 of every file below ``folder`` but the manifest, by relative path."""
-    return {name: hash_file(folder / name) for name in _names(folder)}
+def hash_folder(folder: Path, known: Mapping[str, str] | None = None) -> dict[str, str]:
+    """sha256 of every file below ``folder`` but the manifest, by relative path.
+
+    ``known`` has those that need not be read again.
+    """
+    given = known or {}
+    return {name: given.get(name) or hash_file(folder / name) for name in _names(folder)}
 
 
 def _names(folder: Path) -> list[str]:

@@ -21,7 +21,8 @@ TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 #: no step and one a thousand times too long; batches are moved into the range of the graph
 _CASES = ((1, 3, 1.0), (2, 0, 1.0), (5, 30, 1.0), (2, 1, 0.0), (1, 5, 1e3))
 
-_MANY_WEIGHTS, _MANY_PIXELS = 200_000_000, 2**19
+MANY_WEIGHTS, _MANY_PIXELS = 200_000_000, 2**19
+"""Of a graph, from which a run takes seconds, and its weights gigabytes."""
 
 Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
@@ -79,7 +80,7 @@ def cases_for(spec: IOSpec, module: nn.Module) -> int | None:
     pixels = sum(math.prod(int(s) for s in t.shape if s != BATCH) for t in spec.outputs)
     weights = sum(parameter.numel() for parameter in module.parameters())
     # the other graphs' large outputs are little work
-    heavy = weights > _MANY_WEIGHTS or (spec.graph == "vae_decoder" and pixels > _MANY_PIXELS)
+    heavy = weights > MANY_WEIGHTS or (spec.graph == "vae_decoder" and pixels > _MANY_PIXELS)
     return 1 if heavy else None
 
 

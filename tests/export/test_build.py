@@ -9,8 +9,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -365,3 +367,55 @@ def test_the_lock_is_free_again_after_each_call(
 ) -> None:
     for _ in range(3):
         assert find(random_components) == cached
+
+
+@pytest.mark.parametrize(
+    ("names", "heavy", "order"),
+    [
+        ("abcdef", "cf", "cabfde"),
+        ("abc", "", "abc"),
+        ("abcd", "d", "dabc"),
+        ("ab", "ab", "ab"),
+        ("abcdefg", "beg", "bacedfg"),
+    ],
+)
+def test_light_graphs_are_exported_while_heavy_ones_are_compiled(
+    names: str, heavy: str, order: str
+) -> None:
+    found = build_module.in_turns(list(names), list(heavy))  # type: ignore[arg-type]
+    assert "".join(found) == order
+
+
+def test_heavy_graphs_wait_for_each_other_and_a_failure_ends_the_build(
+    random_components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler is a stand-in: what is tested is who waits for whom."""
+    events: list[str] = []
+    begun = threading.Event()
+
+    def export(source: object, spec: Any, folder: Path, *rest: object) -> Any:
+        events.append(f"export {spec.graph}")
+        if spec.graph == "text_encoder":
+            assert begun.wait(10), "the heavy graph is compiled meanwhile"
+        return build_module._Checked(folder / f"{spec.graph}.onnx", 0.0, 1.0, 0.0)
+
+    def compile_(checked: Any, spec: Any, *rest: object) -> Any:
+        begun.set()
+        if spec.graph == "unet_plain":
+            raise EngineError("no such layer", value="x", remedy="None.")
+        time.sleep(0.2)
+        events.append(f"compiled {spec.graph}")
+        return None
+
+    counts = {name: 10 for name in GRAPH_NAMES} | {"unet_grounded": 10**9, "unet_plain": 10**9}
+    monkeypatch.setattr(build_module, "graph_weights", lambda source, target: counts)
+    monkeypatch.setattr(build_module, "check_resources", lambda *args: None)
+    monkeypatch.setattr(build_module, "_export_one", export)
+    monkeypatch.setattr(build_module, "_compile_one", compile_)
+    monkeypatch.setattr(build_module, "_free_memory", lambda: time.sleep(0.05))
+    with pytest.raises(EngineError, match="no such layer"):
+        build_module.build(random_components, tmp_path / "engine", Target("onnxruntime"))
+    assert events.index("compiled unet_grounded") < events.index("export unet_plain")
+    assert events.index("export grounding") < events.index("export unet_plain")
+    assert "export vae_decoder" not in events, "the build went on after a graph had failed"
+    assert not list(tmp_path.iterdir())

@@ -35,7 +35,8 @@ def copied(source, spec, folder, weights, target, progress):
     for name in (f"{spec.graph}.onnx", "weights.bin"):
         if not (folder / name).exists() or name != "weights.bin" or spec.graph == "align":
             (folder / name).write_bytes((template / name).read_bytes())
-    return records[spec.graph]
+    record = records[spec.graph]
+    return build._Checked(folder / record.file, record.parity, record.tolerance, 0.0)
 
 
 class Killer:
@@ -55,7 +56,7 @@ def run(kill_at=None):
     if child:
         return os.waitpid(child, 0)[1]
     try:
-        build._build_one = copied
+        build._export_one = copied
         os.fsync = lambda file: None  # kill -9 takes nothing from the page cache
         if kill_at is not None:
             sys.addaudithook(Killer(kill_at))
