@@ -51,12 +51,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=PRESETS["tiny"])
     parser.add_argument("--eta0", type=float, default=AlignmentSettings().eta0)
     parser.add_argument("--window", type=float, nargs=2, default=(0.0, 1.0))
+    parser.add_argument("--lambda-global", type=float, default=1.0)
+    parser.add_argument("--lambda-local", type=float, default=1.0)
     parser.add_argument("--normalized", action="store_true", help="eta is a share of the norm")
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     args = parser.parse_args()
     settings = AlignmentSettings(
         eta0=args.eta0,
         window=tuple(args.window),
+        lambda_global=args.lambda_global,
+        lambda_local=args.lambda_local,
         normalized=args.normalized,
         guidance_scale=args.guidance_scale,
     )
