@@ -93,7 +93,8 @@ def evaluate(
     features: Annotated[
         str | None,
         typer.Option(
-            help="Vision model for fid, kid, precision-recall: folder or hub id.",
+            help="Vision model for fid, kid, precision-recall: folder, hub id, or inception=FILE "
+            "for FID proper.",
             show_default="the judge, on EmojiScenes",
         ),
     ] = None,

@@ -112,6 +112,7 @@ def choose_instruments(
     """
     from hcma_fast.bench.detection import Detector
     from hcma_fast.bench.eval_measure import Instruments
+    from hcma_fast.bench.inception import InceptionFeatures
     from hcma_fast.bench.judge import Judge
     from hcma_fast.bench.networks import (
         ClipScorer,
@@ -123,7 +124,10 @@ def choose_instruments(
     scenes = all(item.scene is not None for item in items)
     judge = Judge.load() if scenes else None
     network: FeatureNetwork | None = None
-    if features is not None:
+    kind, _, weights = (features or "").partition("=")
+    if kind == "inception" and weights:
+        network = InceptionFeatures(Path(weights))
+    elif features is not None:
         network = VisionFeatures(features)
     elif judge is not None:
         network = JudgeFeatures(judge)
