@@ -253,9 +253,13 @@ def _scored(
         scored["region judge, large boxes"] = share(judged, sides >= MIN_SIDE)
         scored["region judge"] = share(judged)
         right = np.bincount(owners, judged, len(items)) == np.bincount(owners, minlength=len(items))
-        scored["images with every box right"] = _ratio(
-            right.astype(np.float64), np.ones(len(items))
-        )
+        counted, clear = blocks.joined("counted"), blocks.joined("clear")
+        for name, values in (
+            ("images with every box right", right),
+            ("images with nothing outside the boxes", clear),
+            ("objects counted right", counted.astype(np.bool_) & clear.astype(np.bool_)),
+        ):
+            scored[name] = _ratio(values.astype(np.float64), np.ones(len(items)))
     if "clip" in wanted:
         scored["CLIP, caption"] = _ratio(blocks.joined("clip"), np.ones(len(items)))
         scored["CLIP, box and label"] = share(blocks.joined("clip_label"))

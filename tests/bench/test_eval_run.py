@@ -221,7 +221,14 @@ def test_a_faultless_generator_reaches_the_real_images(
     report = score_run(instruments, METHODS, items, run, tmp_path, pairs=[("gligen", "hcma")])
     good, bad = report.methods
     assert report.real is not None
-    for name in ("region judge", "region judge, large boxes", "images with every box right"):
+    outside = "images with nothing outside the boxes"
+    assert good.scores[outside] == report.real.scores[outside]
+    for name in (
+        "region judge",
+        "region judge, large boxes",
+        "images with every box right",
+        "objects counted right",
+    ):
         assert good.scores[name] == report.real.scores[name]
         assert good.scores[name].value > 0.8 > bad.scores[name].value + 0.4
     title = "(EmojiScenes, judge features)"
