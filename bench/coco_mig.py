@@ -15,9 +15,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hcma_fast.bench.eval_export import Scores, export_folder, read_bytes, write_document
+from hcma_fast.bench.eval_export import (
+    Scores,
+    export_images,
+    not_in_format,
+    read_bytes,
+    write_document,
+)
 from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import RunSettings, image_files, load_records
+from hcma_fast.bench.eval_run import RunSettings
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.layout import Layout
@@ -86,13 +92,7 @@ class CocoMig:
         try:
             samples = _Samples.validate_python(raw)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise InputError(
-                f"not in COCO-MIG's format: {where}: {first['msg']}",
-                value=str(path),
-                remedy=_REMEDY,
-            ) from error
+            raise not_in_format(error, "not in COCO-MIG's format", path, _REMEDY) from error
         if not samples:
             raise InputError("COCO-MIG's file has no layout", value=str(path), remedy=_REMEDY)
         for key in samples:
@@ -117,16 +117,15 @@ class CocoMig:
         Raises:
             InputError: images are missing. OutputError: ``folder`` has other files.
         """
-        items = self.items[: run.count]
-        for method in methods:
-            load_records(out, method, items, run)
-        for method in methods:
-            export_folder(
-                folder / method.folder,
-                {f"mig_{item.id}.png": image_files(out, method, item)[0] for item in items},
-                Path.read_bytes,
-                force=force,
-            )
+        export_images(
+            methods,
+            self.items[: run.count],
+            run,
+            out,
+            lambda method: folder / method.folder,
+            lambda item: f"mig_{item.id}.png",
+            force=force,
+        )
         write_document(folder / "mig_bench.json", self._document, force=force)
 
     def read_scores(self, path: Path, run: RunSettings) -> Scores:
@@ -139,13 +138,8 @@ class CocoMig:
         try:
             found = _Metrics.model_validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise InputError(
-                f"not a file of eval_mig.py: {where}: {first['msg']}",
-                value=str(path),
-                remedy="Give the metric_NAME.json that it writes.",
-            ) from error
+            remedy = "Give the metric_NAME.json that it writes."
+            raise not_in_format(error, "not a file of eval_mig.py", path, remedy) from error
         values: dict[str, float] = {}
         for name, value, levels in (
             ("instance success ratio", found.inst_sucess_ratio, found.inst_level_sucess_ratio),

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from pydantic import ValidationError
+
 from hcma_fast.bench.bootstrap import Estimate
 from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import RunSettings
+from hcma_fast.bench.eval_run import RunSettings, image_files, load_records
 from hcma_fast.bench.eval_scores import EvalReport
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import InputError, OutputError, UsageError
@@ -49,6 +51,32 @@ class Benchmark(Protocol):
     def read_scores(self, path: Path, run: RunSettings) -> Scores:
         """Read a file that the scorer wrote about one method's images."""
         ...
+
+
+def export_images(
+    methods: Sequence[Method],
+    items: Sequence[EvalItem],
+    run: RunSettings,
+    out: Path,
+    folder_of: Callable[[Method], Path],
+    name_of: Callable[[EvalItem], str],
+    *,
+    force: bool,
+) -> None:
+    """The methods' images, a folder each.
+
+    Args:
+        out: folder of the run.
+
+    Raises:
+        InputError: images are missing, before the first is written. OutputError: see
+            :func:`export_folder`.
+    """
+    for method in methods:
+        load_records(out, method, items, run)
+    for method in methods:
+        sources = {name_of(item): image_files(out, method, item)[0] for item in items}
+        export_folder(folder_of(method), sources, Path.read_bytes, force=force)
 
 
 def export_folder(
@@ -108,6 +136,13 @@ def read_bytes(path: Path) -> bytes:
         raise InputError(
             f"cannot read this file: {error.strerror}", value=str(path), remedy="Check the path."
         ) from error
+
+
+def not_in_format(error: ValidationError, what: str, path: Path, remedy: str) -> InputError:
+    """The error for a file that pydantic refused, with the place in it."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the file"
+    return InputError(f"{what}: {where}: {first['msg']}", value=str(path), remedy=remedy)
 
 
 def split_scores(text: str, methods: Sequence[Method]) -> tuple[str, Path]:

@@ -226,12 +226,7 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
         annotations / "instances_val2014.json",
         annotations / "captions_val2014.json",
     )
-    if len(examples) < count:
-        raise InputError(
-            f"{count} images are asked for, there are fewer",
-            value=len(examples),
-            remedy="Lower --count.",
-        )
+    check_enough(len(examples), count)
     items = [
         EvalItem(
             id=f"{example.image_id:012d}",
@@ -243,6 +238,18 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
     ]
     check_items(items)
     return items
+
+
+def check_enough(found: int, count: int) -> None:
+    """Refuse to take more images than there are.
+
+    Raises:
+        InputError.
+    """
+    if found < count:
+        raise InputError(
+            f"{count} images are asked for, there are fewer", value=found, remedy="Lower --count."
+        )
 
 
 def items_hash(items: Sequence[EvalItem]) -> str:

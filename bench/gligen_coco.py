@@ -18,9 +18,16 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hcma_fast.bench.detection import Detection, layout_ap
-from hcma_fast.bench.eval_export import Scores, export_folder, read_bytes, write_document
-from hcma_fast.bench.eval_items import COCO_COUNT, EvalItem, check_items
-from hcma_fast.bench.eval_run import RunSettings, image_files, load_records, png_bytes
+from hcma_fast.bench.eval_export import (
+    Scores,
+    export_folder,
+    export_images,
+    not_in_format,
+    read_bytes,
+    write_document,
+)
+from hcma_fast.bench.eval_items import COCO_COUNT, EvalItem, check_enough, check_items
+from hcma_fast.bench.eval_run import RunSettings, png_bytes
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Layout
@@ -74,12 +81,7 @@ class GligenCoco:
                 remedy="Unpack COCO's images and annotations there.",
             )
         examples = read_split(folder, split)
-        if count is not None and count > len(examples):
-            raise InputError(
-                f"{count} images are asked for, there are fewer",
-                value=len(examples),
-                remedy="Lower --count.",
-            )
+        check_enough(len(examples), count or 0)
         items = [
             EvalItem(
                 id=str(example.image_id),
@@ -106,15 +108,15 @@ class GligenCoco:
             InputError: images are missing. OutputError: ``folder`` has other files.
         """
         items = self.items[: run.count]
-        for method in methods:
-            load_records(out, method, items, run)
-        for method in methods:
-            export_folder(
-                folder / method.folder / "fake",
-                {f"{item.id}.png": image_files(out, method, item)[0] for item in items},
-                Path.read_bytes,
-                force=force,
-            )
+        export_images(
+            methods,
+            items,
+            run,
+            out,
+            lambda method: folder / method.folder / "fake",
+            lambda item: f"{item.id}.png",
+            force=force,
+        )
         export_folder(
             folder / "real",
             {f"{item.id}.png": item for item in items},
@@ -171,14 +173,12 @@ class GligenCoco:
         try:
             found = _Results.validate_json(content)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the file"
-            raise InputError(
-                f"neither COCO results nor pytorch-fid's output: {where}: {first['msg']}",
-                value=str(path),
-                remedy="Give a list of image_id, category_id, bbox (x, y, width, height in "
-                'pixels) and score, or a file with the line "FID: ...".',
-            ) from error
+            what = "neither COCO results nor pytorch-fid's output"
+            remedy = (
+                "Give a list of image_id, category_id, bbox (x, y, width, height in pixels) and "
+                'score, or a file with the line "FID: ...".'
+            )
+            raise not_in_format(error, what, path, remedy) from error
         ap, ap50 = layout_ap(*self._detections(found, run, path))
         return Scores({"AP (COCO results)": ap, "AP50 (COCO results)": ap50}, source)
 

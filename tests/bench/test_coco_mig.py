@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,8 @@ from hcma_fast.bench.eval_export import split_scores
 from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_run import RunSettings
 from hcma_fast.bench.methods import Method
-from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import HcmaError, InputError, UsageError
 
-RUN = RunSettings(
-    preset="random",
-    backend="eager",
-    device="cpu",
-    weights_hash="0",
-    engine_hash=None,
-    settings=AlignmentSettings(),
-    num_inference_steps=2,
-    seed=0,
-    width=64,
-    height=64,
-    count=2,
-    items_hash="0",
-    data="",
-    attention_factor=None,
-)
 #: as mig_bench_sample.py writes it, the blank at the end of a caption included
 SAMPLES: dict[str, Any] = {
     "0": {
@@ -117,14 +101,16 @@ def test_reads_the_scorers_json(tmp_path: Path) -> None:
     assert len(items[1].layout) == 3 and not items[0].has_real
 
 
-def test_reads_migcs_yaml_and_writes_the_json_that_the_scorer_needs(tmp_path: Path) -> None:
+def test_reads_migcs_yaml_and_writes_the_json_that_the_scorer_needs(
+    tmp_path: Path, run_of: Callable[[int], RunSettings]
+) -> None:
     benchmark = CocoMig.read(write(tmp_path / "mig_bench_anno.yaml", YAML))
     assert [item.id for item in benchmark.items] == ["3", "6"]
     first, second = benchmark.items
     assert first.prompt.endswith("and a green teddy bear")
     assert first.layout.phrases.count("a green teddy bear") == 2
     assert second.layout.boxes[1][0] == 0.412890625
-    benchmark.export([], RUN, tmp_path, tmp_path / "export", force=False)
+    benchmark.export([], run_of(2), tmp_path, tmp_path / "export", force=False)
     written = tmp_path / "export" / "mig_bench.json"
     assert CocoMig.read(written).items == benchmark.items
 
@@ -176,11 +162,14 @@ def test_both_formats_hold_the_same_layouts(
 
 @given(st.binary(max_size=60), st.sampled_from(["a.json", "a.yaml"]))
 def test_whatever_the_file_holds_the_error_is_typed(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str
+    tmp_path_factory: pytest.TempPathFactory,
+    run_of: Callable[[int], RunSettings],
+    content: bytes,
+    name: str,
 ) -> None:
     path = tmp_path_factory.mktemp("mig") / name
     path.write_bytes(content)
-    for read in (lambda: CocoMig.read(path), lambda: CocoMig([], b"").read_scores(path, RUN)):
+    for read in (lambda: CocoMig.read(path), lambda: CocoMig([], b"").read_scores(path, run_of(2))):
         with pytest.raises(HcmaError):
             read()
 
@@ -215,8 +204,8 @@ def test_a_bad_file_says_what_is_wrong(tmp_path: Path, content: Any, message: st
         CocoMig.read(tmp_path / "missing.json")
 
 
-def test_reads_the_scorers_result(tmp_path: Path) -> None:
-    found = CocoMig([], b"").read_scores(write(tmp_path / "metric_eval.json", METRIC), RUN)
+def test_reads_the_scorers_result(tmp_path: Path, run_of: Callable[[int], RunSettings]) -> None:
+    found = CocoMig([], b"").read_scores(write(tmp_path / "metric_eval.json", METRIC), run_of(2))
     assert found.values["COCO-MIG instance success ratio"] == 0.5
     assert found.values["COCO-MIG mIoU, L6"] == 0.1
     assert len(found.values) == 12 and found.source.startswith("metric_eval.json ")
@@ -231,13 +220,15 @@ def test_reads_the_scorers_result(tmp_path: Path) -> None:
         ({"inst_sucess_ratio": "half"}, "inst_sucess_ratio"),
     ],
 )
-def test_a_bad_result_names_the_field(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_result_names_the_field(
+    tmp_path: Path, run_of: Callable[[int], RunSettings], change: dict[str, Any], message: str
+) -> None:
     path = write(tmp_path / "metric.json", {**METRIC, **change})
     with pytest.raises(InputError, match=message):
-        CocoMig([], b"").read_scores(path, RUN)
+        CocoMig([], b"").read_scores(path, run_of(2))
     empty = write(tmp_path / "metric.json", {"metric_name": "eval"})
     with pytest.raises(InputError, match=r"none of eval_mig\.py's scores"):
-        CocoMig([], b"").read_scores(empty, RUN)
+        CocoMig([], b"").read_scores(empty, run_of(2))
 
 
 def test_a_label_with_settings_takes_its_own_file() -> None:

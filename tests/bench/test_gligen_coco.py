@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,9 @@ from pycocotools.cocoeval import COCOeval
 from hcma_fast.bench.eval_items import items_hash
 from hcma_fast.bench.eval_run import RunSettings
 from hcma_fast.bench.gligen_coco import MAX_BOXES, GligenCoco
-from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import HcmaError, InputError
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]
-
-
-def run_of(count: int) -> RunSettings:
-    return RunSettings(
-        preset="random",
-        backend="eager",
-        device="cpu",
-        weights_hash="0",
-        engine_hash=None,
-        settings=AlignmentSettings(),
-        num_inference_steps=2,
-        seed=0,
-        width=64,
-        height=64,
-        count=count,
-        items_hash="0",
-        data="",
-        attention_factor=None,
-    )
 
 
 def write_coco(folder: Path, boxes: dict[int, list[list[float]]], split: str = "val2014") -> Path:
@@ -99,7 +80,9 @@ def test_boxes_are_those_of_the_square_in_the_middle(tmp_path: Path) -> None:
     assert len(GligenCoco.read(tmp_path, 1).items) == 1
 
 
-def test_cocos_own_scorer_reads_the_annotations_and_agrees_on_ap(tmp_path: Path) -> None:
+def test_cocos_own_scorer_reads_the_annotations_and_agrees_on_ap(
+    tmp_path: Path, run_of: Callable[[int], RunSettings]
+) -> None:
     benchmark = GligenCoco.read(write_coco(tmp_path, BOXES), None)
     run = run_of(2)
     benchmark.export([], run, tmp_path, tmp_path / "out", force=False)
@@ -134,7 +117,9 @@ def test_cocos_own_scorer_reads_the_annotations_and_agrees_on_ap(tmp_path: Path)
     assert ours["AP50 (COCO results)"] == pytest.approx(scorer.stats[1], abs=1e-6)
 
 
-def test_reads_what_pytorch_fid_prints(tmp_path: Path) -> None:
+def test_reads_what_pytorch_fid_prints(
+    tmp_path: Path, run_of: Callable[[int], RunSettings]
+) -> None:
     benchmark = GligenCoco([], {18: "dog"}, "val2014")
     path = tmp_path / "fid.txt"
     path.write_text("100%|###| 600/600\nFID:  21.0412345\n")
@@ -146,7 +131,7 @@ def test_reads_what_pytorch_fid_prints(tmp_path: Path) -> None:
 
 @given(st.binary(max_size=60))
 def test_whatever_a_result_holds_the_error_is_typed(
-    tmp_path_factory: pytest.TempPathFactory, content: bytes
+    tmp_path_factory: pytest.TempPathFactory, run_of: Callable[[int], RunSettings], content: bytes
 ) -> None:
     path = tmp_path_factory.mktemp("gligen") / "results.json"
     path.write_bytes(content)
@@ -167,7 +152,9 @@ ENTRY: dict[str, Any] = {"image_id": 42, "category_id": 18, "bbox": [1, 1, 9, 9]
         ({"image_id": 42}, "category_id"),
     ],
 )
-def test_bad_results_say_what_is_wrong(tmp_path: Path, entry: dict[str, Any], message: str) -> None:
+def test_bad_results_say_what_is_wrong(
+    tmp_path: Path, run_of: Callable[[int], RunSettings], entry: dict[str, Any], message: str
+) -> None:
     benchmark = GligenCoco.read(write_coco(tmp_path, BOXES), None)
     path = tmp_path / "results.json"
     path.write_text(json.dumps([ENTRY, entry]))
