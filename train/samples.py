@@ -19,7 +19,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 from torch import nn
 
-from hcma_fast.errors import InputError, WeightsError
+from hcma_fast.errors import DivergenceError, InputError, WeightsError
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.layout import Layout
 from hcma_fast.models.aligner import Aligner
@@ -68,7 +68,8 @@ class SamplePlan:
         unet: UNet2DConditionModel | None = None,
         events: SummaryWriter | None = None,
     ) -> Path:
-        """Write ``folder``/step-NNNNNNNN.png, the same for the same weights.
+        """Write ``folder``/step-NNNNNNNN.png, the same for the same weights; a picture whose latent
+        diverges is black.
 
         Args:
             aligner, unet: the weights to draw with, where they are not the components' own, in
@@ -76,7 +77,7 @@ class SamplePlan:
             events: takes the sheet too.
 
         Raises:
-            OutputError: it cannot be written. DivergenceError: the weights draw nothing finite.
+            OutputError: it cannot be written.
         """
         parts, device = self.components, "cpu"
         for model in (aligner, unet):
@@ -88,15 +89,14 @@ class SamplePlan:
             parts = replace(parts, unet=_frozen(unet))
         devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
         with torch.random.fork_rng(devices):
-            output = HCMAPipeline.from_components(parts, device=device)(
-                self.captions,
-                self.layouts,
-                seed=list(range(len(self.captions))),
-                num_inference_steps=self.num_inference_steps,
-            )
-        sheet = _sheet(
-            [draw_layout(i, box) for i, box in zip(output.images, self.layouts, strict=True)]
-        )
+            pipe = HCMAPipeline.from_components(parts, device=device)
+            pictures = [
+                self._picture(pipe, caption, layout, seed)
+                for seed, (caption, layout) in enumerate(
+                    zip(self.captions, self.layouts, strict=True)
+                )
+            ]
+        sheet = _sheet(pictures)
         buffer = io.BytesIO()
         sheet.save(buffer, "PNG")
         make_folder(folder)
@@ -105,6 +105,16 @@ class SamplePlan:
         if events is not None:
             events.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
         return path
+
+    def _picture(self, pipe: HCMAPipeline, caption: str, layout: Layout, seed: int) -> Image.Image:
+        try:
+            steps = self.num_inference_steps
+            image = pipe(caption, layout, seed=seed, num_inference_steps=steps).images[0]
+        except DivergenceError:
+            # so it is with weights that have just begun, and no reason to stop their training
+            height, width = pipe.image_shape
+            image = Image.new("RGB", (width, height))
+        return draw_layout(image, layout)
 
 
 def plan_samples(

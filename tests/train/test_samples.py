@@ -83,6 +83,16 @@ def test_a_sheet_shows_the_weights_and_leaves_the_generators_alone(
     assert plan.draw(tmp_path / "c", 4, aligner=aligner).read_bytes() != first.read_bytes()
 
 
+def test_weights_that_diverge_draw_black_and_stop_nothing(plan: SamplePlan, tmp_path: Path) -> None:
+    aligner = Aligner(CONFIG)
+    with torch.no_grad():
+        for parameter in aligner.parameters():
+            parameter.fill_(float("nan"))
+    with Image.open(plan.draw(tmp_path, 2, aligner=aligner)) as sheet:
+        colours = sheet.getcolors(1 << 20)
+    assert colours is not None and max(colours)[1] == (0, 0, 0)
+
+
 def test_training_and_resuming_end_with_the_same_bits_with_samples_and_without(
     plan: SamplePlan, small_cache: Path, tmp_path: Path
 ) -> None:
