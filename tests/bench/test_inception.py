@@ -98,7 +98,7 @@ def test_pictures_are_scaled_as_tensorflow_1_does(size: tuple[int, int]) -> None
 
 
 def test_a_missing_or_other_file_is_refused_with_the_place_to_get_it(tmp_path: Path) -> None:
-    with pytest.raises(WeightsError, match=r"cannot read .* torch-fidelity/releases"):
+    with pytest.raises(WeightsError, match=r"cannot read .*torch-fidelity/releases"):
         InceptionFeatures(tmp_path / "missing.pth")
     (tmp_path / "text.pth").write_text("no weights")
     (tmp_path / "text.safetensors").write_text("no weights")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hcma_fast.bench.judge import Judge, Verdict
@@ -38,9 +38,12 @@ def test_a_window_shows_an_object_when_the_judge_is_sure() -> None:
 
 
 _low, _side = st.floats(0, 0.5), st.floats(0.1, 0.5)
-_boxes = st.lists(st.builds(lambda x, y, w, h: (x, y, x + w, y + h), _low, _low, _side, _side))
+_boxes = st.lists(
+    st.builds(lambda x, y, w, h: (x, y, x + w, y + h), _low, _low, _side, _side), max_size=5
+)
 
 
+@settings(max_examples=25)
 @given(_boxes)
 def test_windows_lie_in_the_image_and_outside_of_the_boxes(
     boxes: list[tuple[float, float, float, float]],

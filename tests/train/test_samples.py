@@ -35,7 +35,7 @@ TRAINING = AlignerTraining(
 
 @pytest.fixture
 def plan(random_components: Components, emoji_coco: Path, small_cache: Path) -> SamplePlan:
-    found = plan_samples(random_components, emoji_coco, read_header(small_cache), 2, count=3)
+    found = plan_samples(random_components, emoji_coco, read_header(small_cache), 4, count=1)
     return replace(found, num_inference_steps=2)
 
 
@@ -57,9 +57,8 @@ def sheets(out: Path) -> dict[str, bytes]:
 
 def test_layouts_are_of_the_val_part(plan: SamplePlan, emoji_coco: Path) -> None:
     examples = [e for e in read_split(emoji_coco, "train") if part_of(e.image_id) == "val"]
-    assert plan.captions == tuple(e.captions[0] for e in examples[:3])
-    for layout, example in zip(plan.layouts, examples, strict=False):
-        assert layout == crop_layout(example.layout, 24, 24)
+    assert plan.captions == (examples[0].captions[0],)
+    assert plan.layouts == (crop_layout(examples[0].layout, 24, 24),)
 
 
 def test_a_sheet_shows_the_weights_and_leaves_the_generators_alone(
@@ -72,9 +71,11 @@ def test_a_sheet_shows_the_weights_and_leaves_the_generators_alone(
     first = plan.draw(tmp_path / "a", 4, aligner=aligner)
     assert torch.equal(torch.get_rng_state(), after_making) and aligner.training
     assert all(p.requires_grad for p in aligner.parameters())
-    with Image.open(first) as sheet:
+    assert first.name == "step-00000004.png"
+    three = replace(plan, captions=plan.captions * 3, layouts=plan.layouts * 3)
+    with Image.open(three.draw(tmp_path / "d", 4, aligner=aligner)) as sheet:
         # two columns of 512 pixels, two rows
-        assert first.name == "step-00000004.png" and sheet.size == (1024, 1024)
+        assert sheet.size == (1024, 1024)
     assert plan.draw(tmp_path / "b", 4, aligner=aligner).read_bytes() == first.read_bytes()
     torch.set_rng_state(before)
     with torch.no_grad():
@@ -106,14 +107,14 @@ def test_training_and_resuming_end_with_the_same_bits_with_samples_and_without(
     for out in (drawn, resumed):
         found = load_file(out / "aligner-last" / "model.safetensors")
         assert all(torch.equal(found[name], value) for name, value in expected.items())
-    assert list(sheets(drawn)) == [f"step-{step:08d}.png" for step in (2, 4, 6, 8)]
+    assert list(sheets(drawn)) == [f"step-{step:08d}.png" for step in (4, 8)]
     assert sheets(resumed) == sheets(drawn)
     # the weights move, and so do the pictures
-    assert len(set(sheets(drawn).values())) == 4
+    assert len(set(sheets(drawn).values())) == 2
     assert not (plain / "aligner-run" / "samples").exists()
     events = EventAccumulator(str(drawn / "aligner-run" / "tensorboard"))
     events.Reload()
-    assert [event.step for event in events.Images("samples")] == [2, 4, 6, 8]
+    assert [event.step for event in events.Images("samples")] == [4, 8]
 
 
 def test_the_denoisers_loop_does_not_notice_them_either(
@@ -134,13 +135,13 @@ def test_the_denoisers_loop_does_not_notice_them_either(
             if plan.due(step):
                 plan.draw(tmp_path / "samples", step, unet=averaged)
 
-        config = LoopConfig(steps=4, lr=0.01, ema_decay=0.5)
+        config = LoopConfig(steps=3, lr=0.01, ema_decay=0.5)
         out = tmp_path / str(draw)
         averaged = run_loop(unet, loss, config, out, on_step=sample if draw else None)
         ends.append((dict(unet.named_parameters()), dict(averaged.named_parameters())))
     for first, second in zip(*ends, strict=True):
         assert all(torch.equal(first[name], second[name]) for name in first)
-    assert len(list((tmp_path / "samples").iterdir())) == 2
+    assert len(list((tmp_path / "samples").iterdir())) == 1
 
 
 def test_samples_of_another_model_or_data_are_refused(
