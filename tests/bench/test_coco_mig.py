@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcma_fast.bench.coco_mig import COLOURS, CocoMig
-from hcma_fast.bench.eval_export import split_scores
+from hcma_fast.bench.eval_export import export_folder, split_scores
 from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_run import RunSettings
 from hcma_fast.bench.methods import Method
-from hcma_fast.errors import HcmaError, InputError, UsageError
+from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
 
 #: as mig_bench_sample.py writes it, the blank at the end of a caption included
 SAMPLES: dict[str, Any] = {
@@ -238,3 +238,25 @@ def test_a_label_with_settings_takes_its_own_file() -> None:
     for text in ("hcma", "hcma=", "gligen=m.json"):
         with pytest.raises(UsageError, match="METHOD=FILE"):
             split_scores(text, methods)
+
+
+def test_an_exported_folder_holds_the_run_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "hcma"
+
+    def export(content: bytes, *, force: bool = False) -> None:
+        export_folder(folder, {"mig_1.png": content, "mig_2.png": b"2"}, bytes, force=force)
+
+    export(b"1")
+    # one that was stopped goes on
+    (folder / "mig_2.png").unlink()
+    export(b"1")
+    with pytest.raises(OutputError, match="another run"):
+        export(b"other")
+    export(b"other", force=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {
+        "mig_1.png": b"other",
+        "mig_2.png": b"2",
+    }
+    (folder / "mig_3.png").touch()
+    with pytest.raises(OutputError, match="not of this run"):
+        export(b"other", force=True)

@@ -265,13 +265,9 @@ def test_the_network_names_its_distance(
     run = settings(items, runner)
     open_run(tmp_path, run, force=False)
     generate(runner, METHODS[:1], items, run, tmp_path, batch_size=8)
-    scores = {}
-    for network in (MeanColours(), JudgeFeatures(Judge.load())):
-        instruments = Instruments(("fid",), features=network)
-        measure(instruments, METHODS[:1], items, run, tmp_path)
-        report = score_run(instruments, METHODS[:1], items, run, tmp_path)
-        scores |= report.methods[0].scores
-    # the judge's 256 features need more images than there are here
+    instruments = Instruments(("fid",), features=MeanColours())
+    measure(instruments, METHODS[:1], items, run, tmp_path)
+    scores = score_run(instruments, METHODS[:1], items, run, tmp_path).methods[0].scores
     assert list(scores) == ["FID (mean colours)", "FID (mean colours) of boxes"]
     assert scores["FID (mean colours)"].value == pytest.approx(0, abs=1e-6)
     assert JudgeFeatures.distance == VisionFeatures.distance == "Frechet distance"
