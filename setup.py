@@ -67,6 +67,7 @@ EXTRAS_REQUIRE = {
     "eval": [
         "faster-coco-eval>=1.7,<2",
         "matplotlib>=3.11,<4",
+        "pyyaml>=6,<7",
         "scipy>=1.15,<2",
         "torchmetrics>=1.8,<2",
     ],
@@ -89,6 +90,7 @@ EXTRAS_REQUIRE = {
         "tokenizers>=0.22,<1",
         # hcma-fast eval
         "faster-coco-eval>=1.7,<2",
+        "pyyaml>=6,<7",
         "scipy>=1.15,<2",
         "torchmetrics>=1.8,<2",
     ],

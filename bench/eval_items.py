@@ -16,6 +16,7 @@ from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.layout import Layout
 from hcma_fast.train.coco import read_coco
 from hcma_fast.train.emoji_scenes import CATEGORIES, Split, render_scene, sample_scene
+from hcma_fast.train.views import crop_image
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _PLURALS = {category.name: category.plural for category in CATEGORIES}
@@ -39,6 +40,8 @@ class EvalItem(BaseModel):
     """the real image"""
     scene: tuple[Split, int] | None = None
     """of EmojiScenes: its render is the real image"""
+    crop: bool = False
+    """the real image is the square in the middle of the file's"""
 
     @property
     def has_real(self) -> bool:
@@ -50,6 +53,7 @@ class EvalItem(BaseModel):
 
         Args:
             resize: scale one of another size, so that the boxes' shares still hold; else refuse it.
+                One that is cropped is scaled anyway.
 
         Raises:
             InputError: it cannot be read, or has another size.
@@ -65,8 +69,10 @@ class EvalItem(BaseModel):
                 value=str(self.image),
                 remedy="Check the file, or leave out metrics that need real images.",
             ) from error
+        if self.crop and width == height:
+            return crop_image(picture, width)
         if picture.size != (width, height):
-            if not resize:
+            if self.crop or not resize:
                 raise InputError(
                     f"the real image of {self.id} has another size than {width} x {height}",
                     value=picture.size,
@@ -220,12 +226,7 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
         annotations / "instances_val2014.json",
         annotations / "captions_val2014.json",
     )
-    if len(examples) < count:
-        raise InputError(
-            f"{count} images are asked for, there are fewer",
-            value=len(examples),
-            remedy="Lower --count.",
-        )
+    check_enough(len(examples), count)
     items = [
         EvalItem(
             id=f"{example.image_id:012d}",
@@ -239,7 +240,19 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
     return items
 
 
+def check_enough(found: int, count: int) -> None:
+    """Refuse to take more images than there are.
+
+    Raises:
+        InputError.
+    """
+    if found < count:
+        raise InputError(
+            f"{count} images are asked for, there are fewer", value=found, remedy="Lower --count."
+        )
+
+
 def items_hash(items: Sequence[EvalItem]) -> str:
     """sha256 of all that makes the images: a run over other layouts is another run."""
-    content = [item.model_dump(mode="json", exclude={"image"}) for item in items]
+    content = [item.model_dump(mode="json", exclude={"image", "crop"}) for item in items]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -27,6 +27,7 @@ from hcma_fast.bench.eval_run import (
 )
 from hcma_fast.bench.fidelity import check_count, check_features
 from hcma_fast.bench.judge import Judge
+from hcma_fast.bench.judge_count import categories_match, is_clear, outside_windows
 from hcma_fast.bench.methods import Method
 from hcma_fast.bench.networks import ClipScorer, FeatureNetwork, cut
 from hcma_fast.errors import InputError, UsageError
@@ -114,7 +115,11 @@ class Measured:
     crops: NDArray[np.float32]
     """(R, D)"""
     judged: NDArray[np.bool_]
-    """(R,) the judge sees the phrase; empty without a judge"""
+    """(R,) the judge sees the phrase; empty without a judge, as the next two"""
+    counted: NDArray[np.bool_]
+    """(n,) the boxes show each category as often as the layout has it"""
+    clear: NDArray[np.bool_]
+    """(n,) the judge sees no object outside of the boxes"""
     clip: NDArray[np.float32]
     """(n,) cosine with the prompt; empty without CLIP, as the next two"""
     clip_label: NDArray[np.float32]
@@ -223,7 +228,8 @@ def measure_block(
     """
     nothing = np.zeros(0, np.float32)
     whole = crops = np.zeros((len(items), 0), np.float32)
-    judged, clip, clip_label, clip_photo = nothing.astype(np.bool_), nothing, nothing, nothing
+    judged = counted = clear = nothing.astype(np.bool_)
+    clip = clip_label = clip_photo = nothing
     layouts = [item.layout for item in items]
     if instruments.features is not None:
         whole = instruments.features.images(images)
@@ -237,16 +243,22 @@ def measure_block(
         check_features(crops, [item.id for item in items for _ in item.layout.boxes], what)
     if instruments.judge is not None:
         verdicts = instruments.judge.predict(
-            np.stack([np.asarray(image) for image in images]), [layout.boxes for layout in layouts]
+            np.stack([np.asarray(image) for image in images]),
+            [[*layout.boxes, *outside_windows(layout.boxes)] for layout in layouts],
         )
+        inside = [seen[: len(layout)] for layout, seen in zip(layouts, verdicts, strict=True)]
+        outside = [seen[len(layout) :] for layout, seen in zip(layouts, verdicts, strict=True)]
+        pairs = list(zip(layouts, inside, strict=True))
         judged = np.array(
             [
                 verdict.category == phrase
-                for layout, seen in zip(layouts, verdicts, strict=True)
+                for layout, seen in pairs
                 for phrase, verdict in zip(layout.phrases, seen, strict=True)
             ],
             np.bool_,
         )
+        counted = np.array([categories_match(layout, seen) for layout, seen in pairs], np.bool_)
+        clear = np.array([is_clear(seen) for seen in outside], np.bool_)
     if instruments.clip is not None:
         clip = instruments.clip.cosines(images, [item.prompt for item in items])
         pieces = [
@@ -260,4 +272,14 @@ def measure_block(
     detections = []
     if instruments.detector is not None:
         detections = [instruments.detector.detect(image) for image in images]
-    return Measured(whole, crops, judged, clip, clip_label, clip_photo, detections)
+    return Measured(
+        whole=whole,
+        crops=crops,
+        judged=judged,
+        counted=counted,
+        clear=clear,
+        clip=clip,
+        clip_label=clip_label,
+        clip_photo=clip_photo,
+        detections=detections,
+    )

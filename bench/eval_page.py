@@ -96,7 +96,7 @@ def plots(report: EvalReport) -> list[Figure]:
         figure, name = Figure(figsize=(7, 4.5), layout="constrained"), names[0]
         axes = figure.add_subplot()
         for row, colour in zip(report.methods, _cycle(len(report.methods)), strict=True):
-            if row.cost is None:
+            if row.cost is None or name not in row.scores:
                 continue
             y, x = row.scores[name], row.cost.seconds
             axes.errorbar(
@@ -127,9 +127,14 @@ def plots(report: EvalReport) -> list[Figure]:
         axes.legend(fontsize=8)
         figures.append(figure)
     rates = sorted(
-        (row for row in report.methods if row.name in ("gligen", "hcma")), key=lambda row: row.eta0
+        (
+            row
+            for row in report.methods
+            if row.name in ("gligen", "hcma") and names and names[0] in row.scores
+        ),
+        key=lambda row: row.eta0,
     )
-    if names and len({row.eta0 for row in rates}) > 1:
+    if len({row.eta0 for row in rates}) > 1:
         figure, name = Figure(figsize=(7, 4.5), layout="constrained"), names[0]
         axes = figure.add_subplot()
         for row in rates:

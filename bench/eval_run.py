@@ -278,7 +278,7 @@ def _generate(
             )
             for row, item in enumerate(batch):
                 picture, path = image_files(out, method, item)
-                content = _png(Image.fromarray(found.images[row]))
+                content = png_bytes(Image.fromarray(found.images[row]))
                 record = ImageRecord(
                     run=run.digest,
                     id=item.id,
@@ -326,7 +326,8 @@ def load_records(
     return records
 
 
-def _png(image: Image.Image) -> bytes:
+def png_bytes(image: Image.Image) -> bytes:
+    """The image as a PNG file."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()

@@ -20,6 +20,7 @@ from hcma_fast.bench.eval_run import BLOCK, ImageRecord, RunSettings, load_recor
 from hcma_fast.bench.fidelity import fid, kid, precision_recall
 from hcma_fast.bench.machine import Machine, describe_machine
 from hcma_fast.bench.methods import Method
+from hcma_fast.bench.networks import FeatureNetwork
 from hcma_fast.errors import InputError, UsageError
 
 MIN_SIDE = 0.25
@@ -252,9 +253,13 @@ def _scored(
         scored["region judge, large boxes"] = share(judged, sides >= MIN_SIDE)
         scored["region judge"] = share(judged)
         right = np.bincount(owners, judged, len(items)) == np.bincount(owners, minlength=len(items))
-        scored["images with every box right"] = _ratio(
-            right.astype(np.float64), np.ones(len(items))
-        )
+        counted, clear = blocks.joined("counted"), blocks.joined("clear")
+        for name, values in (
+            ("images with every box right", right),
+            ("images with nothing outside the boxes", clear),
+            ("objects counted right", counted.astype(np.bool_) & clear.astype(np.bool_)),
+        ):
+            scored[name] = _ratio(values.astype(np.float64), np.ones(len(items)))
     if "clip" in wanted:
         scored["CLIP, caption"] = _ratio(blocks.joined("clip"), np.ones(len(items)))
         scored["CLIP, box and label"] = share(blocks.joined("clip_label"))
@@ -262,10 +267,10 @@ def _scored(
     if "detector" in wanted:
         scored |= _detector_scores(items, blocks.detections(), share)
     if real is not None and instruments.features is not None:
-        title = instruments.features.title
+        network = instruments.features
         for what, attribute in (("", "whole"), (" of boxes", "crops")):
             rows = np.arange(len(items)) if attribute == "whole" else owners
-            scored |= _set_scores(wanted, title, what, attribute, rows, blocks, real)
+            scored |= _set_scores(wanted, network, what, attribute, rows, blocks, real)
     return scored
 
 
@@ -301,7 +306,7 @@ def _detector_scores(
 
 def _set_scores(
     wanted: set[str],
-    title: str,
+    network: FeatureNetwork,
     what: str,
     attribute: str,
     owners: NDArray[np.int64],
@@ -315,7 +320,7 @@ def _set_scores(
     rows_of = [np.flatnonzero(owners == i) for i in range(count)] if len(theirs) <= 20_000 else []
     small = len(owners) <= _RESAMPLED_ROWS and width <= _RESAMPLED_WIDTH
     resamples = _SET_RESAMPLES if small else 0
-    name = f"({title}){what}"
+    name = f"({network.title}){what}"
     scored: dict[str, _Scored] = {}
 
     def rows(chosen: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -336,7 +341,7 @@ def _set_scores(
         return kid(theirs[some], mine[some])
 
     if "fid" in wanted and len(owners) > width:
-        scored[f"Frechet distance {name}"] = _Scored(distance, resamples, plug_in=False)
+        scored[f"{network.distance} {name}"] = _Scored(distance, resamples, plug_in=False)
     if "kid" in wanted and len(mine) > 1:
         scored[f"KID {name}"] = _Scored(kernel, resamples, plug_in=False)
     if "precision-recall" in wanted and len(mine) > 3:

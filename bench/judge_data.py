@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, SceneObject, sample_scene
+from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, sample_scene
 
 Box = tuple[float, float, float, float]
 CROP_SIDE = 32
@@ -25,7 +25,7 @@ MARGIN = 0.08
 NONE = "none"
 CLASSES: tuple[str, ...] = (*CATEGORY_NAMES, NONE)
 _NONE_SHARE = 0.12
-_MAX_COVER = 0.15
+MAX_COVER = 0.15
 """Share of a background crop that objects may cover."""
 
 
@@ -50,13 +50,13 @@ def to_tensor(crops: Sequence[NDArray[np.uint8]]) -> Tensor:
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
 
 
-def cover(box: Box, objects: Sequence[SceneObject]) -> float:
-    """Share of ``box`` that objects cover (an overlap of two counts twice)."""
+def cover(box: Box, objects: Sequence[Box]) -> float:
+    """Share of ``box`` that the boxes of objects cover (an overlap of two counts twice)."""
     area = (box[2] - box[0]) * (box[3] - box[1])
     total = 0.0
-    for item in objects:
-        width = min(box[2], item.box[2]) - max(box[0], item.box[0])
-        height = min(box[3], item.box[3]) - max(box[1], item.box[1])
+    for other in objects:
+        width = min(box[2], other[2]) - max(box[0], other[0])
+        height = min(box[3], other[3]) - max(box[1], other[1])
         total += max(width, 0.0) * max(height, 0.0)
     return total / area
 
@@ -67,7 +67,7 @@ def background_box(rng: np.random.Generator, scene: Scene) -> Box | None:
         width, height = rng.uniform(0.15, 0.6, size=2)
         x, y = rng.uniform(0, 1 - width), rng.uniform(0, 1 - height)
         box = (float(x), float(y), float(x + width), float(y + height))
-        if cover(box, scene.objects) < _MAX_COVER:
+        if cover(box, [item.box for item in scene.objects]) < MAX_COVER:
             return box
     return None
 

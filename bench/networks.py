@@ -35,6 +35,11 @@ class FeatureNetwork(Protocol):
         """D, entries of a vector."""
         ...
 
+    @property
+    def distance(self) -> str:
+        """What tables call the Frechet distance on it: FID on Inception's features only."""
+        ...
+
     def images(self, images: Sequence[Image.Image]) -> Features:
         """Whole images: (N, D) float32."""
         ...
@@ -49,6 +54,7 @@ class JudgeFeatures:
 
     title = "EmojiScenes, judge features"
     width = 256
+    distance = "Frechet distance"
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge
@@ -76,6 +82,8 @@ class JudgeFeatures:
 
 class VisionFeatures:
     """The pooled output of a vision model of transformers, such as DINOv2 or CLIP's."""
+
+    distance = "Frechet distance"
 
     def __init__(self, name: str) -> None:
         """Load from a folder or hub id, safetensors only.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ from hcma_fast.train.objective import (
     stage1_losses,
     summary,
 )
+
+if TYPE_CHECKING:
+    from hcma_fast.train.samples import SamplePlan
 
 _VALIDATION_SEED = 2**40
 _GOLDEN = 0.6180339887498949
@@ -228,6 +232,7 @@ def train_aligner(
     aligner: Aligner,
     *,
     cpu: bool = False,
+    samples: SamplePlan | None = None,
     progress: Callable[[int, int, dict[str, object] | None], None] = lambda *_: None,
 ) -> Path:
     """Train ``aligner`` in place from the newest state in ``out``; returns the best one's folder.
@@ -236,6 +241,7 @@ def train_aligner(
 
     Args:
         aligner: the start, in the same state in all processes; a newer state in ``out`` wins.
+        samples: pictures to draw along the way; they leave the weights as they are.
         progress: called in the main process with steps done, steps in all, and the record where
             one was logged.
 
@@ -269,7 +275,7 @@ def train_aligner(
             remedy="All processes need the same --out, on a file system that they share.",
         )
     with run.logging(state.step, tensorboard=training.tensorboard):
-        _loop(stage, run, state, progress)
+        _loop(stage, run, state, samples, progress)
     accelerator.wait_for_everyone()
     return run.best_folder
 
@@ -278,6 +284,7 @@ def _loop(
     stage: _Stage1,
     run: AlignerRun,
     state: RunState,
+    samples: SamplePlan | None,
     progress: Callable[[int, int, dict[str, object] | None], None],
 ) -> None:
     training, accelerator = stage.training, stage.accelerator
@@ -312,6 +319,10 @@ def _loop(
             if state.best_loss is None or loss < state.best_loss:
                 state.best_loss, state.best_step = loss, done
                 run.export_best(stage.averaged, done, found)
+        if samples is not None and samples.due(done):
+            begun = time.monotonic()
+            run.draw(samples, done, stage.averaged)
+            clock += time.monotonic() - begun
         if ends_epoch or done % training.checkpoint_every == 0:
             state.step = done
             run.save(state, stage.network.aligner, stage.optimizer, stage.average)

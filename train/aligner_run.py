@@ -2,7 +2,8 @@
 
 ``aligner/`` holds the best aligner by the val part, ``aligner-last/`` the last one: config.json and
 model.safetensors, as ``--aligner`` and ``Aligner.from_pretrained`` take them, and training.json,
-which says where they come from. ``aligner-run/`` holds states, log.jsonl and TensorBoard's events.
+which says where they come from. ``aligner-run/`` holds states, log.jsonl, TensorBoard's events and,
+where they are asked for, samples.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from hcma_fast.train.checkpoints import write_state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+    from hcma_fast.train.samples import SamplePlan
 
 PROVENANCE_FILE = "training.json"
 LOG_FILE = "log.jsonl"
@@ -216,6 +219,11 @@ class AlignerRun:
             if self._events is not None:
                 self._events.close()
                 self._events = None
+
+    def draw(self, samples: SamplePlan, step: int, aligner: Aligner) -> None:
+        """Write a sheet of samples to ``aligner-run/samples/``, and to TensorBoard."""
+        if self.main:
+            samples.draw(self.work / "samples", step, aligner=aligner, events=self._events)
 
     def log(self, part: str, record: dict[str, Any]) -> None:
         """Append a record to log.jsonl, and its numbers to TensorBoard."""

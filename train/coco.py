@@ -175,6 +175,18 @@ def read_coco(
     return examples
 
 
+def read_categories(instances: str | Path) -> dict[int, str]:
+    """The names of ``instances_*.json``'s categories by their ids.
+
+    Raises:
+        InputError: names the file: it is missing, not in COCO's format, or an id occurs twice.
+    """
+    path = Path(instances)
+    found = _read(path, _Instances).categories
+    _check_unique("category", path, found)
+    return {category.id: category.name for category in found}
+
+
 def open_image(example: CocoExample) -> Image.Image:
     """The decoded image, RGB.
 

@@ -9,19 +9,26 @@ trained: stage 2 of Algorithm 1, for the whole UNet instead of GLIGEN's layers a
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer
 
+from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.aligner import Aligner, AlignStep
+from hcma_fast.models.weights import Components, load_part
 from hcma_fast.schedule import add_noise, alphas_cumprod
+from hcma_fast.train.aligner_settings import architecture
 from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import Batch, SceneLatents
 from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.samples import plan_scene_samples
 from hcma_fast.train.text import WIDTH
 
 PLAIN_SHARE = 0.05
@@ -88,6 +95,47 @@ def align_some(
     return z.index_copy(0, chosen, moved.detach())
 
 
+def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
+    """The parts of a run of `tiny` so far; without a trained aligner, an alignment of rate 0."""
+    trained = (folder / "aligner").is_dir()
+    return Components(
+        preset="tiny",
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=load_part(CLIPTextModel, folder / "text_encoder").eval(),
+        unet=unet,
+        vae=load_part(AutoencoderKL, folder / "vae").eval(),
+        aligner=(
+            Aligner.from_pretrained(folder / "aligner")
+            if trained
+            else Aligner(architecture("tiny"))
+        ),
+        settings=AlignmentSettings(eta0=1.0 if trained else 0.0, guidance_scale=3.0),
+        image_size=64,
+        weights_hash="in training",
+        source=None,
+    )
+
+
+@contextmanager
+def sampling(
+    folder: Path, unet: UNet2DConditionModel, every: int, state: Path
+) -> Iterator[Callable[[int, UNet2DConditionModel], None] | None]:
+    """What draws samples into ``state`` where they are due; None for ``every`` 0."""
+    if not every:
+        yield None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    plan = plan_scene_samples(scene_components(folder, unet), every)
+    with SummaryWriter(state / "tensorboard") as events:
+
+        def sample(step: int, averaged: UNet2DConditionModel) -> None:
+            if plan.due(step):
+                plan.draw(state / "samples", step, unet=averaged, events=events)
+
+        yield sample
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
@@ -96,6 +144,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=30000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--aligned-share", type=float, default=0.0, help="of the examples")
+    parser.add_argument("--sample-every", type=int, default=0, help="steps; 0 for no samples")
     args = parser.parse_args()
 
     torch.manual_seed(0)
@@ -142,6 +191,7 @@ def main() -> None:
     def keep(step: int, averaged: UNet2DConditionModel) -> None:
         averaged.save_pretrained(args.out / "unet")
 
+    state = args.out / "denoiser-state"
     config = LoopConfig(
         steps=args.steps,
         lr=args.lr,
@@ -150,7 +200,8 @@ def main() -> None:
         ema_decay=0.9995,
         checkpoint_every=400,
     )
-    run(model, loss_of_step, config, args.out / "denoiser-state", keep)
+    with sampling(args.out, model, args.sample_every, state) as sample:
+        run(model, loss_of_step, config, state, keep, sample)
 
 
 if __name__ == "__main__":

@@ -118,6 +118,15 @@ def make_cache(
     return report
 
 
+def hash_annotations(data: Path, split: str) -> str:
+    """sha256 of the instances and captions files, as a cache's header has it."""
+    digest = hashlib.sha256()
+    for path in annotation_files(data, split):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def _header(
     data: Path,
     split: str,
@@ -136,15 +145,11 @@ def _header(
             remedy=f"The model was trained at {encoders.image_size}.",
         )
     side = size // encoders.factor
-    digest = hashlib.sha256()
-    for path in annotation_files(data, split):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
     return CacheHeader(
         preset=encoders.preset,
         vae_sha256=encoders.vae_sha256,
         text_sha256=encoders.text_sha256,
-        annotations_sha256=digest.hexdigest(),
+        annotations_sha256=hash_annotations(data, split),
         split=split,
         image_count=len(examples),
         image_size=size,

@@ -43,8 +43,8 @@ class Encoders:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.device, self.dtype = device, dtype
         # before they are cast: the hash is of the weights, not of the precision
-        self.vae_sha256 = _state_hash(self.vae.encoder, self.vae.quant_conv)
-        self.text_sha256 = _state_hash(self.text_encoder, extra=self.tokenizer.get_vocab())
+        self.vae_sha256 = state_hash(self.vae.encoder, self.vae.quant_conv)
+        self.text_sha256 = state_hash(self.text_encoder, extra=self.tokenizer.get_vocab())
         self.vae.requires_grad_(False).eval().to(device)
         if dtype != "float32":
             self.vae = self.vae.half() if dtype == "float16" else self.vae.bfloat16()
@@ -76,7 +76,8 @@ class Encoders:
         return torch.cat(parts), cut
 
 
-def _state_hash(*modules: nn.Module | None, extra: object = None) -> str:
+def state_hash(*modules: nn.Module | None, extra: object = None) -> str:
+    """sha256 of the modules' tensors, and of what else the result depends on."""
     digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
     for module in modules:
         for name, value in module.state_dict().items() if module is not None else ():

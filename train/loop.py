@@ -66,12 +66,14 @@ def run(
     config: LoopConfig,
     folder: Path,
     on_checkpoint: Callable[[int, _Model], None] | None = None,
+    on_step: Callable[[int, _Model], None] | None = None,
 ) -> _Model:
     """Train ``model`` in place from the newest state in ``folder``; returns the averaged copy.
 
     Args:
         loss_of_step: step -> named scalar losses; ``"loss"`` is minimised, the rest is logged.
         on_checkpoint: called with the step and the averaged model before each checkpoint.
+        on_step: called with both after each step; its time is not counted in the log.
 
     Raises:
         DivergenceError: a loss or gradient is not finite; the last state stays as it was.
@@ -116,6 +118,10 @@ def run(
                 log.write(json.dumps(record) + "\n")
             print(json.dumps(record), flush=True)
             totals, count, clock = {}, 0, time.monotonic()
+        if on_step is not None:
+            begun = time.monotonic()
+            on_step(done, cast(_Model, ema.module))
+            clock += time.monotonic() - begun
         if done % config.checkpoint_every == 0 or done == config.steps:
             # the export first: a run killed in between then repeats it, instead of missing it
             if on_checkpoint is not None:

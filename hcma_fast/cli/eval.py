@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hcma_fast.cli.eval_inputs import check_benchmark, choose_instruments, choose_items
 from hcma_fast.cli.output import (
     BuildProgress,
     output_folder,
@@ -31,14 +32,11 @@ from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import BackendError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.eval_items import EvalItem
-    from hcma_fast.bench.eval_measure import Instruments
     from hcma_fast.bench.methods import Method, Runner
 
 _STAGES = ("generate", "measure", "report")
 _REPORTS = ("scores.json", "scores.csv", "report.md", "report.html")
-_NEEDED = ("torchmetrics", "scipy", "faster_coco_eval", "matplotlib")
-_EMOJI = {"emoji-scenes": "test", "emoji-scenes:test": "test", "emoji-scenes:val": "val"}
+_NEEDED = ("torchmetrics", "scipy", "faster_coco_eval", "matplotlib", "yaml")
 
 
 def evaluate(
@@ -60,7 +58,11 @@ def evaluate(
         str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")
     ] = None,
     data: Annotated[
-        str, typer.Option(help="emoji-scenes, emoji-scenes:val, or coco2014=FOLDER.")
+        str,
+        typer.Option(
+            help="emoji-scenes, emoji-scenes:val, coco2014=FOLDER, gligen-coco=FOLDER or "
+            "coco-mig=FILE."
+        ),
     ] = "emoji-scenes",
     manifest: Annotated[
         Path | None,
@@ -68,7 +70,7 @@ def evaluate(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a manifest all"),
+        typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a file all"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
@@ -91,7 +93,8 @@ def evaluate(
     features: Annotated[
         str | None,
         typer.Option(
-            help="Vision model for fid, kid, precision-recall: folder or hub id.",
+            help="Vision model for fid, kid, precision-recall: folder, hub id, or inception=FILE "
+            "for FID proper.",
             show_default="the judge, on EmojiScenes",
         ),
     ] = None,
@@ -113,8 +116,16 @@ def evaluate(
         ),
     ] = None,
     pictures: Annotated[int, typer.Option(min=0, help="Layouts shown in the report.")] = 12,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the images as the scorer of coco-mig or gligen-coco reads."),
+    ] = None,
+    scores: Annotated[
+        list[str] | None,
+        typer.Option(help="METHOD=FILE: add what that scorer wrote to the report; repeat it."),
+    ] = None,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace a report, and the images of another run.")
+        bool, typer.Option("--force", help="Replace reports, exports, and images of another run.")
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
 ) -> None:
@@ -129,6 +140,7 @@ def evaluate(
             value=", ".join(missing),
             remedy='Run pip install "hcma-fast[eval]".',
         )
+    from hcma_fast.bench.eval_export import split_scores, with_scores
     from hcma_fast.bench.eval_items import items_hash
     from hcma_fast.bench.eval_measure import measure
     from hcma_fast.bench.eval_run import RunSettings, Shard, check_plan, generate, open_run
@@ -143,8 +155,18 @@ def evaluate(
     check_pairs(methods, pairs)
     if "report" in stages and not force:
         _check_absent(out)
-    items, source = _items(data, manifest, count)
-    instruments = _instruments(items, metric, features, clip, detector, resize_real)
+    items, source, benchmark = choose_items(data, manifest, count)
+    check_benchmark(benchmark, export, scores, stages, part.count)
+    named = [split_scores(text, methods) for text in scores or ()]
+    instruments = choose_instruments(
+        items,
+        metric,
+        features,
+        clip,
+        detector,
+        resize_real,
+        needed=benchmark is None and stages != ("generate",),
+    )
     instruments.check(items)
     runner = _runner(model, aligner, backend, device, methods, attention_factor)
     pipe = runner.pipe
@@ -165,6 +187,7 @@ def evaluate(
         data=source,
         attention_factor=attention_factor,
     )
+    found = [(label, benchmark.read_scores(path, run)) for label, path in named if benchmark]
     with output_folder(out):
         open_run(out, run, force=force)
         with _Bars() as bars:
@@ -183,6 +206,8 @@ def evaluate(
                 measure(
                     instruments, methods, items, run, out, shard=part, progress=bars.of("measuring")
                 )
+        if export is not None and benchmark is not None:
+            benchmark.export(methods, run, out, export, force=force)
         if "report" not in stages:
             return
         from hcma_fast.bench.eval_page import page
@@ -198,6 +223,7 @@ def evaluate(
             command=_command(),
             progress=lambda label: print_note(f"scoring {label}"),
         )
+        report = with_scores(report, found)
         html = page(report, methods, items, out, pictures=pictures, resize_real=resize_real)
         contents = (report.model_dump_json(indent=2), as_csv(report), markdown(report), html)
         for name, text in zip(_REPORTS, contents, strict=True):
@@ -277,79 +303,6 @@ def _pair(text: str) -> tuple[str, str]:
             "a comparison reads A,B", value=text, remedy="For example --compare hcma,gligen."
         )
     return first, second
-
-
-def _items(data: str, manifest: Path | None, count: int | None) -> tuple[list[EvalItem], str]:
-    from hcma_fast.bench.eval_items import COCO_COUNT, coco_items, emoji_items, read_items
-
-    if manifest is not None:
-        items = read_items(manifest)
-        if count is not None and count > len(items):
-            raise UsageError(
-                f"the manifest has {len(items)} lines", value=count, remedy="Lower --count."
-            )
-        return items[:count], manifest.name
-    if data in _EMOJI:
-        split = _EMOJI[data]
-        return emoji_items(
-            "val" if split == "val" else "test", count or 500
-        ), f"EmojiScenes {split}"
-    kind, equals, folder = data.partition("=")
-    if kind == "coco2014" and equals:
-        return coco_items(Path(folder), count or COCO_COUNT), "COCO 2014 validation"
-    raise UsageError(
-        "unknown data", value=data, remedy="Use emoji-scenes, coco2014=FOLDER, or --manifest."
-    )
-
-
-def _instruments(
-    items: Sequence[EvalItem],
-    metric: list[str] | None,
-    features: str | None,
-    clip: str | None,
-    detector: str | None,
-    resize_real: bool,
-) -> Instruments:
-    """The networks that were asked for; on EmojiScenes the judge without being asked."""
-    from hcma_fast.bench.detection import Detector
-    from hcma_fast.bench.eval_measure import Instruments
-    from hcma_fast.bench.judge import Judge
-    from hcma_fast.bench.networks import (
-        ClipScorer,
-        FeatureNetwork,
-        JudgeFeatures,
-        VisionFeatures,
-    )
-
-    scenes = all(item.scene is not None for item in items)
-    judge = Judge.load() if scenes else None
-    network: FeatureNetwork | None = None
-    if features is not None:
-        network = VisionFeatures(features)
-    elif judge is not None:
-        network = JudgeFeatures(judge)
-    real = all(item.has_real for item in items)
-    possible = [
-        *(["judge"] if judge else []),
-        *(["fid", "kid", "precision-recall"] if network and real else []),
-        *(["clip"] if clip else []),
-        *(["detector"] if detector else []),
-    ]
-    chosen = tuple(metric or possible)
-    if not chosen:
-        raise UsageError(
-            "there is nothing to measure with",
-            value="no network",
-            remedy="Name --features, --clip or --detector.",
-        )
-    return Instruments(
-        metrics=chosen,
-        judge=judge,
-        features=network,
-        clip=ClipScorer(clip) if clip else None,
-        detector=Detector(detector) if detector else None,
-        resize_real=resize_real,
-    )
 
 
 def _runner(

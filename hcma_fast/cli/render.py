@@ -230,7 +230,7 @@ def _write(
     )
     write_file(image_path, content)
     if overlay:
-        from hcma_fast.cli.overlay import draw_layout
+        from hcma_fast.overlay import draw_layout
 
         write_file(overlay_path, _png(draw_layout(image, job.layout)))
     write_file(sidecar_path, sidecar.to_bytes())

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     import torch
 
     from hcma_fast.train.aligner_settings import AlignerTraining
+    from hcma_fast.train.cache import CacheHeader
     from hcma_fast.train.encode import CacheReport
+    from hcma_fast.train.samples import SamplePlan
 
 train_app = typer.Typer(
     help="Train the aligner, tune the alignment. Results on stdout, progress on stderr.",
@@ -188,6 +190,15 @@ def aligner(
     ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="States to keep.  [2]")] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's events too.")] = True,
+    sample_every: Annotated[
+        int | None, typer.Option(min=1, help="Draw some val layouts every so many steps.")
+    ] = None,
+    sample_data: Annotated[
+        Path | None, typer.Option(help="Folder that the cache was made from, for --sample-every.")
+    ] = None,
+    sample_model: Annotated[
+        str | None, typer.Option(help="Model to draw with.  [the cache's preset, if embedded]")
+    ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
 ) -> None:
     """Train the aligner (stage 1 of the paper's Algorithm 1); prints the best one's folder.
@@ -232,6 +243,7 @@ def aligner(
     from hcma_fast.train.aligner_run import check_provenance
     from hcma_fast.train.aligner_settings import architecture
 
+    samples = _samples(header, sample_every, sample_data, sample_model)
     torch.manual_seed(seed)
     if init is not None:
         check_provenance(init, header)
@@ -254,9 +266,35 @@ def aligner(
                     note=f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} images/s",
                 )
 
-        best = train_aligner(cache, out, training, model, cpu=cpu, progress=advance)
+        best = train_aligner(
+            cache, out, training, model, cpu=cpu, samples=samples, progress=advance
+        )
     if PartialState().is_main_process:
         typer.echo(best)
+
+
+def _samples(
+    header: CacheHeader, every: int | None, data: Path | None, model: str | None
+) -> SamplePlan | None:
+    if every is None:
+        return None
+    if data is None:
+        raise UsageError(
+            "--sample-every needs the captions, which a cache does not hold",
+            value=every,
+            remedy="Give the folder that the cache was made from by --sample-data.",
+        )
+    name = model or header.preset
+    if model is None and name not in PRESETS:
+        raise UsageError(
+            "no model is known to draw samples with",
+            value=name,
+            remedy="Give the model that the cache was made with by --sample-model.",
+        )
+    from hcma_fast.models.weights import load_components
+    from hcma_fast.train.samples import plan_samples
+
+    return plan_samples(load_components(name), data, header, every)
 
 
 def _settings(preset: str, given: dict[str, object]) -> AlignerTraining:

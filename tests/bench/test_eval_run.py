@@ -35,11 +35,12 @@ from hcma_fast.bench.eval_run import (
     open_run,
 )
 from hcma_fast.bench.eval_scores import score_run
+from hcma_fast.bench.fidelity import Features
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.methods import Generated, Method, Runner
-from hcma_fast.bench.networks import JudgeFeatures
+from hcma_fast.bench.networks import JudgeFeatures, VisionFeatures, cut
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.layout import Layout
+from hcma_fast.layout import Box, Layout
 from hcma_fast.models.weights import Components
 from hcma_fast.train.emoji_scenes import render_scene, sample_scene
 
@@ -221,7 +222,14 @@ def test_a_faultless_generator_reaches_the_real_images(
     report = score_run(instruments, METHODS, items, run, tmp_path, pairs=[("gligen", "hcma")])
     good, bad = report.methods
     assert report.real is not None
-    for name in ("region judge", "region judge, large boxes", "images with every box right"):
+    outside = "images with nothing outside the boxes"
+    assert good.scores[outside] == report.real.scores[outside]
+    for name in (
+        "region judge",
+        "region judge, large boxes",
+        "images with every box right",
+        "objects counted right",
+    ):
         assert good.scores[name] == report.real.scores[name]
         assert good.scores[name].value > 0.8 > bad.scores[name].value + 0.4
     title = "(EmojiScenes, judge features)"
@@ -235,6 +243,34 @@ def test_a_faultless_generator_reaches_the_real_images(
     assert first.interval[0] > 0 and first.p_value < 0.01
     assert bad.losses == [0.5, None] and bad.cost is not None and bad.cost.aligner_passes == 2
     assert bad.cost.own_process is False
+
+
+class MeanColours:
+    """A feature network of four numbers a picture, whose distance goes by the name of FID."""
+
+    title, width, distance = "mean colours", 4, "FID"
+
+    def images(self, images: Sequence[Image.Image]) -> Features:
+        pixels = [np.asarray(image, np.float32) / 255 for image in images]
+        return np.stack([[*p.mean((0, 1)), p.std()] for p in pixels]).astype(np.float32)
+
+    def crops(self, image: Image.Image, boxes: Sequence[Box]) -> Features:
+        return self.images([cut(image, box) for box in boxes])
+
+
+def test_the_network_names_its_distance(
+    random_components: Components, items: list[EvalItem], tmp_path: Path
+) -> None:
+    runner = make(Rendering, random_components)
+    run = settings(items, runner)
+    open_run(tmp_path, run, force=False)
+    generate(runner, METHODS[:1], items, run, tmp_path, batch_size=8)
+    instruments = Instruments(("fid",), features=MeanColours())
+    measure(instruments, METHODS[:1], items, run, tmp_path)
+    scores = score_run(instruments, METHODS[:1], items, run, tmp_path).methods[0].scores
+    assert list(scores) == ["FID (mean colours)", "FID (mean colours) of boxes"]
+    assert scores["FID (mean colours)"].value == pytest.approx(0, abs=1e-6)
+    assert JudgeFeatures.distance == VisionFeatures.distance == "Frechet distance"
 
 
 def test_measuring_resumes_and_checks_images(

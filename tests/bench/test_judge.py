@@ -131,8 +131,9 @@ def test_a_crop_of_a_sliver_is_not_empty() -> None:
 def test_background_boxes_show_background() -> None:
     scene = sample_scene("judge", 3)
     box = background_box(np.random.default_rng(0), scene)
-    assert box is not None and cover(box, scene.objects) < 0.15
-    assert cover(scene.objects[0].box, scene.objects) >= 1
+    boxes = [item.box for item in scene.objects]
+    assert box is not None and cover(box, boxes) < 0.15
+    assert cover(boxes[0], boxes) >= 1
 
 
 def test_training_batches_depend_on_the_step_alone() -> None:

@@ -71,6 +71,28 @@ def test_shards_then_a_report(random_checkpoint: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0 and (tmp_path / "report.html").exists()
 
 
+def test_a_benchmark_is_drawn_exported_for_its_scorer_and_its_scores_come_back(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    boxes = ([0.1, 0.2, 0.5, 0.75], [0.5, 0.25, 1, 0.9])
+    names = ("a blue fork", "a red cup")
+    segment = [{"bbox": box, "label": name} for box, name in zip(boxes, names, strict=True)]
+    sample = {"caption": "a photo of a blue fork and a red cup ", "segment": segment}
+    layouts, metric = tmp_path / "mig_bench.json", tmp_path / "metric_eval.json"
+    layouts.write_text(json.dumps({"7": sample, "11": sample}))
+    metric.write_text('{"inst_sucess_ratio": 0.25, "miou": 0.5}')
+    out, export = tmp_path / "run", tmp_path / "export"
+    mig = ["--data", f"coco-mig={layouts}", "--method", "gligen", "--export", str(export)]
+    result = run(random_checkpoint, out, *mig, "--scores", f"gligen={metric}")
+    assert result.exit_code == 0, result.output
+    # eval_mig.py takes every file of the folder, and what follows the last "_" for the number
+    assert {path.name for path in (export / "gligen").iterdir()} == {"mig_7.png", "mig_11.png"}
+    assert (export / "gligen" / "mig_7.png").read_bytes() == (out / "gligen" / "7.png").read_bytes()
+    assert (export / "mig_bench.json").read_bytes() == layouts.read_bytes()
+    assert "| COCO-MIG instance success ratio | 0.250 |" in result.stdout
+    assert "scores of gligen: metric_eval.json" in result.stdout
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -81,6 +103,9 @@ def test_shards_then_a_report(random_checkpoint: Path, tmp_path: Path) -> None:
         (["--stage", "dream"], "unknown stage"),
         (["--shard", "1/2", "--stage", "report"], "whole run"),
         (["--data", "imagenet"], "unknown data"),
+        (["--data", "coco-mig=missing.json"], "cannot read this file"),
+        (["--export", "there"], "scorer of their own"),
+        (["--scores", "hcma=m.json"], "scorer of their own"),
         (["--metric", "detector"], "no network"),
         (["--method", "boxdiff", "--attention-factor", "4"], "factors 2"),
     ],

@@ -111,6 +111,7 @@ def test_bad_images(data: Path, cli: Any, tmp_path: Path) -> None:
         (("--batch", "8", "--lr", "0"), 2, ("--lr", "greater than 0")),
         (("--init", "nowhere"), 3, ("the aligner cannot be loaded", "nowhere")),
         (("--cache", "nowhere"), 3, ("this is no cache", "nowhere")),
+        (("--sample-every", "5"), 2, ("--sample-data",)),
     ],
 )
 def test_aligner_refuses(

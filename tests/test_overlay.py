@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hcma_fast.cli.overlay import draw_layout
 from hcma_fast.layout import Layout
+from hcma_fast.overlay import draw_layout
 
 GREY = Image.new("RGB", (64, 64), (128, 128, 128))
 
