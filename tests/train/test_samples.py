@@ -94,6 +94,7 @@ def test_weights_that_diverge_draw_black_and_stop_nothing(plan: SamplePlan, tmp_
     assert colours is not None and max(colours)[1] == (0, 0, 0)
 
 
+@pytest.mark.slow
 def test_training_and_resuming_end_with_the_same_bits_with_samples_and_without(
     plan: SamplePlan, small_cache: Path, tmp_path: Path
 ) -> None:
