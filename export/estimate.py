@@ -17,8 +17,8 @@ _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _HELD = {
     ("onnxruntime", 4): 7.0,
     ("openvino", 4): 10.5,
-    ("tensorrt-rtx", 2): 9.5,
-    ("tensorrt", 2): 9.5,
+    ("tensorrt-rtx", 2): 10.0,
+    ("tensorrt", 2): 10.0,
 }
 """Bytes per weight of the largest graph at the peak, by backend and bytes of a stored weight: as
 measured at full size (docs/build.md), but tensorrt's, which is taken to be tensorrt-rtx's. Others
