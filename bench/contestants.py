@@ -15,7 +15,7 @@ from hcma_fast.bench.workers import Contestant, worker
 from hcma_fast.config import BACKENDS, MAX_OBJECTS
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.specs import GraphName
+from hcma_fast.specs import BatchRange, GraphName
 
 if TYPE_CHECKING:
     from hcma_fast.export.target import Target
@@ -110,13 +110,15 @@ class Ours:
 
     def target(self, side: int | None) -> Target | None:
         """What must be built for it; None for eager."""
-        from hcma_fast.export.target import Target
+        from hcma_fast.export.target import TRT_LIBRARIES, Target
 
         if self.backend == "eager":
             return None
         return Target(
             backend=self.backend,
             precision=self.precision,  # type: ignore[arg-type]  # which is checked there
+            # TensorRT's own default ends at 8
+            batch=BatchRange(1, 1, 32) if self.backend in TRT_LIBRARIES else None,
             height=side,
             width=side,
             fuse="step" if self.fuse else "none",

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcma_fast.bench.report import Label, Row
-from hcma_fast.bench.workers import Contestant, Run, Worker, worker
+from hcma_fast.bench.workers import Contestant, Loaded, Run, Worker, worker
 from hcma_fast.errors import HcmaError, UsageError
 
 MAX_ERROR = 1e-3
@@ -85,18 +85,8 @@ def run_group(
                 _note(group, case.name, error, failed)
         kept = [case for case in group.cases if case.name in workers]
         turns = take_turns(group, kept, workers, rounds, say, failed)
-        loaded = {
-            name: (workers[name].preset, workers[name].weights_hash, workers[name].load_s)
-            for name in turns
-        }
-    first = group.cases[0].name
-    if first not in turns:
-        return ()
-    return tuple(
-        _row(group, case, loaded[case.name], turns[case.name], group.cases[0], turns[first])
-        for case in kept
-        if case.name in turns
-    )
+        loaded = {name: workers[name].loaded for name in turns}
+    return group_rows(group, turns, loaded)
 
 
 def take_turns(
@@ -126,6 +116,20 @@ def take_turns(
     return turns
 
 
+def group_rows(
+    group: Group, turns: Mapping[str, Sequence[Run]], loaded: Mapping[str, Loaded]
+) -> tuple[Row, ...]:
+    """A row for each case that has run; none if the first has not."""
+    first = group.cases[0]
+    if first.name not in turns:
+        return ()
+    return tuple(
+        _row(group, case, loaded[case.name], turns[case.name], first, turns[first.name])
+        for case in group.cases
+        if case.name in turns
+    )
+
+
 def _note(group: Group, name: str, error: Exception, failed: dict[str, str] | None) -> None:
     if failed is None:
         raise error
@@ -135,7 +139,7 @@ def _note(group: Group, name: str, error: Exception, failed: dict[str, str] | No
 def _row(
     group: Group,
     case: Case,
-    loaded: tuple[str, str, float],
+    loaded: Loaded,
     runs: Sequence[Run],
     first: Case,
     yardstick: Sequence[Run],
@@ -158,15 +162,14 @@ def _row(
         ratios = (of / first.images) / (seconds / case.images)
         low, ratio, high = np.percentile(ratios, [10, 50, 90]).tolist()
         interval = (low, high)
-    preset, weights_hash, load_s = loaded
     return Row(
         group=group.name,
         name=case.name,
         labels=dict(case.labels),
         images=case.images,
-        preset=preset,
-        weights_hash=weights_hash,
-        load_s=load_s,
+        preset=loaded.preset,
+        weights_hash=loaded.weights_hash,
+        load_s=loaded.load_s,
         warm_up_s=runs[0].seconds if case.warm_up else None,
         seconds=tuple(seconds.tolist()),
         median_s=median,

@@ -20,7 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
@@ -64,9 +64,12 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Loaded:
+class Loaded:
+    """What a worker has loaded, and how long it took from the start of the process on."""
+
     preset: str
     weights_hash: str
+    load_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -88,10 +91,9 @@ class Worker:
         started: float,
     ) -> None:
         self.name, self._process, self._channel, self._log = name, process, channel, log
-        loaded: _Loaded = self._ask(load)
-        self.preset, self.weights_hash = loaded.preset, loaded.weights_hash
-        #: from the start of the process on, so with all imports
-        self.load_s = time.perf_counter() - started
+        loaded: Loaded = self._ask(load)
+        # as the parent sees it: with the start of Python and all imports
+        self.loaded = replace(loaded, load_s=time.perf_counter() - started)
 
     def __call__(self) -> Run:
         """One run. Raises what :func:`worker` raises."""
@@ -167,7 +169,7 @@ def serve(handle: int) -> None:
     threading.Thread(target=_listen, args=(channel, asked), daemon=True).start()
     try:
         contestant = load()
-        channel.send(_Loaded(contestant.preset, contestant.weights_hash))
+        channel.send(Loaded(contestant.preset, contestant.weights_hash))
         timed = _cuda_timed if contestant.device.startswith("cuda") else _timed
         while True:
             asked.get()
