@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import resource
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -36,11 +38,12 @@ if TYPE_CHECKING:
 
 _KILL_AT, _SETTLED = 0.15, 0.3
 """Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
+_KILL_AFTER_S = 0.1
 _FAULT_EVERY = 3
 """Rounds; the first one has both faults"""
 JUDGED_ROUNDS = 20
 """Fewer say nothing of slopes"""
-_FULL_BYTES = 512
+_FULL_BYTES = 64
 """That a file may have while the disk is full"""
 _SCENES = 12
 """Prompts with their layouts: few, for the cache of encodings grows with every new one"""
@@ -188,11 +191,19 @@ def _rounds(
 
 
 def _kill(process: Worker) -> None:
-    process.kill()
+    """In the middle of a round; a round that was faster has a dead process after it."""
+    timer = threading.Timer(_KILL_AFTER_S, process.kill)
+    timer.start()
     try:
         process()
-    except HcmaError:
+        timer.join()
+        process()
+    except HcmaError as error:
+        if error.value != -signal.SIGKILL:
+            raise
         return
+    finally:
+        timer.join()
     raise HcmaError(
         "a killed process still answers", value=process.name, remedy="Report it as a bug."
     )

@@ -60,12 +60,14 @@ def measure_speed(
     num_inference_steps: int = 50,
     batch: int = 1,
     rounds: int = 5,
+    device: str = "cpu",
     memory: bool = True,
     progress: Callable[[str], None] | None = None,
 ) -> Report:
     """Time the plain loop and our pipeline on each backend; build missing engines first.
 
     Args:
+        device: of all of them.
         memory: also start a process per backend that loads the model and generates one image; its
             peak memory is the figure ``generate_peak_mib`` of the row.
         progress: called with a line of text before each run.
@@ -80,19 +82,19 @@ def measure_speed(
     plms_table(num_inference_steps)  # refuses bad steps before anything is loaded
     say = progress or (lambda line: None)
     work = Work(num_inference_steps, batch)
-    cases = [ours_case(str(model), Ours(backend), work) for backend in backends]
-    group = Group("against the plain loop", [plain_case(str(model), work), *cases])
+    cases = [ours_case(str(model), Ours(backend), work, device) for backend in backends]
+    group = Group("against the plain loop", [plain_case(str(model), work, device), *cases])
     rows = list(run_group(group, rounds, say))
     for place, backend in enumerate(backends if memory else (), 1):
         say(f"peak memory, {backend}")
         with tempfile.TemporaryDirectory() as folder:
-            command = generate_command(model, backend, num_inference_steps, folder)
+            command = generate_command(model, backend, num_inference_steps, folder, device)
             peak = {"generate_peak_mib": peak_rss_mib(command)}
         rows[place] = rows[place].model_copy(update={"figures": rows[place].figures | peak})
     return Report(
         suite="speed",
         model=str(model),
-        device="cpu",
+        device=device,
         rounds=rounds,
         quick=False,
         rows=tuple(rows),
@@ -100,12 +102,15 @@ def measure_speed(
     )
 
 
-def generate_command(model: str | Path, backend: str, steps: int, out: str) -> list[str]:
+def generate_command(
+    model: str | Path, backend: str, steps: int, out: str, device: str = "cpu"
+) -> list[str]:
     """``hcma-fast generate`` of the benchmark's scene, as a command of this interpreter."""
     command = [sys.executable, "-m", "hcma_fast.cli.app", "generate", "--prompt", PROMPT]
     for phrase, box in zip(LAYOUT.phrases, LAYOUT.boxes, strict=True):
         command += ["--box", f"{phrase}:{','.join(map(str, box))}"]
     options = {"model": model, "backend": backend, "steps": steps, "seed": SEED, "out": out}
+    options["device"] = device
     for name, value in options.items():
         command += [f"--{name}", str(value)]
     return command

@@ -48,6 +48,7 @@ def speed(
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Also measure generate's peak memory.")] = True,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
@@ -64,6 +65,7 @@ def speed(
         num_inference_steps=steps,
         batch=batch,
         rounds=rounds,
+        device=device,
         memory=memory,
         progress=print_note,
     )
