@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from hcma_fast.bench.contestants import SD14, Ours
 from hcma_fast.bench.harness import Group
 from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
 
 if TYPE_CHECKING:
@@ -75,8 +76,6 @@ def _gpu_rungs() -> list[tuple[str, Ours]]:
 def ladder_png(rows: Sequence[Row]) -> bytes:
     """Speed-up of each rung over the plain loop with its interval, as a PNG; void rows are left
     out."""
-    from hcma_fast.bench.plots import figure_png, new_figure
-
     counted = [row for row in rows if row.speedup is not None]
     # at full size the plain loop is beside every rung, with one row each
     unique = list({row.name: row for row in counted}.values())

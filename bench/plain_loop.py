@@ -42,7 +42,8 @@ def plain_generate(
         evaluations: stop after so many calls of the UNet, and decode nothing: no images then.
     """
     settings = settings or parts.settings
-    unet, losses = unet or parts.unet, losses or parts.aligner.losses
+    unet = parts.unet if unet is None else unet
+    losses = parts.aligner.losses if losses is None else losses
     batch, device = len(prompts), parts.text_encoder.device
 
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:

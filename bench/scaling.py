@@ -12,6 +12,7 @@ from hcma_fast.bench.bootstrap import Indices, estimate
 from hcma_fast.bench.contestants import SD14, Ours, Work
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.report import Fit, Row
 from hcma_fast.bench.speed import ours_case
 
@@ -91,8 +92,6 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
 
 def scaling_png(fits: Sequence[Fit]) -> bytes:
     """Seconds against each quantity, in log-log, with the fitted lines, as a PNG."""
-    from hcma_fast.bench.plots import figure_png, new_figure
-
     figure = new_figure(3.6 * len(fits), 3.4)
     for axes, fit in zip(figure.subplots(1, len(fits), squeeze=False)[0], fits, strict=True):
         sizes, seconds = np.array(fit.sizes), np.array(fit.median_s)
