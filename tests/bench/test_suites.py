@@ -19,11 +19,12 @@ from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Work, load_plain
 from hcma_fast.bench.ladder import ladder_png
 from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.peers_speed import load_gligen
+from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
 from hcma_fast.bench.plan import Plan
 from hcma_fast.bench.report import Report, Results, Row, read_results, report_markdown, rows_csv
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
+from hcma_fast.bench.stages import load_gradient, load_training
 from hcma_fast.bench.suites import SUITES
 from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
@@ -130,6 +131,45 @@ def test_gligen_pipeline_is_the_plain_loop_without_alignment(random_checkpoint: 
     early = load_gligen(str(random_checkpoint), some).generate()
     assert np.allclose(early, load_plain(random_checkpoint, some).generate(), atol=1e-5)
     assert not np.allclose(early, found, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["compiled", "onnxruntime", "openvino", "openvino bfloat16"])
+def test_peers_agree_with_the_plain_loop(random_checkpoint: Path, peer: Any) -> None:
+    if peer != "compiled":
+        pytest.importorskip(peer.split()[0])
+    model, work = str(random_checkpoint), Work(3, 2)
+    expected = load_plain(model, work).generate()
+    if peer == "compiled":
+        found = load_compiled(model, work).generate()
+    else:
+        found = load_exported(model, work, peer).generate()
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < (0.1 if "bfloat16" in peer else 1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_agree_on_the_step(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path))
+    found = {
+        name: load_gradient(str(random_checkpoint), name, 2, 1, "cpu").generate()
+        for name in ("eager", "compile", "onnx")
+    }
+    # the step itself, not the latent, which would hide an error in it
+    assert 0.01 < float(np.abs(found["eager"]).max()) < 100
+    for name in ("compile", "onnx"):
+        assert np.allclose(found[name], found["eager"], rtol=1e-3, atol=1e-5)
+
+
+def test_training_is_timed_with_the_loops_own_rate(random_checkpoint: Path) -> None:
+    contestant = load_training(str(random_checkpoint), 2, 8, False, "cpu")
+    contestant.generate()
+    first = contestant.figures()["loop_samples_per_second"]
+    # a second run is a run of its own, not a continuation
+    contestant.generate()
+    assert first > 0 and contestant.figures()["loop_samples_per_second"] > 0
 
 
 def scaling_rows(exponent: float, noise: float) -> list[Row]:
