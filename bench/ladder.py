@@ -11,11 +11,12 @@ from hcma_fast.bench.harness import Group
 from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
+from hcma_fast.specs import GraphName
 
 if TYPE_CHECKING:
     from hcma_fast.bench.report import Row
 
-_UNETS = ("unet_grounded", "unet_plain")
+_UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
 
 
 def ladder(plan: Plan) -> list[Group]:

@@ -94,10 +94,13 @@ def _with_aligner(model: str) -> Components:
     """The parts, of which at full size only the aligner has weights."""
     if model != SD14:
         return components_of(model)
+    from hcma_fast.models.aligner import AlignStep
     from hcma_fast.models.random_sd14 import RandomSD14
 
     source = RandomSD14()
-    return replace(source.without_weights(), aligner=source.graph("align").aligner)
+    step = source.graph("align")
+    assert isinstance(step, AlignStep)
+    return replace(source.without_weights(), aligner=step.aligner)
 
 
 def build(plan: Plan) -> list[Group]:
