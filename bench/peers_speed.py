@@ -33,6 +33,7 @@ from hcma_fast.bench.harness import MAX_ERROR, Case, Group
 from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.speed import HALF_ERROR, ours_case, plain_case
 from hcma_fast.bench.workers import Contestant
+from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
@@ -237,6 +238,8 @@ def load_gligen(model: str, work: Work, device: str = "cpu") -> Contestant:
     from hcma_fast.bench.plain_loop import draw_noise, pndm_scheduler
 
     parts = components_of(model, device)
+    # the pipeline pads to it, and tokenizers that are made here do not say
+    parts.tokenizer.model_max_length = TOKEN_LENGTH
     pipe = StableDiffusionGLIGENPipeline(
         vae=parts.vae,
         text_encoder=parts.text_encoder,

@@ -71,8 +71,9 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
         rounds = seconds.shape[1]
 
         def exponent(chosen: Indices, x: Floats = sizes, s: Floats = seconds) -> float:
-            medians = np.median(s[:, chosen], axis=1)
-            return float(np.polyfit(np.log(x), np.log(medians), 1)[0])
+            logs = np.log(np.median(s[:, chosen], axis=1))
+            spread = np.log(x) - np.log(x).mean()
+            return float((spread * logs).sum() / (spread**2).sum())
 
         def growth(chosen: Indices, s: Floats = seconds) -> float:
             medians = np.median(s[:, chosen], axis=1)

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import pickle
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typer.testing import CliRunner
 from hcma_fast.bench.bootstrap import median_ratio
 from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Work, load_plain
+from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder_png
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
@@ -26,6 +28,7 @@ from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
 from hcma_fast.bench.stages import load_gradient, load_training
 from hcma_fast.bench.suites import SUITES
+from hcma_fast.bench.workers import Contestant
 from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.errors import BackendError, HcmaError, InputError, UsageError
@@ -187,14 +190,17 @@ def scaling_rows(exponent: float, noise: float) -> list[Row]:
 
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 1.7])
 def test_exponents_are_found_with_intervals_that_hold_them(exponent: float) -> None:
-    (exact,) = fit_scaling(scaling_rows(exponent, 0.0))
-    assert exact.exponent.value == pytest.approx(exponent, abs=1e-9)
-    assert exact.growth.value == pytest.approx(8**exponent)
     (noisy,) = fit_scaling(scaling_rows(exponent, 0.05))
     assert noisy.exponent.interval is not None
     low, high = noisy.exponent.interval
     assert low < exponent < high and 0.01 < high - low < 0.3
-    assert scaling_png([exact, noisy]).startswith(PNG)
+
+
+def test_a_power_law_is_fitted_exactly_and_plotted() -> None:
+    (exact,) = fit_scaling(scaling_rows(1.5, 0.0))
+    assert exact.exponent.value == pytest.approx(1.5, abs=1e-9)
+    assert exact.growth.value == pytest.approx(8**1.5)
+    assert scaling_png([exact, exact]).startswith(PNG)
 
 
 def test_a_single_size_has_no_fit() -> None:
@@ -358,16 +364,40 @@ def run_quick(checkpoint: Path, out: Path, *suites: str) -> Results:
     return found
 
 
-def test_run_measures_and_writes(random_checkpoint: Path, tmp_path: Path) -> None:
+def fake_groups(plan: Plan) -> list[Group]:
+    """Two cases that agree, and one that cannot run when all backends are asked for."""
+    load = partial(Contestant, partial(np.ones, (1, 4, 2, 2), np.float32), "fake", "0" * 64)
+    cases = [Case("a", load, {"batch": 1}), Case("b", load, {"batch": 1})]
+    if not plan.backends:
+        cases.append(Case("c", partial(open_pipe, "tiny", Ours("nonsense"))))  # type: ignore[arg-type]
+    return [Group("fakes", cases)]
+
+
+def test_run_measures_and_writes(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "latency", (fake_groups, 5))
     (report,) = run_quick(random_checkpoint, tmp_path, "latency").reports
-    assert [row.name for row in report.rows] == [PLAIN, "hcma-fast eager"]
+    assert [row.name for row in report.rows] == ["a", "b"] and report.rounds == 1
     assert report.rows[1].speedup is not None and report.rows[1].images_per_second > 0
+
+
+def test_run_ends_with_an_error_if_a_case_cannot_run(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "latency", (fake_groups, 5))
+    arguments = ["run", "latency", "--quick", "--model", str(random_checkpoint)]
+    result = CliRunner().invoke(bench_app, arguments)
+    assert isinstance(result.exception, HcmaError)
+    assert "0 rows are void and 1 could not run" in str(result.exception)
+    # the others count
+    assert "| b |" in result.stdout and "Could not run: fakes: c: " in result.stdout
 
 
 @pytest.mark.slow
 def test_all_suites_run(random_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
-    names = [name for name in SUITES if name not in ("latency", "build")]
+    names = [name for name in SUITES if name != "build"]
     found = {r.suite: r for r in run_quick(random_checkpoint, tmp_path / "out", *names).reports}
     rows = {suite: [row.name for row in report.rows] for suite, report in found.items()}
     assert {"plain loop, torch.compile", "plain loop, UNet on onnxruntime"} < set(rows["peers"])
