@@ -369,7 +369,8 @@ def fake_groups(plan: Plan) -> list[Group]:
     load = partial(Contestant, partial(np.ones, (1, 4, 2, 2), np.float32), "fake", "0" * 64)
     cases = [Case("a", load, {"batch": 1}), Case("b", load, {"batch": 1})]
     if not plan.backends:
-        cases.append(Case("c", partial(open_pipe, "tiny", Ours("nonsense"))))  # type: ignore[arg-type]
+        # a phrase without a box: refused, in its process
+        cases.append(Case("c", partial(Layout, ["dog"], [])))  # type: ignore[arg-type]
     return [Group("fakes", cases)]
 
 
