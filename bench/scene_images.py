@@ -61,10 +61,7 @@ def generate_images(
             output = pipe(
                 # all wordings take their turn
                 [s.captions[i % len(s.captions)] for i, s in enumerate(batch, place)],
-                [
-                    Layout([o.category for o in s.objects], [o.box for o in s.objects])
-                    for s in batch
-                ],
+                [scene_layout(s) for s in batch],
                 seed=[seed + place + i for i in range(len(batch))],
                 num_inference_steps=num_inference_steps,
                 **call_arguments(settings),
@@ -76,6 +73,11 @@ def generate_images(
         if progress is not None:
             progress(start + len(batch), len(scenes))
     return np.concatenate(parts)
+
+
+def scene_layout(scene: Scene) -> Layout:
+    """Its objects, named by their categories."""
+    return Layout([o.category for o in scene.objects], [o.box for o in scene.objects])
 
 
 def _read(path: Path, count: int) -> NDArray[np.uint8] | None:

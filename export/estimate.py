@@ -14,6 +14,16 @@ from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import STEP_NAMES
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+_HELD = {
+    ("onnxruntime", 4): 7.0,
+    ("openvino", 4): 10.5,
+    ("tensorrt-rtx", 2): 9.5,
+    ("tensorrt", 2): 9.5,
+}
+"""Bytes per weight of the largest graph at the peak, by backend and bytes of a stored weight: as
+measured at full size (docs/build.md), but tensorrt's, which is taken to be tensorrt-rtx's. Others
+are bounds: torch's weights, the export's, and those of a session that computes float16 in float32,
+or of a builder in float32."""
 _LIBRARIES_BYTES = 1_000_000_000
 """torch, the exporter and the backend themselves, and graphs without their weights"""
 
@@ -35,12 +45,11 @@ def estimate(source: ModelSource, target: Target) -> Estimate:
     size = 4 if target.backend == "openvino" else _BYTES[target.precision]
     # graphs share their weights in ONNX; a compiled engine holds its own
     engines = sum(counts.values()) * size if target.native else 0
-    # torch's weights in float32 and those of the export, and a session with both of its own
     largest = max(counts.values())
-    held = 4 + (0 if size == 4 else size) + (4 if size == 4 else 6)
-    if target.backend in TRT_LIBRARIES:
-        held = max(held, 4 + 3 * size)
-    return Estimate(shared * size + engines, largest * held + _LIBRARIES_BYTES)
+    held = _HELD.get(
+        (target.backend, size), 16 if target.backend in TRT_LIBRARIES else 4 + 2 * size
+    )
+    return Estimate(shared * size + engines, round(largest * held) + _LIBRARIES_BYTES)
 
 
 def check_resources(source: ModelSource, target: Target, folder: Path) -> None:

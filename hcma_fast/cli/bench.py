@@ -18,6 +18,7 @@ from rich.progress import (
 )
 
 from hcma_fast.cli.bench_limits import overhead, roofline
+from hcma_fast.cli.bench_savings import savings
 from hcma_fast.cli.bench_suites import compare, run, soak
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
 from hcma_fast.config import BACKENDS, PRESETS
@@ -35,6 +36,7 @@ bench_app.command()(overhead)
 bench_app.command()(run)
 bench_app.command()(compare)
 bench_app.command()(soak)
+bench_app.command()(savings)
 _BUILDING = "Building engines, once for this model; the next run finds them in the cache."
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.config import MAX_OBJECTS
 
@@ -27,7 +28,8 @@ def roofline(
     precision: Annotated[
         str | None,
         typer.Option(
-            help="float16, bfloat16 or float32.  [default: float16, or the engine folder's]"
+            callback=precision_name,
+            help="float16, bfloat16 or float32.  [default: float16, or the engine folder's]",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,

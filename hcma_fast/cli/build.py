@@ -10,6 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
+from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import BACKENDS
 from hcma_fast.errors import BackendError, EngineError, UsageError
@@ -27,7 +28,9 @@ def build(
     *,
     model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
-    precision: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(callback=precision_name, help="float32, float16 or bfloat16.")
+    ] = "float32",
     batch: Annotated[
         str | None,
         typer.Option(

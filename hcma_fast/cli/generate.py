@@ -9,12 +9,14 @@ from typing import Annotated, Any
 import typer
 
 from hcma_fast.cli.jobs import MAX_SEED, Job, check_outputs, parse_request, read_requests
+from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.cli.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.sidecar import Sidecar, read_sidecar
 from hcma_fast.config import BACKENDS, GRAD_BACKENDS
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.runtime.savings import parse_savings
 
 _DEFAULT_BACKEND = "onnxruntime"
 _DEFAULT_STEPS = 50
@@ -61,7 +63,9 @@ def generate(
     ] = None,
     precision: Annotated[
         str | None,
-        typer.Option(help="float32, float16 or bfloat16.", show_default="float32"),
+        typer.Option(
+            callback=precision_name, help="float32, float16 or bfloat16.", show_default="float32"
+        ),
     ] = None,
     grad_backend: Annotated[
         str | None,
@@ -111,6 +115,13 @@ def generate(
     lambda_local: Annotated[
         float | None, typer.Option(min=0, help="Weight of the boxes' alignment.")
     ] = None,
+    saving: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=VALUE, faster for an approximate image: align_every=2, guidance_end=0.8, "
+            "latent_dtype=bfloat16; repeat it."
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed at once.")] = 4,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write a picture with the boxes drawn in.")
@@ -147,8 +158,10 @@ def generate(
             "--grounding-beta": grounding_beta,
             "--lambda-global": lambda_global,
             "--lambda-local": lambda_local,
+            "--saving": saving,
         },
     )
+    savings = parse_savings(saving or ())
     original = read_sidecar(from_sidecar) if from_sidecar else None
     if original is not None:
         jobs = [_job_of(original)]
@@ -162,6 +175,7 @@ def generate(
             overrides=original.settings.model_dump(exclude={"normalized"}),
             grad_backend=grad_backend or original.grad_backend,
             cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
+            savings=original.savings,
         )
     else:
         if input_ is not None:
@@ -189,6 +203,7 @@ def generate(
             overrides,
             grad_backend,
             bool(cuda_graphs),
+            savings,
         )
     if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(

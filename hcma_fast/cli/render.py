@@ -16,6 +16,7 @@ from hcma_fast.cli.output import BuildProgress, stderr, write_file
 from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import InputError, OutputError
+from hcma_fast.runtime.savings import EXACT, Savings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -38,6 +39,7 @@ class Plan:
     """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
     grad_backend: str | None = None
     cuda_graphs: bool = False
+    savings: Savings = EXACT
 
 
 @dataclass(frozen=True)
@@ -153,6 +155,7 @@ def render(
     common: dict[str, Any] = {
         "num_inference_steps": plan.steps,
         "settings": settings,
+        "savings": plan.savings,
         "model": plan.model if plan.model in PRESETS else _anywhere(Path(plan.model)),
         "aligner": _anywhere(plan.aligner) if plan.aligner else None,
         "preset": pipe.preset,
@@ -186,6 +189,7 @@ def render(
                 negative_prompt=[job.negative_prompt for job in batch],
                 seed=[job.seed for job in batch],
                 callback_on_step_end=lambda *_: progress.advance(task),
+                savings=plan.savings,
                 **call_arguments(settings),
             )
             for row, job in enumerate(batch):

@@ -12,6 +12,7 @@ from hcma_fast.cli.jobs import MAX_SEED, STEM_BYTES, check_name, explain, read_f
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.layout import Layout
+from hcma_fast.runtime.savings import Savings
 
 _VERSIONED = ("hcma-fast", "torch", "diffusers", "transformers")
 
@@ -42,6 +43,7 @@ class Sidecar(_Frozen):
     seed: int = Field(ge=0, le=MAX_SEED)
     num_inference_steps: int = Field(ge=2, le=999)
     settings: AlignmentSettings
+    savings: Savings = Savings()
     model: str
     """preset, hub id, or the absolute path of a folder"""
     aligner: str | None

@@ -23,13 +23,15 @@ from hcma_fast.errors import (
 )
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
+from hcma_fast.runtime.capture import memory_errors, no_capture
 from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import ReplaySampler, memory_errors, no_capture
+from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
 from hcma_fast.runtime.requests import noise_from_seeds, spread_seeds
 from hcma_fast.runtime.sampler import Schedule, StepLosses
+from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import GraphName
 
 _ENCODERS: tuple[GraphName, ...] = ("text_encoder", "grounding")
@@ -47,6 +49,7 @@ class Request:
     num_inference_steps: int = 50
     settings: AlignmentSettings | None = None
     """None: the checkpoint's own"""
+    savings: Savings = EXACT
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,15 @@ class BatchGenerator:
 
     def _schedule(self, number: int, request: Request) -> Schedule:
         settings = request.settings or self.pipe.settings
-        self.pipe.check_batch(self.pipe.batch_range.min, settings.guidance_scale > 1)
+        always = settings.guidance_scale > 1 and request.savings.guidance_end == 1
+        self.pipe.check_batch(self.pipe.batch_range.min, always)
         if settings.normalized != self.pipe.settings.normalized:
             raise UsageError(
                 "whether the step is normalised is a part of the compiled graph",
                 value=f"request {number}: normalized={settings.normalized}",
                 remedy="Leave it as the checkpoint has it.",
             )
-        return Schedule.of(request.num_inference_steps, settings)
+        return Schedule.of(request.num_inference_steps, settings, request.savings)
 
     def _check_texts(self, requests: Sequence[Request]) -> None:
         tokenizer = self.pipe.tokenizer
@@ -269,14 +273,17 @@ class BatchGenerator:
 def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:
     """Numbers of the requests that may share a batch, the longest first within a group.
 
-    With and without guidance are different shapes; and the gated attention must end at the same
-    step for all, unless it never begins or never ends.
+    With and without guidance are different shapes, and so are latents of different dtypes; and the
+    gated attention must end at the same step for all, unless it never begins or never ends. So must
+    the guidance.
     """
-    groups: dict[tuple[bool, int | str], list[int]] = {}
+    groups: dict[tuple[str, int | str, int | str], list[int]] = {}
     for index, schedule in enumerate(schedules):
-        steps, gated = int(schedule.table.step_index[-1]) + 1, schedule.grounded_steps
-        until: int | str = {0: "never", steps: "always"}.get(gated, gated)
-        groups.setdefault((schedule.guidance_scale > 1, until), []).append(index)
+        steps = schedule.steps
+        named: dict[int, int | str] = {0: "never", steps: "always"}
+        gated, guided = (named.get(n, n) for n in (schedule.grounded_steps, schedule.guided_steps))
+        key = (schedule.savings.latent_dtype, gated, guided)
+        groups.setdefault(key, []).append(index)
     # neighbours of similar length: a batch takes as long as its longest
     return [sorted(group, key=lambda i: -len(schedules[i].table)) for group in groups.values()]
 
@@ -284,7 +291,6 @@ def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:
 def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> list[StepLosses]:
     """Those of one image of a batch, by its own schedule."""
     of_step = {entry.step: entry for entry in losses}
-    aligns = (schedule.etas > 0).tolist()
     return [
         StepLosses(
             entry.step,
@@ -292,6 +298,6 @@ def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> 
             of_step[entry.step].loss_global[row],
             of_step[entry.step].loss_local[row],
         )
-        for entry, aligned in zip(schedule.table.rows(), aligns, strict=True)
-        if aligned
+        for entry, what in zip(schedule.table.rows(), schedule.alignments(), strict=True)
+        if what == "computed"
     ]

@@ -13,109 +13,39 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from importlib.util import find_spec
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS
-from hcma_fast.errors import BackendError, DeviceMemoryError, InputError, UsageError
+from hcma_fast.errors import InputError, UsageError
+from hcma_fast.kernels.align_update import align_update_
 from hcma_fast.kernels.denoise_update import COLUMNS, RING, denoise_table, denoise_update_
+from hcma_fast.runtime.capture import (
+    Capture,
+    CaptureMode,
+    CudaGraphs,
+    capture_errors,
+    memory_errors,
+    no_capture,
+)
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.sampler import Conditioning, Schedule, StepLosses
 from hcma_fast.specs import PLAN_ROWS, GraphName
 
-CaptureMode = Literal["step", "trajectory"]
-Kind = tuple[bool, bool]
-"""Of an evaluation: whether it aligns, and whether its attention is gated."""
-Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
-"""From a function, and one to warm up with, to a function that does the same again as the first, at
-the same addresses."""
-CAPTURABLE = ("eager", "tensorrt")
-"""Backends whose work goes to torch's stream, where a CUDA graph catches it. TensorRT-RTX needs
-engines that were built for it (REQUIRE_USER_ALLOCATION), and kernels compiled beforehand."""
-_WARM_UPS = 3
 
+class Kind(NamedTuple):
+    """What an evaluation launches: the same kind is the same launches."""
 
-def check_capturable(mode: str, device: str, backend: str, grad_backend: str | None) -> None:
-    """Refuse what no CUDA graph can hold.
-
-    Raises:
-        UsageError: an unknown mode, or a device without CUDA graphs.
-        BackendError: a backend that runs elsewhere than on torch's stream, or no Triton.
-    """
-    if mode not in get_args(CaptureMode):
-        raise UsageError(
-            "unknown way to capture",
-            value=mode,
-            remedy=f"Use one of {', '.join(get_args(CaptureMode))}.",
-        )
-    if torch.device(device).type != "cuda":
-        raise UsageError(
-            "CUDA graphs need an NVIDIA GPU",
-            value=device,
-            remedy='Leave them off, or load the pipeline with device="cuda".',
-        )
-    if backend not in CAPTURABLE or grad_backend == "onnx":
-        raise BackendError(
-            "this backend's work cannot be captured as a CUDA graph",
-            value="the gradient by onnx" if backend in CAPTURABLE else backend,
-            remedy=f"Use {', '.join(CAPTURABLE)}, and a gradient other than onnx.",
-        )
-    if find_spec("triton") is None:
-        raise BackendError(
-            "the captured sampler updates the latent by a Triton kernel, and Triton is missing",
-            remedy='Run pip install "hcma-fast[gpu]".',
-        )
-
-
-class CudaGraphs:
-    """Captures functions of no argument; the graphs share the memory of their intermediates.
-
-    That is safe because they run one after the other, and leave nothing there that outlives them.
-    """
-
-    _one_at_a_time = threading.Lock()
-    """CUDA allows one capture in a process"""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
-        # Of their own: cuBLAS keeps a workspace per stream, and that of torch's shared capture
-        # stream would belong to whichever sampler came first. Warm-ups run on another one, lest
-        # their workspace lie outside of the pool.
-        self.stream, self.warm_up_stream = torch.cuda.Stream(device), torch.cuda.Stream(device)
-
-    def __call__(
-        self, function: Callable[[], None], warm_up: Callable[[], None]
-    ) -> Callable[[], None]:
-        """A function that replays what ``function`` launches."""
-        current = torch.cuda.current_stream(self.device)
-        self.warm_up_stream.wait_stream(current)
-        with torch.cuda.stream(self.warm_up_stream):
-            for _ in range(_WARM_UPS):
-                warm_up()
-        current.wait_stream(self.warm_up_stream)
-        self.stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        # the outer context leaves the stream even where the end of the capture fails; other
-        # threads may go on using the GPU
-        with (
-            self._one_at_a_time,
-            torch.cuda.stream(self.stream),
-            torch.cuda.graph(
-                graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-            ),
-        ):
-            function()
-        current.wait_stream(self.stream)
-        return graph.replay
-
-
-def no_capture(function: Callable[[], None], warm_up: Callable[[], None]) -> Callable[[], None]:
-    """Stands in for :class:`CudaGraphs` where there are none: the function is called again."""
-    return function
+    aligns: bool
+    """some image's gradient is computed"""
+    keeps: bool
+    """and kept, as one will be repeated"""
+    repeats: bool
+    """some image follows an earlier gradient"""
+    gated: bool
+    guided: bool
 
 
 @runtime_checkable
@@ -131,8 +61,8 @@ class Trajectory:
     """Buffers of one shape, the evaluation that works on them, and what was captured of it.
 
     Args:
-        batch: images B; halves: 2 with guidance, 1 without; latent: (C, h, w); like: for the widths
-        and dtypes of the conditioning.
+        like: of B images, for the widths and dtypes of the conditioning; latent: (C, h, w); halves:
+        2 with guidance, 1 without; narrow: what latent and history are kept in.
     """
 
     def __init__(
@@ -142,72 +72,101 @@ class Trajectory:
         latent: tuple[int, ...],
         halves: int,
         device: torch.device,
+        narrow: torch.dtype = torch.float32,
     ) -> None:
-        # an engine that is captured for one shape must not be set to another
-        self.engines: Mapping[GraphName, Engine] = {
-            name: engine.fork() if isinstance(engine, Forkable) else engine
-            for name, engine in engines.items()
-        }
+        self._engines, self._forks = engines, dict[tuple[GraphName, bool], Engine]()
         self.halves = halves
         batch = len(like.caption_embedding)
         self.batch = batch
-        self.z = torch.zeros(batch, *latent, device=device)
+        self.z = torch.zeros(batch, *latent, dtype=narrow, device=device)
         self.stored = torch.zeros_like(self.z)
-        self.history = torch.zeros(RING, *self.z.shape, device=device)
+        self.history = torch.zeros(RING, *self.z.shape, dtype=narrow, device=device)
+        # what the engines read; the latent itself where that is as wide
+        self.wide = self.z if narrow == torch.float32 else self.z.float()
+        self.gradient = torch.zeros(self.z.shape, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         # an entry per evaluation, then per image; the rows behind the last evaluation stay unused
         self.timesteps = torch.zeros(PLAN_ROWS, batch, dtype=torch.int64, device=device)
         self.etas = torch.zeros(PLAN_ROWS, batch, device=device)
         self.loss_global = torch.zeros(PLAN_ROWS, batch, device=device)
         self.loss_local = torch.zeros(PLAN_ROWS, batch, MAX_OBJECTS, device=device)
+        # the kernels' tables: per image, then per evaluation
         self.table = torch.zeros(batch, PLAN_ROWS, COLUMNS, device=device)
+        self.repeats = torch.zeros(batch, PLAN_ROWS, device=device)
         self.lambdas = torch.zeros(batch, 2, device=device)
         self.conditioning = Conditioning(
             **{name: torch.zeros_like(value) for name, value in vars(like).items()}
         )
-        # what the engines read in this evaluation
+        # what changes from evaluation to evaluation
         self.time = torch.zeros(1, batch, dtype=torch.int64, device=device)
         self.eta = torch.zeros(1, batch, device=device)
         self.moves = torch.zeros(1, batch, dtype=torch.bool, device=device)
+        self.change = torch.zeros(self.z.shape, device=device)
         self.doubled = torch.zeros(halves, *self.z.shape, device=device)
         self.times = torch.zeros(halves, batch, dtype=torch.int64, device=device)
         self.captured: dict[tuple[Kind, ...], Callable[[], None]] = {}
         fixed = vars(self.conditioning)
         self.align_inputs = {
             **fixed,
-            "z": self.z,
+            "z": self.wide,
             "eta": self.eta[0],
             "timestep": self.time[0],
             "lambdas": self.lambdas,
         }
-        self.unet_inputs = {
-            **fixed,
-            "sample": self.doubled.flatten(0, 1),
-            "timestep": self.times.flatten(),
-        }
+        conditional = {n: fixed[n][-batch:] for n in ("text_context", "grounding_context")}
+        doubled = {"sample": self.doubled.flatten(0, 1), "timestep": self.times.flatten()}
+        single = {"sample": self.wide, "timestep": self.time[0]}
+        self.unet_inputs = {True: fixed | doubled, False: fixed | conditional | single}
 
-    def evaluate(self, aligns: bool, gated: bool) -> None:
+    def evaluate(self, kind: Kind) -> None:
         """One evaluation: align, denoise, combine, step. All of it on the device, in place."""
         torch.index_select(self.timesteps, 0, self.step, out=self.time)
-        if aligns:
-            torch.index_select(self.etas, 0, self.step, out=self.eta)
-            aligned = self.engines["align"](self.align_inputs)
-            # a rate of 0 leaves an image as it is, whatever the gradient
-            torch.gt(self.eta, 0, out=self.moves)
-            moves = self.moves.view(-1, *[1] * (self.z.dim() - 1))
-            torch.where(moves, aligned["z_aligned"], self.z, out=self.z)
-            self.loss_global.index_copy_(0, self.step, aligned["loss_global"].unsqueeze(0))
-            self.loss_local.index_copy_(0, self.step, aligned["loss_local"].unsqueeze(0))
-        self.doubled.copy_(self.z)
-        self.times.copy_(self.time)
-        unet = self.engines["unet_grounded" if gated else "unet_plain"]
-        eps = unet(self.unet_inputs)["noise_pred"]
-        unconditional = eps[: self.batch] if self.halves == 2 else None
+        if kind.aligns:
+            self._align(kind.keeps)
+        if kind.repeats:
+            # at the rate of this step; the images that do not repeat have a rate of 0 there
+            align_update_(self.z, self.gradient, self.repeats, self.step, False)
+        if self.wide is not self.z:
+            self.wide.copy_(self.z)
+        if kind.guided:
+            self.doubled.copy_(self.z)
+            self.times.copy_(self.time)
+        unet = self._engine("unet_grounded" if kind.gated else "unet_plain", kind.guided)
+        eps = unet(self.unet_inputs[kind.guided])["noise_pred"]
+        unconditional = eps[: self.batch] if kind.guided else None
         conditional = eps[-self.batch :]
         denoise_update_(
             self.z, self.history, self.stored, unconditional, conditional, self.table, self.step
         )
         self.step.add_(1)
+
+    def _align(self, keeps: bool) -> None:
+        torch.index_select(self.etas, 0, self.step, out=self.eta)
+        if self.wide is not self.z:
+            self.wide.copy_(self.z)
+        aligned = self._engine("align", False)(self.align_inputs)
+        # a rate of 0 leaves an image as it is, whatever the gradient
+        torch.gt(self.eta, 0, out=self.moves)
+        images = (-1, *[1] * (self.z.dim() - 1))
+        moves = self.moves.view(images)
+        if keeps:
+            torch.sub(self.wide, aligned["z_aligned"], out=self.change)
+            self.change.div_(self.eta.view(images))
+            torch.where(moves, self.change, self.gradient, out=self.gradient)
+        torch.where(moves, aligned["z_aligned"], self.wide, out=self.wide)
+        if self.wide is not self.z:
+            self.z.copy_(self.wide)
+        self.loss_global.index_copy_(0, self.step, aligned["loss_global"].unsqueeze(0))
+        self.loss_local.index_copy_(0, self.step, aligned["loss_local"].unsqueeze(0))
+
+    def _engine(self, name: GraphName, guided: bool) -> Engine:
+        """An engine that is captured for one shape must not be set to another."""
+        found = self._forks.get((name, guided))
+        if found is None:
+            engine = self._engines[name]
+            found = engine.fork() if isinstance(engine, Forkable) else engine
+            self._forks[name, guided] = found
+        return found
 
     def load(self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]) -> None:
         """Copy a batch into the buffers: the only writes from the host, before all evaluations.
@@ -221,12 +180,16 @@ class Trajectory:
         self.lambdas.copy_(torch.tensor([schedule.lambdas for schedule in schedules]))
         # behind an image's last evaluation its rate is 0, and its row of the table changes nothing
         timesteps = torch.zeros(len(schedules), PLAN_ROWS, dtype=torch.int64)
-        etas = torch.zeros(len(schedules), PLAN_ROWS)
+        etas, repeats = torch.zeros(2, len(schedules), PLAN_ROWS)
         for row, schedule in enumerate(schedules):
-            timesteps[row, : len(schedule.table)] = schedule.table.timesteps
-            etas[row, : len(schedule.table)] = schedule.etas
+            count = len(schedule.table)
+            again = torch.tensor([what == "repeated" for what in schedule.alignments()])
+            timesteps[row, :count] = schedule.table.timesteps
+            etas[row, :count] = schedule.etas.where(~again, 0)
+            repeats[row, :count] = schedule.etas.where(again, 0)
         self.timesteps.copy_(timesteps.T)
         self.etas.copy_(etas.T)
+        self.repeats.copy_(repeats)
         tables = [denoise_table(s.table, s.guidance_scale, PLAN_ROWS) for s in schedules]
         self.table.copy_(torch.cat(tables))
         self.step.zero_()
@@ -259,7 +222,7 @@ class ReplaySampler:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self._capture = capture or (CudaGraphs(self.device) if on_gpu else no_capture)
-        self._shapes: OrderedDict[tuple[int, ...], Trajectory] = OrderedDict()
+        self._shapes: OrderedDict[tuple[str | int, ...], Trajectory] = OrderedDict()
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._done = torch.cuda.Event() if on_gpu else None
@@ -278,7 +241,8 @@ class ReplaySampler:
                 losses are listed as the longest has them.
 
         Raises:
-            InputError: images of one batch need different UNets in the same evaluation.
+            InputError: images of one batch need different UNets in the same evaluation, or keep
+                their latents in different dtypes.
             UsageError: a callback with ``mode="trajectory"``, or one that calls this sampler.
             BackendError: the device cannot capture what the engines do.
             DeviceMemoryError: it has no memory left.
@@ -298,22 +262,22 @@ class ReplaySampler:
         kinds = evaluation_kinds(schedules)
         groups = [kinds] if self.mode == "trajectory" else [(kind,) for kind in kinds]
         with self._turn(), torch.no_grad():
-            batch = self._buffers(z, conditioning)
+            batch = self._buffers(z, conditioning, schedules)
             replays = self._captured(batch, groups)
             batch.load(z, conditioning, schedules)
             for k, group in enumerate(groups):
                 replays[group]()
                 if on_evaluation is not None:
-                    batch.z.copy_(on_evaluation(k, batch.z.clone()))
+                    batch.z.copy_(on_evaluation(k, batch.z.to(torch.float32, copy=True)))
             count = len(kinds)
-            result = batch.z.clone()
+            result = batch.z.to(torch.float32, copy=True)
             loss_global = batch.loss_global[:count].clone()
             loss_local = batch.loss_local[:count].clone()
         rows = max((s.table for s in schedules), key=len).rows()
         losses = [
             StepLosses(row.step, row.timestep, loss_global[k], loss_local[k])
-            for k, (row, (aligns, _)) in enumerate(zip(rows, kinds, strict=True))
-            if aligns
+            for k, (row, kind) in enumerate(zip(rows, kinds, strict=True))
+            if kind.aligns
         ]
         return result, losses
 
@@ -348,16 +312,32 @@ class ReplaySampler:
         _, gone = self._shapes.popitem(last=False)
         gone.captured.clear()
 
-    def _buffers(self, z: Tensor, conditioning: Conditioning) -> Trajectory:
+    def _buffers(
+        self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]
+    ) -> Trajectory:
         """Those of this shape, the most recently used last."""
         halves = len(conditioning.text_context) // len(z)
-        key = (halves, *z.shape)
+        dtypes = sorted({schedule.savings.latent_dtype for schedule in schedules})
+        if len(dtypes) > 1:
+            raise InputError(
+                "images of one batch must keep their latents in the same dtype",
+                value=dtypes,
+                remedy="Give them the same latent_dtype.",
+            )
+        key = (dtypes[0], halves, *z.shape)
         found = self._shapes.get(key)
         if found is None:
             while len(self._shapes) >= self.max_shapes:
                 self._drop()
             with memory_errors():
-                found = Trajectory(self.engines, conditioning, z.shape[1:], halves, self.device)
+                found = Trajectory(
+                    self.engines,
+                    conditioning,
+                    z.shape[1:],
+                    halves,
+                    self.device,
+                    getattr(torch, dtypes[0]),
+                )
         self._shapes[key] = found
         self._shapes.move_to_end(key)
         return found
@@ -369,7 +349,7 @@ class ReplaySampler:
 
         def run(group: Sequence[Kind]) -> None:
             for kind in group:
-                batch.evaluate(*kind)
+                batch.evaluate(kind)
 
         for group in dict.fromkeys(groups):
             replay = batch.captured.pop(group, None)
@@ -388,47 +368,31 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
     """What each evaluation of a batch has to do, until its longest schedule ends.
 
     Raises:
-        InputError: in one evaluation some images need gated attention, and others none.
+        InputError: in one evaluation some images need gated attention, and others none; or some
+            guidance, and others none.
     """
     kinds: list[Kind] = []
-    plans = [(s.table.rows(), (s.etas > 0).tolist(), s.grounded_steps) for s in schedules]
-    for k in range(max(len(rows) for rows, _, _ in plans)):
-        running = [plan for plan in plans if k < len(plan[0])]
-        aligns = any(moves[k] for _, moves, _ in running)
-        gated = {rows[k].step < steps for rows, _, steps in running}
-        if len(gated) > 1:
+    plans = [(s, s.table.rows(), s.alignments()) for s in schedules]
+    for k in range(max(len(rows) for _, rows, _ in plans)):
+        running = [plan for plan in plans if k < len(plan[1])]
+        computed = [s for s, _, alignments in running if alignments[k] == "computed"]
+        gated = {rows[k].step < s.grounded_steps for s, rows, _ in running}
+        guided = {rows[k].step < s.guided_steps for s, rows, _ in running}
+        if len(gated) > 1 or len(guided) > 1:
             raise InputError(
-                "images of one batch must switch off the gated attention at the same step",
-                value=[s.grounding_beta for s in schedules],
-                remedy="Give them the same grounding_beta and number of steps, or beta 1.",
+                "images of one batch must switch off the gated attention at the same step, and "
+                "the guidance too",
+                value=[(s.grounding_beta, s.savings.guidance_end) for s in schedules],
+                remedy="Give them the same grounding_beta, guidance_end and number of steps, or 1 "
+                "for both shares.",
             )
-        kinds.append((aligns, gated.pop()))
+        kinds.append(
+            Kind(
+                aligns=bool(computed),
+                keeps=any(s.savings.align_every > 1 for s in computed),
+                repeats=any(alignments[k] == "repeated" for _, _, alignments in running),
+                gated=gated.pop(),
+                guided=guided.pop(),
+            )
+        )
     return tuple(kinds)
-
-
-@contextmanager
-def memory_errors() -> Iterator[None]:
-    """Raises DeviceMemoryError where torch lacks memory."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise DeviceMemoryError(
-            "out of memory for the sampler's buffers and graphs",
-            remedy="Generate fewer images at once.",
-        ) from error
-
-
-@contextmanager
-def capture_errors() -> Iterator[None]:
-    """Raises BackendError where CUDA refuses to capture, DeviceMemoryError for want of memory."""
-    try:
-        yield
-    except torch.AcceleratorError as error:
-        if "out of memory" in str(error):
-            raise DeviceMemoryError(
-                "out of memory for a CUDA graph", remedy="Generate fewer images at once."
-            ) from error
-        raise BackendError(
-            f"the evaluation cannot be captured as a CUDA graph: {error}",
-            remedy="Leave CUDA graphs off, and report it with the output of hcma-fast doctor.",
-        ) from error

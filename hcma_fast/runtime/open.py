@@ -10,7 +10,7 @@ from typing import cast
 import torch
 
 from hcma_fast.config import devices_of
-from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.errors import BackendError, EngineError, UsageError
 from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import OpenVINOPrecision
@@ -70,8 +70,16 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
         BackendError: the backend is not installed, or does not run on ``device``.
         EngineError: the folder is of another version or machine.
         DeviceMemoryError: out of memory.
+        UsageError: TensorRT, and not torch's current GPU.
     """
     check_usable(manifest)
+    card = torch.device(device).index
+    if manifest.backend in TRT_LIBRARIES and card not in (None, torch.cuda.current_device()):
+        raise UsageError(
+            "TensorRT's engines run on torch's current GPU",
+            value=device,
+            remedy=f"Set CUDA_VISIBLE_DEVICES={card} and use cuda.",
+        )
     return {name: open_engine(folder, manifest, name, device) for name in manifest.graphs}
 
 

@@ -41,7 +41,7 @@ class OrtEngine:
     A smaller batch is run as a whole, by all threads together.
 
     Args:
-        device: "cpu" or "cuda"; tensors must lie there.
+        device: "cpu", "cuda" or "cuda:N"; tensors must lie there.
         threads: of the CPU; default torch's number.
         tensorrt: folder in which ONNX Runtime's TensorRT provider keeps its engine and its timings;
             None to leave that provider alone. Only for "cuda".
@@ -73,7 +73,9 @@ class OrtEngine:
         if tensorrt is not None:
             self._cuda = cuda_runner(_tensorrt_session(path, spec, place, tensorrt), spec, place)
         elif place.type == "cuda":
-            self._cuda = cuda_runner(open_session(path, CUDA), spec, place)
+            card = {"device_id": str(place.index or 0)}
+            session = open_session(path, CUDA, provider_options=card)
+            self._cuda = cuda_runner(session, spec, place)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.

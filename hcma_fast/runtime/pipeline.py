@@ -26,8 +26,9 @@ from hcma_fast.models.weights import (
     load_tokenizer,
     locate,
 )
+from hcma_fast.runtime.capture import CaptureMode, check_capturable
 from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import CaptureMode, ReplaySampler, check_capturable
+from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.requests import (
@@ -40,6 +41,7 @@ from hcma_fast.runtime.requests import (
     spread_seeds,
 )
 from hcma_fast.runtime.sampler import Schedule, StepLosses, sample, sample_fused
+from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
@@ -279,6 +281,7 @@ class HCMAPipeline:
         lambda_global: float | None = None,
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
+        savings: Savings | None = None,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -291,6 +294,7 @@ class HCMAPipeline:
             guidance_scale: weight of classifier-free guidance; 1 switches it off. This,
                 grounding_beta, eta0, the lambdas and the window default to the checkpoint's own.
             eta0: rate of the alignment (Eq. 8); 0 switches it off: then no losses are recorded.
+            savings: what to leave out in order to be faster; None changes no image.
             seed: one for the batch (image i uses seed + i), or one per image. An image depends
                 on its own prompt, layout and seed only, never on its batch.
             latents: (B, 4, h, w) unit-normal noise to start from, instead of seeds.
@@ -322,14 +326,15 @@ class HCMAPipeline:
         negatives = spread_negatives(negative_prompt, batch)
         seeds = spread_seeds(seed, batch) if latents is None else []
         guided = settings.guidance_scale > 1
-        self.check_batch(batch, guided)
+        savings = savings or EXACT
+        self.check_batch(batch, guided and savings.guidance_end == 1)
         shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
         noise = (
             noise_from_seeds(seeds, shape)
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
-        schedule = Schedule.of(num_inference_steps, settings)
+        schedule = Schedule.of(num_inference_steps, settings, savings)
         table = schedule.table
         conditioning = condition(
             self.engines,
@@ -349,8 +354,9 @@ class HCMAPipeline:
             changed = callback_on_step_end(self, step, time, {"latents": z})
             return changed.get("latents", z) if changed else z
 
-        aligning = bool((schedule.etas > 0).any())
-        fused = "step_grounded" in self.engines and guided and aligning
+        # the step graphs align and guide always, and keep the latent as it is
+        whole = guided and bool((schedule.etas > 0).any()) and savings == EXACT
+        fused = "step_grounded" in self.engines and whole
         run = self.replay or partial(sample_fused if fused else sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None
         z, losses = run(noise.to(self.device), conditioning, schedule, watch)
@@ -378,8 +384,9 @@ class HCMAPipeline:
         if images.static and not guided:
             raise UsageError(
                 "engines of one batch size always compute both halves of the guidance",
-                value=1,
-                remedy="Use a guidance_scale above 1, or build with a range such as --batch 1:1:4.",
+                value=images.min,
+                remedy="Use a guidance_scale above 1 to the end, or build with a range such as "
+                "--batch 1:1:4.",
             )
 
     def decode(self, z: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.step import step_plan
 from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.schedule import PLMSTable, eta_table, plms_table
 from hcma_fast.specs import HISTORY, GraphName
 
@@ -39,14 +41,20 @@ class Schedule:
 
     table: PLMSTable
     etas: Tensor
-    """(K,) float64; where it is zero the `align` graph is not run, and no losses are recorded"""
+    """(K,) float64"""
     lambdas: tuple[float, float]
     guidance_scale: float
     grounding_beta: float
     """share of the PLMS steps, from the first, with gated attention; rounded to whole steps"""
+    savings: Savings = EXACT
 
     @classmethod
-    def of(cls, num_inference_steps: int, settings: AlignmentSettings) -> Schedule:
+    def of(
+        cls,
+        num_inference_steps: int,
+        settings: AlignmentSettings,
+        savings: Savings | None = None,
+    ) -> Schedule:
         """The schedule of these steps and settings.
 
         Raises:
@@ -58,12 +66,42 @@ class Schedule:
             (settings.lambda_global, settings.lambda_local),
             settings.guidance_scale,
             settings.grounding_beta,
+            savings or EXACT,
         )
+
+    @property
+    def steps(self) -> int:
+        """PLMS steps."""
+        return int(self.table.step_index[-1]) + 1
 
     @property
     def grounded_steps(self) -> int:
         """PLMS steps with gated attention."""
-        return round(self.grounding_beta * int(self.table.step_index[-1] + 1))
+        return round(self.grounding_beta * self.steps)
+
+    @property
+    def guided_steps(self) -> int:
+        """PLMS steps with classifier-free guidance: all, some from the first, or none."""
+        if self.guidance_scale <= 1:
+            return 0
+        return max(1, round(self.savings.guidance_end * self.steps))
+
+    def alignments(self) -> list[Literal["none", "computed", "repeated"]]:
+        """Per evaluation, what becomes of the alignment.
+
+        Where the `align` graph is run, losses are recorded; elsewhere the gradient is none, or that
+        of an earlier step.
+        """
+        found: list[Literal["none", "computed", "repeated"]] = []
+        moves = 0
+        for rate, may in zip(self.etas.tolist(), self.table.aligns.tolist(), strict=True):
+            if rate > 0:
+                found.append("repeated" if moves % self.savings.align_every else "computed")
+                moves += 1
+            else:
+                idle = may and not self.savings.skip_idle_alignment
+                found.append("computed" if idle else "none")
+        return found
 
 
 @dataclass(frozen=True)
@@ -90,47 +128,55 @@ def sample(
     ``on_evaluation`` gets the evaluation's number and the new latent, and returns the latent to
     go on with.
     """
-    table, batch, device = schedule.table, len(z), z.device
+    table, batch, device, wide = schedule.table, len(z), z.device, z.dtype
+    narrow = torch.bfloat16 if schedule.savings.latent_dtype == "bfloat16" else wide
     guided = len(conditioning.text_context) == 2 * batch
-    aligns = (schedule.etas > 0).tolist()
+    alignments = schedule.alignments()
     lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
-    fixed = dict(vars(conditioning), lambdas=lambdas)
+    both = dict(vars(conditioning), lambdas=lambdas)
+    conditional = {n: both[n][-batch:] for n in ("text_context", "grounding_context")}
     etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
     times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
     losses: list[StepLosses] = []
-    stored = z
+    gradient = torch.zeros_like(z)
+    stored = z = z.to(narrow)
     for k, row in enumerate(table.rows()):
         # align: once per PLMS step in the window, before the copy for guidance (Eq. 8)
-        if aligns[k]:
-            at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
-            aligned = engines["align"]({**fixed, **at})
-            z = aligned["z_aligned"]
+        rate = float(schedule.etas[k])
+        if alignments[k] == "computed":
+            at = {"z": z.to(wide), "eta": etas[k], "timestep": times[k, :batch]}
+            aligned = engines["align"]({**both, **at})
+            if rate and schedule.savings.align_every > 1:
+                gradient = (at["z"] - aligned["z_aligned"]) / rate
+            z = aligned["z_aligned"].to(narrow)
             losses.append(
                 StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
             )
+        elif alignments[k] == "repeated":
+            z = torch.add(z.to(wide), gradient, alpha=-rate).to(narrow)
         # denoise (Eq. 9): both halves of the guidance in one batch
         unet = engines["unet_grounded" if row.step < schedule.grounded_steps else "unet_plain"]
-        doubled = torch.cat([z, z]) if guided else z
+        twice = guided and row.step < schedule.guided_steps
+        doubled = (torch.cat([z, z]) if twice else z).to(wide)
         at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
-        eps = unet({**fixed, **at})["noise_pred"]
-        if guided:
-            unconditional, conditional = eps.chunk(2)
-            eps = unconditional + schedule.guidance_scale * (conditional - unconditional)
+        eps = unet({**both, **({} if twice else conditional), **at})["noise_pred"]
+        if twice:
+            unconditional, wanted = eps.chunk(2)
+            eps = unconditional + schedule.guidance_scale * (wanted - unconditional)
         # combine: this prediction and the history, by the weights of PLMS
-        recent = [eps, *history]
         combined = row.weights[0] * eps
         for weight, earlier in zip(row.weights[1:], history, strict=False):
             combined = torch.add(combined, earlier, alpha=weight)
         # step: the corrector starts again from the aligned latent of evaluation 0
         start = stored if row.uses_stored_sample else z
         stored = z
-        z = torch.add(row.sample_scale * start, combined, alpha=row.noise_scale)
+        z = torch.add(row.sample_scale * start.to(wide), combined, alpha=row.noise_scale).to(narrow)
         if row.pushes_history:
-            history = recent[:3]
+            history = [eps.to(narrow), *history][:3]
         if on_evaluation is not None:
-            z = on_evaluation(k, z)
-    return z, losses
+            z = on_evaluation(k, z.to(wide)).to(narrow)
+    return z.to(wide), losses
 
 
 def sample_fused(
@@ -142,7 +188,8 @@ def sample_fused(
 ) -> tuple[Tensor, list[StepLosses]]:
     """The same as :func:`sample` by the step graphs, one call per evaluation; guided only.
 
-    The state goes in and comes out as it is: index and history stay where the engine left them.
+    The state goes in and comes out as it is: index and history stay where the engine left them. The
+    graphs know of no savings.
     """
     table, device = schedule.table, z.device
     lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
@@ -155,13 +202,13 @@ def sample_fused(
     history = torch.zeros(len(z), HISTORY, *z.shape[1:], device=device)
     state = {"z": z, "stored": z, "history": history}
     state["index"] = torch.zeros(1, dtype=torch.int64, device=device)
-    aligns = (schedule.etas > 0).tolist()
+    alignments = schedule.alignments()
     losses: list[StepLosses] = []
     for k, row in enumerate(table.rows()):
         engine = engines["step_grounded" if row.step < schedule.grounded_steps else "step_plain"]
         found = engine({**fixed, **state})
         state = {name: found[f"next_{name}"] for name in state}
-        if aligns[k]:
+        if alignments[k] == "computed":
             given = (found["loss_global"], found["loss_local"])
             losses.append(StepLosses(row.step, row.timestep, *given))
         if on_evaluation is not None:

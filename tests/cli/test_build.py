@@ -175,7 +175,7 @@ def test_cache_list_and_prune(cli: Any, cached: Path) -> None:
 
 
 def test_full_size_dry_run_needs_no_weights(cli: Any) -> None:
-    options = ("--backend", "tensorrt-rtx", "--precision", "float16", "--gpu-arch", "sm89")
+    options = ("--backend", "tensorrt-rtx", "--precision", "fp16", "--gpu-arch", "sm89")
     result = cli("build", "--model", "sd14", "--random-weights", *options, "--dry-run", "--json")
     assert result.code == 0, result.err
     report = json.loads(result.out)

@@ -132,6 +132,20 @@ def test_a_sidecar_makes_the_identical_image(generate: Any, cli: Any) -> None:
     assert Path("again/a-dog-3-overlay.png").exists()
 
 
+def test_a_sidecar_repeats_the_savings(generate: Any, cli: Any) -> None:
+    plain = generate("--prompt", "a dog", "--box", "dog:0.1,0.1,0.9,0.9", "--seed", 3, "--json")
+    found = generate(
+        *("--prompt", "a dog", "--box", "dog:0.1,0.1,0.9,0.9", "--seed", 3, "--out", "saved"),
+        *("--saving", "guidance_end=0.5", "--saving", "align_every=2", "--json"),
+    )
+    record, exact = (json.loads(r.out)["images"][0]["record"] for r in (found, plain))
+    assert record["savings"]["guidance_end"] == 0.5 and record["savings"]["align_every"] == 2
+    assert record["image_sha256"] != exact["image_sha256"]
+    again = cli("generate", "--from-sidecar", "saved/a-dog-3.json", "--out", "again")
+    assert again.code == 0 and "note" not in again.err, again.err
+    assert Path("again/a-dog-3.png").read_bytes() == Path("saved/a-dog-3.png").read_bytes()
+
+
 def test_a_sidecar_whose_image_differs_says_so(generate: Any, cli: Any) -> None:
     generate("--prompt", "a", "--seed", 3)
     path = Path("out/a-3.json")
@@ -162,6 +176,7 @@ def test_a_sidecar_refuses_other_weights(
         "--box=dog:0,0,1,1",
         "--num-images=1",
         "--lambda-local=1",
+        "--saving=align_every=2",
     ],
 )
 def test_a_sidecar_fixes_the_settings(cli: Any, generate: Any, option: str) -> None:
@@ -217,6 +232,7 @@ BAD = {
     "input and box": (2, ["--input", "x.jsonl", *BOXES], "bring their own boxes"),
     "window": (2, ["--prompt", "a", "--align-window", "0.5", "0.25"], "window"),
     "infinite": (2, ["--prompt", "a", "--guidance-scale", "inf"], "guidance_scale"),
+    "saving": (2, ["--prompt", "a", "--saving", "guidance_end=2"], "guidance_end is out of range"),
     "box syntax": (3, ["--prompt", "a", "--box", "dog"], "PHRASE:X0,Y0,X1,Y1"),
     "box outside": (3, ["--prompt", "a", "--box", "dog:0,0,1.5,1"], "1.5"),
     "box inverted": (3, ["--prompt", "a", "--box", "dog:0.5,0,0.1,1"], "inverted"),

@@ -23,19 +23,14 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import Components
+from hcma_fast.runtime.capture import CaptureMode, check_capturable, no_capture
 from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import (
-    CaptureMode,
-    ReplaySampler,
-    Trajectory,
-    check_capturable,
-    evaluation_kinds,
-    no_capture,
-)
+from hcma_fast.runtime.cudagraph import ReplaySampler, Trajectory, evaluation_kinds
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.sampler import Conditioning, Schedule, sample
+from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import GraphName, IOSpec
 
@@ -78,9 +73,11 @@ def plan(
     guidance: float = 3.0,
     beta: float = 1.0,
     window: tuple[float, float] = (0.0, 1.0),
+    savings: Savings = EXACT,
 ) -> Schedule:
     settings = AlignmentSettings(eta0=eta0, window=window)
-    return Schedule(plms_table(steps), eta_table(steps, settings), (1.0, 0.5), guidance, beta)
+    etas = eta_table(steps, settings)
+    return Schedule(plms_table(steps), etas, (1.0, 0.5), guidance, beta, savings)
 
 
 def relative(a: Tensor, b: Tensor) -> float:
@@ -91,8 +88,16 @@ def relative(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("guided", [True, False])
 @pytest.mark.parametrize(
     "schedule",
-    [plan(), plan(eta0=0.0), plan(beta=0.5, window=(0.2, 0.7)), plan(steps=2, beta=0.0)],
-    ids=["plain", "unaligned", "window", "two-steps"],
+    [
+        plan(),
+        plan(eta0=0.0),
+        plan(beta=0.5, window=(0.2, 0.7)),
+        plan(steps=2, beta=0.0),
+        plan(window=(0.2, 0.7), savings=Savings(skip_idle_alignment=False)),
+        plan(beta=0.5, savings=Savings(align_every=2, guidance_end=0.7)),
+        plan(savings=Savings(align_every=3, latent_dtype="bfloat16")),
+    ],
+    ids=["plain", "unaligned", "window", "two-steps", "idle", "savings", "narrow"],
 )
 def test_equals_the_plain_sampler(
     engines: dict[GraphName, Engine],
@@ -105,11 +110,15 @@ def test_equals_the_plain_sampler(
     expected, losses = sample(engines, noise([0, 1]), given, schedule)
     sampler = ReplaySampler(engines, "cpu", mode=mode, capture=Counted())
     found, ours = sampler(noise([0, 1]), given, schedule)
-    assert relative(found, expected) < 1e-5
+    # in bfloat16, whose rounding the last bit of a float32 may tip, 2**-8
+    narrow = schedule.savings.latent_dtype == "bfloat16"
+    assert found.dtype == expected.dtype == torch.float32
+    assert relative(found, expected) < (2e-2 if narrow else 1e-5)
     assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
     for one, other in zip(ours, losses, strict=True):
-        torch.testing.assert_close(one.loss_global, other.loss_global, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(one.loss_local, other.loss_local, rtol=1e-4, atol=1e-5)
+        near = {"rtol": 1e-2, "atol": 1e-2} if narrow else {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(one.loss_global, other.loss_global, **near)
+        torch.testing.assert_close(one.loss_local, other.loss_local, **near)
 
 
 @pytest.mark.parametrize("mode", ["step", "trajectory"])
@@ -122,6 +131,8 @@ def test_a_second_batch_finds_nothing_of_the_first(
         ([0, 1], plan(steps=9, eta0=3.0)),
         ([2, 0], plan(steps=4, eta0=1.0, window=(0.5, 1.0))),
         ([1, 2], plan(steps=4, eta0=0.0)),
+        ([0, 1], plan(steps=5, savings=Savings(align_every=2))),
+        ([2, 1], plan(steps=4, savings=Savings(align_every=3, guidance_end=0.5))),
     ]
     results = []
     for images, schedule in runs:
@@ -140,19 +151,24 @@ def test_images_of_one_batch_may_have_settings_of_their_own(
         plan(steps=7, eta0=2.0, guidance=3.0),
         plan(steps=4, eta0=0.5, guidance=7.5, window=(0.0, 0.6)),
         plan(steps=5, eta0=0.0, guidance=1.5),
+        plan(steps=7, eta0=2.0, savings=Savings(align_every=2)),
+        plan(steps=6, eta0=2.0, savings=Savings(align_every=3)),
     ]
-    images = [0, 1, 2]
+    images = [0, 1, 2, 0, 2]
     together, losses = ReplaySampler(engines, "cpu")(
         noise(images), conditioned(random_components, engines, images), schedules
     )
-    for i, schedule in enumerate(schedules):
-        alone, own = sample(
-            engines, noise([i]), conditioned(random_components, engines, [i]), schedule
-        )
+    for i, (image, schedule) in enumerate(zip(images, schedules, strict=True)):
+        given = conditioned(random_components, engines, [image])
+        alone, own = sample(engines, noise([image]), given, schedule)
         assert relative(together[i : i + 1], alone) < 1e-5
-        for one, other in zip(losses, own, strict=False):
+        of_step = {entry.step: entry for entry in losses}
+        for entry in own:
             torch.testing.assert_close(
-                one.loss_global[i : i + 1], other.loss_global, rtol=1e-4, atol=1e-5
+                of_step[entry.step].loss_global[i : i + 1],
+                entry.loss_global,
+                rtol=1e-4,
+                atol=1e-5,
             )
 
 
@@ -161,6 +177,8 @@ def test_a_batch_that_needs_both_unets_at_once_is_refused() -> None:
         evaluation_kinds([plan(beta=1.0), plan(beta=0.5)])
     with pytest.raises(InputError, match="same step"):
         evaluation_kinds([plan(steps=4, beta=0.5), plan(steps=8, beta=0.5)])
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(), plan(savings=Savings(guidance_end=0.5))])
     assert len(evaluation_kinds([plan(steps=4), plan(steps=8)])) == 9
 
 
@@ -329,7 +347,7 @@ def test_threads_take_turns_and_samplers_share_nothing(
 
 
 class InPlace:
-    """An engine as TensorRT's: it writes into outputs that it allocated once."""
+    """An engine as TensorRT's: it writes into outputs that it allocated once, for one shape."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -338,6 +356,9 @@ class InPlace:
     @property
     def spec(self) -> IOSpec:
         return self.engine.spec
+
+    def fork(self) -> InPlace:
+        return InPlace(self.engine)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with Unwatched():
@@ -381,26 +402,33 @@ class Unwatched:
 
 
 def addresses(batch: Trajectory) -> dict[str, int]:
-    tensors = {**vars(batch), **vars(batch.conditioning), **batch.align_inputs, **batch.unet_inputs}
+    tensors = {**vars(batch), **vars(batch.conditioning), **batch.align_inputs}
+    for inputs in batch.unet_inputs.values():
+        tensors |= inputs
     return {name: t.data_ptr() for name, t in tensors.items() if isinstance(t, Tensor)}
 
 
+FRUGAL = Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("savings", [EXACT, FRUGAL], ids=["exact", "frugal"])
 def test_evaluations_allocate_nothing_and_keep_their_addresses(
-    engines: dict[GraphName, Engine], random_components: Components
+    engines: dict[GraphName, Engine], random_components: Components, savings: Savings
 ) -> None:
     given = conditioned(random_components, engines, [0, 1])
     steady: dict[GraphName, Engine] = {name: InPlace(engine) for name, engine in engines.items()}
-    batch = Trajectory(steady, given, (4, 8, 8), 2, torch.device("cpu"))
-    schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8))
+    narrow = getattr(torch, savings.latent_dtype)
+    batch = Trajectory(steady, given, (4, 8, 8), 2, torch.device("cpu"), narrow)
+    schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8), savings=savings)
     kinds = evaluation_kinds([schedule])
     with torch.no_grad():
         for kind in set(kinds):
-            batch.evaluate(*kind)
+            batch.evaluate(kind)
         batch.load(noise([0, 1]), given, [schedule])
         before = addresses(batch)
         with Watch() as watch:
             for kind in kinds:
-                batch.evaluate(*kind)
+                batch.evaluate(kind)
     assert len(kinds) == 51 and int(batch.step) == 51
     assert not watch.allocating, watch.allocating
     assert addresses(batch) == before and len(before) > 20
@@ -422,7 +450,10 @@ class OnDevice(TorchDispatchMode):
         return result
 
 
-def test_evaluations_never_read_a_value_nor_touch_the_host(random_components: Components) -> None:
+@pytest.mark.parametrize("savings", [EXACT, FRUGAL], ids=["exact", "frugal"])
+def test_evaluations_never_read_a_value_nor_touch_the_host(
+    random_components: Components, savings: Savings
+) -> None:
     """All of torch eager's graphs, the gradient included: what a GPU would be asked to capture."""
     specs = random_components.specs()
     engines: dict[GraphName, Engine] = {
@@ -443,14 +474,15 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(random_components: Co
             for name, shape in shapes.items()
         }
     )
-    batch = Trajectory(engines, given, (4, 8, 8), 2, torch.device("meta"))
-    schedule = plan(beta=0.5, window=(0.0, 0.8))
+    narrow = getattr(torch, savings.latent_dtype)
+    batch = Trajectory(engines, given, (4, 8, 8), 2, torch.device("meta"), narrow)
+    schedule = plan(steps=10, beta=0.5, window=(0.0, 0.8), savings=savings)
     batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
     kinds = evaluation_kinds([schedule])
-    assert len(set(kinds)) == 4
+    assert len(set(kinds)) == (4 if savings == EXACT else 7)
     with torch.no_grad(), OnDevice():
         for kind in kinds:
-            batch.evaluate(*kind)
+            batch.evaluate(kind)
     with pytest.raises(AssertionError, match="touches cpu"), OnDevice():
         batch.z.copy_(torch.zeros(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="meta"):

@@ -90,7 +90,8 @@ def test_the_op_of_the_fused_losses_takes_its_place(
     with torch.no_grad():
         aligned = function(*(inputs[key] for key in spec.input_names))[0]
     gradient = (inputs["z"].double() - aligned.double()) / 1e3
-    limit = {"float32": 1e-5, "float16": 1e-2, "bfloat16": 5e-2}[dtype]
+    # twice what torch's autocast has in bfloat16, where rounding the weights alone costs 0.7e-2
+    limit = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
     assert _error(gradient, _gradient64(tiny, inputs)) <= limit
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
-from hcma_fast.errors import DeviceMemoryError
+from hcma_fast.errors import DeviceMemoryError, UsageError
 from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.manifest import load_manifest
 from hcma_fast.models.weights import Components
+from hcma_fast.runtime import ort
+from hcma_fast.runtime.open import open_engines
 from hcma_fast.runtime.ort import OrtEngine, splits
 from hcma_fast.specs import BatchRange
 
@@ -72,3 +76,30 @@ def test_a_batch_that_would_leave_threads_idle_or_that_is_static_is_run_as_a_who
     assert not splits(2, 16, spec)
     static = random_components.specs(batch=BatchRange(1, 1, 1))["unet_plain"]
     assert static.batch.static and not splits(static.batch.min, 2, static)
+
+
+@pytest.mark.parametrize(("device", "card"), [("cuda", "0"), ("cuda:1", "1")])
+def test_the_session_is_on_the_card_that_was_asked_for(
+    random_components: Components, monkeypatch: pytest.MonkeyPatch, device: str, card: str
+) -> None:
+    asked: list[dict[str, str]] = []
+    monkeypatch.setattr(
+        ort,
+        "open_session",
+        lambda path, providers, provider_options: asked.append(provider_options),
+    )
+    monkeypatch.setattr(ort, "cuda_runner", lambda session, spec, place: None)
+    OrtEngine(Path("a.onnx"), random_components.specs()["align"], device=device)
+    assert asked == [{"device_id": card}]
+
+
+def test_tensorrt_says_how_to_choose_another_card(
+    random_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcma_fast.runtime.open.check_usable", lambda manifest: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    manifest = load_manifest(random_engine)
+    target = dataclasses.replace(manifest.target, backend="tensorrt", precision="float16")
+    manifest = manifest.model_copy(update={"backend": "tensorrt", "target": target})
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
+        open_engines(random_engine, manifest, "cuda:1")

@@ -1,0 +1,20 @@
+"""Words that several commands take."""
+
+from __future__ import annotations
+
+_PRECISIONS = {
+    "fp32": "float32",
+    "f32": "float32",
+    "fp16": "float16",
+    "f16": "float16",
+    "half": "float16",
+    "bf16": "bfloat16",
+}
+
+
+def precision_name(given: str | None) -> str | None:
+    """torch's name of a precision for the short one; anything else as it is, to be checked later.
+
+    A callback of typer's options.
+    """
+    return _PRECISIONS.get(given, given) if given else given

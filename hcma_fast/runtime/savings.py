@@ -1,0 +1,67 @@
+"""What the sampler leaves out in order to be faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from hcma_fast.errors import UsageError
+
+
+class Savings(BaseModel):
+    """Switches of the sampler. The default changes no image; all others are approximations."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    skip_idle_alignment: bool = True
+    """exact: leave out the `align` graph where its rate is 0. False runs it at every PLMS step, and
+    so records losses at every step"""
+    align_every: int = Field(1, ge=1)
+    """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
+    again, at their own rates, in the steps between, which record no losses"""
+    guidance_end: float = Field(1.0, gt=0, le=1)
+    """approximate: share of the PLMS steps, from the first, with classifier-free guidance. The rest
+    evaluates the conditional half alone (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited
+    Interval", which also leaves out the first steps)"""
+    latent_dtype: Literal["float32", "bfloat16"] = "float32"
+    """approximate: what the latent and the noise history are kept in between evaluations; engines
+    and updates compute as before"""
+
+    @property
+    def approximate(self) -> bool:
+        """Whether images change."""
+        return self.model_copy(update={"skip_idle_alignment": True}) != EXACT
+
+
+EXACT = Savings()
+"""Nothing that changes an image."""
+
+
+def parse_savings(texts: Sequence[str]) -> Savings:
+    """From "align_every=2", "guidance_end=0.8" and so on, each name once.
+
+    Raises:
+        UsageError: an unknown name, a name twice, or a value out of its range.
+    """
+    given: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals or name not in Savings.model_fields or name in given:
+            raise UsageError(
+                "a saving reads NAME=VALUE, each name once",
+                value=text,
+                remedy=f"Names: {', '.join(Savings.model_fields)}.",
+            )
+        given[name] = value
+    try:
+        return Savings.model_validate(given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise UsageError(
+            f"{name} is out of range: {first['msg']}",
+            value=given[name],
+            remedy="See hcma_fast.runtime.savings.Savings.",
+        ) from error
