@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # no byte code for what is never imported: that is most of torch and transformers
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: help demo test test-slow lint type bench clean
+.PHONY: help demo test test-slow lint type bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test       the quick tests; make test-slow: the others that need no GPU"
 	@echo "make lint type  ruff, mypy"
 	@echo "make bench      time the sampler against a plain diffusers loop"
+	@echo "make bench-gpu  all suites on an NVIDIA GPU, into bench-gpu/ (docs/gpu.md)"
 	@echo "make clean      remove what these made, but not $(VENV)"
 
 $(BIN)/python:
@@ -62,6 +63,10 @@ type: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-demo
 	$(BIN)/hcma-fast bench speed
 
+# The extras for a GPU exclude those above, so it takes the environment as it is (docs/gpu.md).
+bench-gpu:
+	$(BIN)/hcma-fast bench run all --device cuda --rounds 3 --out bench-gpu
+
 clean:
-	rm -rf build dist demo *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo bench-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find hcma_fast kernels export train bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -99,3 +99,17 @@ def _draws(score: Score, count: int, resamples: int) -> NDArray[np.float64]:
     found = np.array([score(rng.integers(count, size=count)) for _ in range(resamples)])
     finite: NDArray[np.float64] = found[np.isfinite(found)]
     return finite
+
+
+def median_ratio(
+    a: NDArray[np.float64], b: NDArray[np.float64], *, resamples: int = RESAMPLES
+) -> Estimate:
+    """Median of ``a`` over that of ``b``, which were measured apart: each is resampled by itself.
+
+    With one value of each the interval has no width.
+    """
+    value = float(np.median(a) / np.median(b))
+    rng = np.random.default_rng(0)
+    above, below = (np.median(rng.choice(x, (resamples, len(x))), axis=1) for x in (a, b))
+    low, high = np.percentile(above / below, [2.5, 97.5])
+    return Estimate(value=value, interval=(float(low), float(high)))

@@ -6,7 +6,8 @@ arguments, torch.autograd through the aligner, PNDMScheduler. Neither tuned nor 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,27 +30,34 @@ def plain_generate(
     *,
     num_inference_steps: int = 50,
     settings: AlignmentSettings | None = None,
+    unet: Callable[..., Any] | None = None,
+    losses: Callable[..., Any] | None = None,
+    evaluations: int | None = None,
 ) -> tuple[list[Image.Image], Tensor]:
     """One image per prompt, layout and seed: images and final latents (B, 4, h, w) float32.
 
     Args:
         settings: default the checkpoint's own. Guidance is always computed, at 1 as well.
+        unet, losses: called in place of ``parts.unet`` and ``parts.aligner.losses``.
+        evaluations: stop after so many calls of the UNet, and decode nothing: no images then.
     """
     settings = settings or parts.settings
-    batch = len(prompts)
+    unet = parts.unet if unet is None else unet
+    losses = parts.aligner.losses if losses is None else losses
+    batch, device = len(prompts), parts.text_encoder.device
 
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         tokens = parts.tokenizer(
             list(texts), padding="max_length", max_length=TOKEN_LENGTH, return_tensors="pt"
         )
-        output = parts.text_encoder(input_ids=tokens.input_ids)
+        output = parts.text_encoder(input_ids=tokens.input_ids.to(device))
         return output.last_hidden_state, output.pooler_output
 
     cond, caption = encode(prompts)
     uncond, _ = encode([""] * batch)
-    boxes = torch.zeros(batch, MAX_OBJECTS, 4)
-    masks = torch.zeros(batch, MAX_OBJECTS)
-    labels = torch.zeros(batch, MAX_OBJECTS, caption.shape[-1])
+    boxes = torch.zeros(batch, MAX_OBJECTS, 4, device=device)
+    masks = torch.zeros(batch, MAX_OBJECTS, device=device)
+    labels = torch.zeros(batch, MAX_OBJECTS, caption.shape[-1], device=device)
     for i, layout in enumerate(layouts):
         if len(layout):
             boxes[i, : len(layout)] = torch.tensor(layout.boxes)
@@ -62,31 +70,21 @@ def plain_generate(
     }
     regions = parts.aligner.region_map(boxes, masks)
 
-    scheduler = PNDMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        skip_prk_steps=True,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    )
+    scheduler = pndm_scheduler()
     scheduler.set_timesteps(num_inference_steps)
     side = parts.aligner.config.latent_size
-    z = torch.stack(
-        [
-            torch.randn(4, side, side, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
-        ]
-    )
-    for k, t in enumerate(scheduler.timesteps):
+    z = draw_noise(seeds, side).to(device)
+    for k, t in enumerate(scheduler.timesteps[:evaluations]):
         step = max(k - 1, 0)
         share = step / num_inference_steps
         aligning = settings.eta0 > 0 and settings.window[0] <= share < settings.window[1]
         # PNDMScheduler ignores the sample of its second call, so moving it would do nothing
         if aligning and k != 1:
             eta = settings.eta0 * float((1 - scheduler.alphas_cumprod[t]).sqrt())
+            timed = parts.aligner.config.time_conditioning != "none"
+            time = t.to(device).expand(batch) if timed else None
             gradient = _alignment_gradient(
-                parts, z, caption, labels, regions, masks, t.expand(batch), settings
+                losses, z, caption, labels, regions, masks, time, settings
             )
             if settings.normalized:
                 norms = [
@@ -95,7 +93,7 @@ def plain_generate(
                 gradient = gradient * norms[0] / norms[1]
             z = z - eta * gradient
         grounded = step < round(settings.grounding_beta * num_inference_steps)
-        noise = parts.unet(
+        noise = unet(
             torch.cat([z, z]),
             t,
             torch.cat([uncond, cond]),
@@ -105,28 +103,45 @@ def plain_generate(
         guided = noise_uncond + settings.guidance_scale * (noise_cond - noise_uncond)
         z = scheduler.step(guided, t, z).prev_sample
 
+    if evaluations is not None:
+        return [], z
     pixels = parts.vae.decode(z / parts.vae.config.scaling_factor).sample
-    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in pixels], z
 
 
+def draw_noise(seeds: Sequence[int], side: int) -> Tensor:
+    """Unit-normal latents (B, 4, side, side), one per seed."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    return torch.stack([torch.randn(4, side, side, generator=each) for each in generators])
+
+
+def pndm_scheduler() -> PNDMScheduler:
+    """As Stable Diffusion v1 has it."""
+    return PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+
+
 def _alignment_gradient(
-    parts: Components,
+    losses: Callable[..., Any],
     z: Tensor,
     caption: Tensor,
     labels: Tensor,
     regions: Tensor,
     masks: Tensor,
-    timesteps: Tensor,
+    timesteps: Tensor | None,
     settings: AlignmentSettings,
 ) -> Tensor:
     """Gradient of both losses, summed over the batch, with respect to the latent (Eq. 8)."""
-    timed = parts.aligner.config.time_conditioning != "none"
     with torch.enable_grad():
         leaf = z.detach().requires_grad_()
-        loss_global, per_box = parts.aligner.losses(
-            leaf, caption, labels, regions, masks, timesteps if timed else None
-        )
+        loss_global, per_box = losses(leaf, caption, labels, regions, masks, timesteps)
         loss_local = local_mean(per_box, masks)
         total = settings.lambda_global * loss_global + settings.lambda_local * loss_local
         (gradient,) = torch.autograd.grad(total.sum(), leaf)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 
+from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.tune_alignment import TrialRecord, TuningReport
 
 _COLUMNS = (
@@ -35,11 +36,7 @@ def plot_png(report: TuningReport) -> bytes:
 
     Paired differences, for pruned trials saw fewer layouts; bars are their 95% intervals.
     """
-    # not pyplot: it would choose a window system and keep the figure
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.2), layout="constrained")
+    figure = new_figure(15, 4.2)
     axes = figure.subplots(1, 4, sharey=True)
     tried = [trial for trial in report.trials if trial.state in ("complete", "pruned")]
     readings = (
@@ -70,10 +67,7 @@ def plot_png(report: TuningReport) -> bytes:
         f"{report.plan.count} layouts, off {_interval_off(report):.1%}; "
         "orange: best, crosses: pruned"
     )
-    content = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(content, format="png")
-    return content.getvalue()
+    return figure_png(figure)
 
 
 def _interval(trial: TrialRecord) -> tuple[float, float, float]:

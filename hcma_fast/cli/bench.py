@@ -19,13 +19,13 @@ from rich.progress import (
 
 from hcma_fast.cli.bench_limits import overhead, roofline
 from hcma_fast.cli.bench_savings import savings
+from hcma_fast.cli.bench_suites import compare, run, soak
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
 from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.bench.evaluate import QualityReport, Share
-    from hcma_fast.bench.speed import SpeedReport
 
 bench_app = typer.Typer(
     help="Measure speed and quality. Tables and JSON on stdout, progress on stderr.",
@@ -33,6 +33,9 @@ bench_app = typer.Typer(
 )
 bench_app.command()(roofline)
 bench_app.command()(overhead)
+bench_app.command()(run)
+bench_app.command()(compare)
+bench_app.command()(soak)
 bench_app.command()(savings)
 _BUILDING = "Building engines, once for this model; the next run finds them in the cache."
 
@@ -47,13 +50,15 @@ def speed(
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Also measure generate's peak memory.")] = True,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Time a plain diffusers loop and the pipeline in turns, on the same weights and seed.
 
-    Each has a process of its own, as it would have at a user's.
+    Each has a process of its own, as it would have at a user's. `bench run` has larger suites.
     """
+    from hcma_fast.bench.report import report_markdown
     from hcma_fast.bench.speed import measure_speed
 
     report = measure_speed(
@@ -62,18 +67,18 @@ def speed(
         num_inference_steps=steps,
         batch=batch,
         rounds=rounds,
+        device=device,
         memory=memory,
         progress=print_note,
     )
     if json_:
         print_json(report.model_dump(mode="json"))
     else:
-        typer.echo(speed_table(report))
-    void = [row.name for row in report.rows if row.void]
-    if void:
+        typer.echo(report_markdown(report))
+    if report.void:
         raise HcmaError(
             "final latents do not agree with the plain loop's, so these timings are void",
-            value=", ".join(void),
+            value=", ".join(report.void),
             remedy="Report it with the output of hcma-fast doctor.",
         )
 
@@ -162,39 +167,6 @@ def _numbered(path: Path | None, number: int, count: int) -> Path | None:
     if path is None or count == 1:
         return path
     return path.with_name(f"{path.stem}-{number}{path.suffix}")
-
-
-def speed_table(report: SpeedReport) -> str:
-    """The report in Markdown."""
-    lines = [
-        f"{report.preset}, {report.num_inference_steps} steps, batch {report.batch}, "
-        f"{report.rounds} rounds; seconds per image",
-        "",
-        "| | median | p10 | p90 | speed-up | p10 to p90 | latents' error |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in report.rows:
-        ratio, interval = "void", "void"
-        if row.speedup is not None and row.speedup_interval is not None:
-            ratio, interval = f"{row.speedup:.2f}", "{:.2f} to {:.2f}".format(*row.speedup_interval)
-        error = "not finite" if row.relative_error is None else f"{row.relative_error:.1e}"
-        lines.append(
-            f"| {row.name} | {row.median_s:.3f} | {row.p10_s:.3f} | {row.p90_s:.3f} "
-            f"| {ratio} | {interval} | {error} |"
-        )
-    machine = report.machine
-    versions = ", ".join(f"{name} {v}" for name, v in machine.versions.items() if v)
-    lines += [
-        "",
-        *(
-            f"Peak memory of generate on {backend}: {mib:.0f} MiB."
-            for backend, mib in report.generate_peak_rss_mib.items()
-        ),
-        f"{machine.cpu}, {machine.cores} cores ({machine.torch_threads} torch threads), "
-        f"{machine.memory_gib} GiB; Python {machine.python}, {versions}; "
-        f"commit {machine.commit}; weights {report.weights_hash[:16]}; {machine.date}.",
-    ]
-    return "\n".join(lines)
 
 
 def quality_table(reports: list[QualityReport]) -> str:

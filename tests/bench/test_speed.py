@@ -1,4 +1,4 @@
-"""The speed report: turns, ratios, void rows, a process for each, and the command."""
+"""The speed harness: turns, ratios, void rows, a process for each, and the command."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +24,15 @@ import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from hcma_fast.bench.contestants import LAYOUT, PROMPT, Run, load_ours, load_plain
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.speed import (
-    PLAIN,
-    generate_command,
-    measure_speed,
-    peak_rss_mib,
-    time_in_turns,
-)
+from hcma_fast.bench.contestants import LAYOUT, Ours, Work, load_ours, load_plain
+from hcma_fast.bench.harness import Case, Group, group_rows, run_group, take_turns
+from hcma_fast.bench.machine import Clocks, Machine, describe_machine
+from hcma_fast.bench.memory import own_peak_rss_mib, peak_rss_mib
+from hcma_fast.bench.report import Row, report_markdown
+from hcma_fast.bench.speed import PLAIN, generate_command, measure_speed
+from hcma_fast.bench.workers import Contestant, Loaded, Run
 from hcma_fast.cli.app import main
-from hcma_fast.cli.bench import bench_app, speed_table
+from hcma_fast.cli.bench import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.export.cache import cached_folder
 from hcma_fast.export.manifest import load_manifest
@@ -45,13 +45,16 @@ GOOD = np.array([3.0, 4.0], dtype=np.float32)
 FAKES = """
 import os, signal, sys, time
 import numpy as np
-from hcma_fast.bench.contestants import Contestant
+from hcma_fast.bench.contestants import Ours
+from hcma_fast.bench.workers import Contestant
 from hcma_fast.errors import BackendError
 
-def load_plain(model, steps, batch):
-    return load_ours(model, "plain", steps, batch)
+def load_plain(model, work, device="cpu"):
+    return load_ours(model, Ours("plain"), work)
 
-def load_ours(model, backend, steps, batch):
+def load_ours(model, ours, work, device="cpu"):
+    backend, batch = ours.backend, work.batch
+
     def note(event):
         with open(os.environ["FAKES_LOG"], "a") as log:
             log.write(f"{event} {backend} {os.getpid()}\\n")
@@ -137,37 +140,57 @@ def recording(
 
     def run() -> Run:
         calls.append(name)
-        return Run(left.pop(0) if left else 1.0, latents)
+        return Run(left.pop(0) if left else 1.0, latents, float(len(calls)))
 
     return run
+
+
+def never() -> Contestant:
+    raise AssertionError("nothing is loaded")
+
+
+def rows_of(
+    runs: dict[str, Callable[[], Run]], rounds: int, *, said: list[str] | None = None, **case: Any
+) -> tuple[Row, ...]:
+    """Rows of a group whose cases run here."""
+    group = Group("fakes", [Case(name, never, **case) for name in runs])
+    say = (lambda line: None) if said is None else said.append
+    turns = take_turns(group, group.cases, runs, rounds, say)
+    return group_rows(group, turns, dict.fromkeys(turns, Loaded("fake", "0" * 64, 2.0)))
 
 
 def test_contestants_take_turns_there_and_back_after_one_warm_up() -> None:
     calls: list[str] = []
     said: list[str] = []
-    rows = time_in_turns(
-        {name: recording(name, GOOD, calls) for name in "ABC"}, rounds=2, batch=2, say=said.append
-    )
+    rows = rows_of({name: recording(name, GOOD, calls) for name in "ABC"}, 2, said=said)
     assert calls == list("ABCCBAABC")
     assert said[0] == "A, warm-up" and said[-1] == "C, round 2 of 2"
     assert [row.name for row in rows] == list("ABC")
     for row in rows:
-        assert len(row.seconds) == 2 and not row.void
-        assert row.p10_s <= row.median_s <= row.p90_s
+        assert len(row.seconds) == 2 and not row.void and row.load_s == 2
+        assert row.p10_s <= row.median_s <= row.p90_s <= row.p99_s
     assert rows[0].speedup == 1 and rows[0].relative_error == 0
+    # that of the last run
+    assert rows[2].peak_rss_mib == 9
 
 
-def test_seconds_are_per_image_and_speedups_are_ratios_within_a_round() -> None:
-    plain, ours = time_in_turns(
+def test_a_case_without_a_warm_up_runs_once_less() -> None:
+    calls: list[str] = []
+    (row,) = rows_of({"A": recording("A", GOOD, calls, 5, 7)}, 2, warm_up=False, max_error=None)
+    assert calls == ["A", "A"] and row.seconds == (5, 7) and row.warm_up_s is None
+
+
+def test_speedups_are_ratios_per_image_within_a_round() -> None:
+    plain, ours = rows_of(
         {
             PLAIN: recording(PLAIN, GOOD, [], 90, 4, 8, 12),
             "ours": recording("ours", GOOD, [], 50, 2, 2, 2),
         },
-        rounds=3,
-        batch=4,
+        3,
+        images=4,
     )
-    assert plain.seconds == (1, 2, 3) and plain.median_s == 2
-    assert ours.seconds == (0.5, 0.5, 0.5)
+    assert plain.seconds == (4, 8, 12) and plain.median_s == 8 and plain.images_per_second == 0.5
+    assert ours.seconds == (2, 2, 2) and ours.warm_up_s == 50
     assert ours.speedup == 4
     assert ours.speedup_interval == pytest.approx((2.4, 5.6))
 
@@ -179,17 +202,23 @@ def test_seconds_are_per_image_and_speedups_are_ratios_within_a_round() -> None:
         (GOOD * np.float32(1.01), 1e-2),
         (GOOD * np.float32(math.nan), None),
         (GOOD * np.float32(math.inf), None),
+        (GOOD[:1], None),
     ],
 )
 def test_a_row_that_does_not_agree_is_void(
     latents: NDArray[np.float32], error: float | None
 ) -> None:
-    _, row = time_in_turns(
-        {"A": recording("A", GOOD, []), "B": recording("B", latents, [])}, rounds=1, batch=1
-    )
+    _, row = rows_of({"A": recording("A", GOOD, []), "B": recording("B", latents, [])}, 1)
     assert row.relative_error == (None if error is None else pytest.approx(error, rel=1e-3))
     assert row.void == (error is None or error > 1e-3)
     assert (row.speedup is None) == (row.speedup_interval is None) == row.void
+
+
+def test_results_that_are_not_compared_are_never_void() -> None:
+    _, row = rows_of(
+        {"A": recording("A", GOOD, []), "B": recording("B", GOOD[:1], [])}, 1, max_error=None
+    )
+    assert not row.void and row.speedup is None and row.relative_error is None
 
 
 def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes) -> None:
@@ -202,11 +231,12 @@ def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes)
     order = ["plain", "loud", "c", "c", "loud", "plain", "plain", "loud", "c"]
     assert events[3:] == [(event, name, pids[name]) for name in order for event in ("start", "end")]
     assert fakes.alive() == set()
-    assert (report.preset, report.weights_hash) == ("fake", "0" * 64)
     for row in report.rows:
-        assert row.relative_error == 0
-        # what the contestant measured: half of a sleep of 0.02 s, as there are two images
-        assert len(row.seconds) == 2 and min(row.seconds) >= 0.01
+        assert (row.preset, row.weights_hash) == ("fake", "0" * 64)
+        assert row.relative_error == 0 and row.images == 2
+        # what the contestant measured, a sleep of 0.02 s, and its own memory
+        assert len(row.seconds) == 2 and min(row.seconds) >= 0.02
+        assert 5 < row.peak_rss_mib < own_peak_rss_mib()
 
 
 @pytest.mark.parametrize(
@@ -282,33 +312,69 @@ def test_nothing_is_left_after_an_interrupt_or_a_kill(fakes: Fakes, how: signal.
     assert fakes.alive() == set()
 
 
-def test_a_missing_engine_is_built_before_any_contestant_loads(
+def test_what_cannot_run_is_told_and_the_others_go_on(fakes: Fakes) -> None:
+    module = importlib.import_module("fake_contestants")
+    names = ("plain", "refused", "failing", "b")
+    cases = [Case(n, partial(module.load_ours, "-", Ours(n), Work())) for n in names]
+    failed: dict[str, str] = {}
+    rows = run_group(Group("g", cases), 1, failed=failed)
+    assert [row.name for row in rows] == ["plain", "b"]
+    assert set(failed) == {"g: refused", "g: failing"} and "Plug it in" in failed["g: failing"]
+    assert fakes.alive() == set()
+    # without its yardstick a group says nothing
+    assert run_group(Group("g", [cases[1], cases[3]]), 1, failed=failed) == ()
+
+
+def test_a_missing_engine_is_built_in_a_process_of_its_own_before_any_loads(
     fakes: Fakes, random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
     said: list[str] = []
+    built: list[Any] = []
 
-    def build(weights_hash: str, load: Any, target: Target, *, progress: Any) -> None:
-        assert (load().preset, target, fakes.events()) == ("random", Target("onnxruntime"), [])
-        progress("align", "export")
+    @contextmanager
+    def process(name: str, load: Any) -> Iterator[None]:
+        built.append((name, load.args, fakes.events()))
+        yield
 
-    monkeypatch.setattr("hcma_fast.export.cache.find_or_build", build)
+    monkeypatch.setattr("hcma_fast.bench.contestants.worker", process)
     measure_speed(
         random_checkpoint, backends=["onnxruntime"], rounds=1, memory=False, progress=said.append
     )
-    assert said[:2] == ["export align", f"load {PLAIN}"]
+    what = (str(random_checkpoint), Target("onnxruntime"))
+    assert built == [("the build for onnxruntime", what, [])]
+    assert said[:2] == ["build onnxruntime", f"load {PLAIN}"]
 
 
-def test_real_contestants_agree(random_checkpoint: Path) -> None:
-    plain = load_plain(random_checkpoint, 3, 2)
-    ours = load_ours(random_checkpoint, "eager", 3, 2)
+@pytest.mark.parametrize("work", [Work(3, 2), Work(4, 2, 5, evaluations=1), Work(4, eta0=0.0)])
+def test_real_contestants_agree(random_checkpoint: Path, work: Work) -> None:
+    plain = load_plain(random_checkpoint, work)
+    ours = load_ours(random_checkpoint, Ours("eager"), work)
     assert plain.preset == ours.preset == "random"
     assert plain.weights_hash == ours.weights_hash
     expected, found = plain.generate(), ours.generate()
-    assert expected.shape == (2, 4, 8, 8) and expected.dtype == np.float32
+    assert expected.shape == (work.batch, 4, 8, 8) and expected.dtype == np.float32
     error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
     assert 0 < error < 1e-5
-    assert not np.allclose(expected[0], expected[1])
+    if work.batch > 1:
+        assert not np.allclose(expected[0], expected[1])
+
+
+def test_a_pipeline_of_mixed_engines_agrees(
+    random_checkpoint: Path, random_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cached_engines(random_engine, tmp_path, monkeypatch)
+    mixed = Ours("onnxruntime", graphs=("unet_grounded", "unet_plain"), grad_backend="onnx")
+    found = load_ours(random_checkpoint, mixed, Work(3)).generate()
+    expected = load_plain(random_checkpoint, Work(3)).generate()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-4
+
+
+def cached_engines(engine: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine folder where the user's cache has it."""
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(cache))
+    built = cached_folder(load_manifest(engine).weights_hash, Target("onnxruntime"))
+    shutil.copytree(engine, built)
 
 
 def test_peak_memory_is_the_childs_own() -> None:
@@ -345,6 +411,11 @@ def test_machine_is_described() -> None:
     machine = describe_machine()
     assert machine.cpu and machine.cores >= 1 and machine.memory_gib > 0
     assert machine.versions["torch"] == torch.__version__
+    assert machine.clocks.load_average is not None
+    assert machine.cpu in machine.line() and str(machine.commit) in machine.line()
+    # an older report has no clocks
+    old = machine.model_dump(exclude={"gpu", "driver", "clocks"})
+    assert Machine.model_validate(old).clocks == Clocks()
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"rounds": 0}, {"num_inference_steps": 1}])
@@ -361,11 +432,12 @@ def test_report_and_table(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("hcma_fast.bench.speed.peak_rss_mib", peak)
     report = measure_speed("-", backends=["a", "b"], num_inference_steps=3, rounds=1)
     assert [row.name for row in report.rows] == [PLAIN, "hcma-fast a", "hcma-fast b"]
-    assert report.generate_peak_rss_mib == {"a": 100, "b": 101}
-    table = speed_table(report)
-    assert f"| {PLAIN} | {report.rows[0].median_s:.3f} |" in table
-    assert "Peak memory of generate on b: 101 MiB." in table
-    assert report.weights_hash[:16] in table and report.machine.cpu in table
+    found = [row.figures.get("generate_peak_mib") for row in report.rows]
+    assert found == [None, 100, 101]
+    table = report_markdown(report)
+    assert f"| {PLAIN} | {report.rows[0].median_s:.3g} |" in table
+    assert "batch 1, steps 3, boxes 2" in table and "| 101 |" in table
+    assert "0" * 16 in table and report.machine.cpu in table
 
 
 def test_command_prints_json_on_stdout_alone(
@@ -374,21 +446,18 @@ def test_command_prints_json_on_stdout_alone(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path))
-    built = cached_folder(load_manifest(random_engine).weights_hash, Target("onnxruntime"))
-    shutil.copytree(random_engine, built)
+    cached_engines(random_engine, tmp_path, monkeypatch)
     arguments = ["--model", str(random_checkpoint), "--steps", "4", "--rounds", "2", "--json"]
     result = CliRunner().invoke(bench_app, ["speed", *arguments, "--no-memory"])
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)
     names = [row["name"] for row in report["rows"]]
     assert names == [PLAIN, "hcma-fast eager", "hcma-fast onnxruntime"]
-    assert all(len(row["seconds"]) == 2 and not row["void"] for row in report["rows"])
-    assert all(row["speedup"] > 0 for row in report["rows"])
-    assert report["preset"] == "random" and report["prompt"] == PROMPT
-    assert report["generate_peak_rss_mib"] == {}
+    for row in report["rows"]:
+        assert len(row["seconds"]) == 2 and not row["void"] and row["speedup"] > 0
+        assert row["preset"] == "random" and row["figures"] == {} and row["load_s"] > 0.1
     assert "warm-up" in result.stderr
-    assert "export" not in result.stderr
+    assert "build" not in result.stderr
 
 
 def test_command_fails_when_the_latents_do_not_agree(fakes: Fakes) -> None:

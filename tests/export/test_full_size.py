@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.bench.speed import peak_rss_mib
+from hcma_fast.bench.memory import peak_rss_mib
 from hcma_fast.export.manifest import load_manifest
 from hcma_fast.models.random_sd14 import RandomSD14
 from hcma_fast.runtime.eager import EagerEngine

@@ -1,0 +1,99 @@
+"""From the plain loop to the full runtime, one optimisation at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from hcma_fast.bench.contestants import SD14, Ours
+from hcma_fast.bench.harness import Group
+from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plots import figure_png, new_figure
+from hcma_fast.bench.speed import ours_case, plain_case
+from hcma_fast.specs import GraphName
+
+if TYPE_CHECKING:
+    from hcma_fast.bench.report import Row
+
+_UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
+
+
+def ladder(plan: Plan) -> list[Group]:
+    """Each rung has what those before it have, but for what its name says."""
+    work = plan.work()
+    rungs = _gpu_rungs() if plan.on_gpu else _cpu_rungs(plan)
+    cases = [
+        ours_case(plan.model, ours, work, plan.device, name) for name, ours in rungs[: _count(plan)]
+    ]
+    return side_by_side(plan, "ladder", [plain_case(plan.model, work, plan.device), *cases])
+
+
+def _count(plan: Plan) -> int | None:
+    return 2 if plan.quick else None
+
+
+def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
+    rungs = [
+        # keys and values of caption and boxes once per image, nothing that is thrown away
+        ("our sampler and graphs, torch eager", Ours("eager")),
+        ("gradient by torch.compile", Ours("eager", grad_backend="compile")),
+    ]
+    if find_spec("onnxruntime"):
+        unets = Ours("onnxruntime", graphs=_UNETS, grad_backend="compile")
+        rungs += [
+            ("UNet on ONNX Runtime", unets),
+            ("gradient on ONNX Runtime", Ours("onnxruntime", graphs=(*_UNETS, "align"))),
+            ("text encoder, grounding and VAE too", Ours("onnxruntime")),
+        ]
+        if plan.model != SD14:
+            rungs.append(("a whole evaluation in one graph", Ours("onnxruntime", fuse=True)))
+    if find_spec("openvino"):
+        rungs += [
+            ("all graphs on OpenVINO instead, evaluation by parts", Ours("openvino")),
+            ("bfloat16 inside", Ours("openvino", precision="bfloat16")),
+        ]
+    return rungs
+
+
+def _gpu_rungs() -> list[tuple[str, Ours]]:
+    rungs = [
+        ("our sampler and graphs, torch eager", Ours("eager")),
+        ("CUDA graphs", Ours("eager", cuda_graphs=True)),
+        ("gradient by torch.compile, no CUDA graphs", Ours("eager", grad_backend="compile")),
+    ]
+    if find_spec("triton"):
+        rungs.append(("losses by one Triton kernel", Ours("eager", grad_backend="triton")))
+    if find_spec("tensorrt"):
+        rungs += [
+            ("all graphs on TensorRT", Ours("tensorrt")),
+            ("CUDA graphs", Ours("tensorrt", cuda_graphs=True)),
+            ("float16", Ours("tensorrt", precision="float16", cuda_graphs=True)),
+        ]
+    # names are keys
+    return [(f"{place}. {name}", ours) for place, (name, ours) in enumerate(rungs, 1)]
+
+
+def ladder_png(rows: Sequence[Row]) -> bytes:
+    """Speed-up of each rung over the plain loop with its interval, as a PNG; void rows are left
+    out."""
+    counted = [row for row in rows if row.speedup is not None]
+    # at full size the plain loop is beside every rung, with one row each
+    unique = list({row.name: row for row in counted}.values())
+    figure = new_figure(9, 0.9 + 0.45 * len(unique))
+    axes = figure.subplots()
+    values = [row.speedup or 0.0 for row in unique]
+    ends = [
+        row.speedup_interval or (value, value) for row, value in zip(unique, values, strict=True)
+    ]
+    errors = [
+        [value - low for value, (low, _) in zip(values, ends, strict=True)],
+        [high - value for value, (_, high) in zip(values, ends, strict=True)],
+    ]
+    places = range(len(unique))
+    axes.barh(places, values, xerr=errors, color="tab:blue", capsize=3)
+    axes.set_yticks(places, [row.name for row in unique])
+    axes.invert_yaxis()
+    axes.set_xlabel("speed-up over the plain diffusers loop (p10 to p90 of the rounds)")
+    axes.axvline(1, color="black", linewidth=1)
+    return figure_png(figure)

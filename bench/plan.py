@@ -1,0 +1,63 @@
+"""On what the suites run: model, device, backends, and how much of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+from hcma_fast.bench.contestants import SD14, Work
+from hcma_fast.bench.harness import Case, Group
+
+
+@dataclass(frozen=True)
+class Plan:
+    """On what a suite runs."""
+
+    model: str = "tiny"
+    """preset, folder, or sd14: full size, random weights, one denoising evaluation"""
+    device: str = "cpu"
+    backends: tuple[str, ...] = ()
+    """of our pipeline; none for those that are here"""
+    rounds: int | None = None
+    """None for the suite's own number"""
+    quick: bool = False
+    """few rounds of small sizes: whether it works, not how fast"""
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Backends of our pipeline."""
+        return self.backends or installed_backends(self.device)
+
+    def work(self, batch: int = 1, **changes: int) -> Work:
+        """50 steps, few when it must be quick, one evaluation at full size."""
+        steps = changes.pop("steps", 4 if self.quick else 50)
+        whole = self.model != SD14
+        return Work(steps, batch, evaluations=None if whole else 1, **changes)
+
+
+def installed_backends(device: str) -> tuple[str, ...]:
+    """Compiled backends that can be measured on this device, eager last."""
+    if not device.startswith("cuda"):
+        found = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
+        return (*found, "eager")
+    from hcma_fast.export.session import CUDA
+
+    found = ["tensorrt"] if find_spec("tensorrt") else []
+    if find_spec("onnxruntime"):
+        import onnxruntime
+
+        if CUDA[0] in onnxruntime.get_available_providers():
+            found.append("onnxruntime")
+    return (*found, "eager")
+
+
+def side_by_side(plan: Plan, name: str, cases: Sequence[Case]) -> list[Group]:
+    """The first case with all the others; at full size with one at a time, for their memory."""
+    if plan.model != SD14:
+        return [Group(name, cases)]
+    return [Group(f"{name}: {other.name}", [cases[0], other]) for other in cases[1:]]

@@ -1,0 +1,330 @@
+"""Mixed requests for a long time, with faults on the way: does it stay as it was at the start?
+
+A worker process generates through ``runtime.batching``. After a share of the time it is killed, and
+another one takes its place; from time to time it is given a request that must be refused, and its
+disk is full. Memory and latency are judged over the second process, without its beginning, where
+caches and allocators fill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import resource
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from hcma_fast.bench.bootstrap import Estimate, Indices, estimate, median_ratio
+from hcma_fast.bench.contestants import SEED, Ours, Work, build_missing, open_pipe
+from hcma_fast.bench.machine import Machine, describe_machine
+from hcma_fast.bench.memory import status_mib
+from hcma_fast.bench.workers import Contestant, Run, Worker, worker
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import BackendError, HcmaError, InputError, OutputError, UsageError
+from hcma_fast.files import write_whole
+
+if TYPE_CHECKING:
+    from hcma_fast.runtime.batching import BatchGenerator, Request
+
+_KILL_AT, _SETTLED = 0.15, 0.3
+"""Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
+_KILL_AFTER_S = 0.1
+_FAULT_EVERY = 3
+"""Rounds; the first one has both faults"""
+JUDGED_ROUNDS = 20
+"""Fewer say nothing of slopes"""
+_FULL_BYTES = 64
+"""That a file may have while the disk is full"""
+_SCENES = 12
+"""Prompts with their layouts: few, for the cache of encodings grows with every new one"""
+
+
+class SoakReport(BaseModel):
+    """What :func:`soak` found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    backend: str
+    minutes: float
+    rounds: int
+    """in both processes"""
+    images: int
+    refused: int
+    """bad requests, each with a typed error"""
+    full_disks: int
+    """images that could not be written, each with a typed error and without half a file, and could
+    be written afterwards"""
+    kills: int
+    same_image: bool
+    """the reference images were the same in every round and in both processes, to the last bit"""
+    image_sha256: str
+    seconds: tuple[float, ...]
+    """of the reference batch, per round of the second process"""
+    at_s: tuple[float, ...]
+    """when those rounds ended, since that process had loaded"""
+    rss_mib: tuple[float, ...]
+    """after those rounds"""
+    rss_mib_per_hour: Estimate | None
+    """by least squares over the judged rounds, with a 95% interval by bootstrap over them; None
+    for too few"""
+    latency_drift: Estimate | None
+    """median of the last third of the judged rounds over that of the first; None for too few"""
+    machine: Machine
+
+    @property
+    def problems(self) -> list[str]:
+        """What it should not have done."""
+        found = [] if self.same_image else ["the same request gave another image"]
+        slope, drift = self.rss_mib_per_hour, self.latency_drift
+        # 1% in an hour is a fault if it is no chance
+        most = 0.01 * float(np.median(self.rss_mib))
+        if slope is not None and slope.interval is not None and slope.interval[0] > most:
+            found.append(f"memory grows by {slope.value:.1f} MiB an hour")
+        if drift is not None and drift.interval is not None and drift.interval[0] > 1.05:
+            found.append(f"it became slower by {drift.value - 1:.0%}")
+        return found
+
+
+def soak(
+    model: str = "tiny",
+    *,
+    backend: str = "onnxruntime",
+    minutes: float = 20.0,
+    max_batch: int = 4,
+    progress: Callable[[str], None] = lambda line: None,
+) -> SoakReport:
+    """Generate until the time is over.
+
+    Raises:
+        UsageError: not a positive time or batch.
+        WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+        HcmaError: a fault was not handled: the message says which.
+    """
+    if not minutes > 0 or max_batch < 1:
+        raise UsageError(
+            "minutes and the batch must be above 0",
+            value=(minutes, max_batch),
+            remedy="Use 20 and 4.",
+        )
+    build_missing(model, Ours(backend), None, progress)
+    end = time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory() as folder:
+        load = partial(load_soak, model, backend, max_batch, folder)
+        progress(f"until the kill: {_KILL_AT:.0%} of {minutes:g} minutes")
+        with worker("soak", load) as first:
+            before = _rounds(first, time.monotonic() + _KILL_AT * 60 * minutes, progress)
+            _kill(first)
+        progress("killed; another process takes its place")
+        with worker("soak", load) as second:
+            start = time.monotonic()
+            after = _rounds(second, end, progress)
+    at_s = np.array([at - start for at, _ in after])
+    runs = [run for _, run in after]
+    rss = np.array([run.figures["rss_mib"] for run in runs])
+    seconds = np.array([run.figures["reference_s"] for run in runs])
+    kept = slice(int(_SETTLED * len(runs)), None)
+    enough = len(runs[kept]) >= JUDGED_ROUNDS
+    every = [run for _, run in before] + runs
+    hashes = {run.result.tobytes() for run in every}
+    return SoakReport(
+        model=model,
+        backend=backend,
+        minutes=minutes,
+        rounds=len(every),
+        images=int(sum(run.figures["images"] for run in every)),
+        refused=int(sum(run.figures["refused"] for run in every)),
+        full_disks=int(sum(run.figures["full_disks"] for run in every)),
+        kills=1,
+        same_image=len(hashes) == 1,
+        image_sha256=runs[-1].result.astype(np.uint8).tobytes().hex(),
+        seconds=tuple(seconds.tolist()),
+        at_s=tuple(at_s.tolist()),
+        rss_mib=tuple(rss.tolist()),
+        rss_mib_per_hour=slope_per_hour(at_s[kept], rss[kept]) if enough else None,
+        latency_drift=drift(seconds[kept]) if enough else None,
+        machine=describe_machine(),
+    )
+
+
+def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:
+    """Least squares, with the interval over resampled points."""
+
+    def slope(chosen: Indices) -> float:
+        times = at_s[chosen] / 3600
+        spread = times - times.mean()
+        return float((spread * values[chosen]).sum() / (spread**2).sum())
+
+    return estimate(slope, len(values))
+
+
+def drift(seconds: NDArray[np.float64]) -> Estimate:
+    """Median of the last third over that of the first."""
+    third = len(seconds) // 3
+    return median_ratio(seconds[-third:], seconds[:third])
+
+
+def _rounds(
+    process: Worker, end: float, progress: Callable[[str], None]
+) -> list[tuple[float, Run]]:
+    """When each round was over, and what it did; at least one."""
+    found: list[tuple[float, Run]] = []
+    while not found or time.monotonic() < end:
+        run = process()
+        found.append((time.monotonic(), run))
+        if len(found) % 20 == 1:
+            progress(
+                f"round {len(found)}: {run.figures['rss_mib']:.0f} MiB, reference "
+                f"{run.figures['reference_s']:.2f} s"
+            )
+    return found
+
+
+def _kill(process: Worker) -> None:
+    """In the middle of a round; a round that was faster has a dead process after it."""
+    timer = threading.Timer(_KILL_AFTER_S, process.kill)
+    timer.start()
+    try:
+        process()
+        timer.join()
+        process()
+    except HcmaError as error:
+        if error.value != -signal.SIGKILL:
+            raise
+        return
+    finally:
+        timer.join()
+    raise HcmaError(
+        "a killed process still answers", value=process.name, remedy="Report it as a bug."
+    )
+
+
+def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contestant:
+    """One round of mixed requests, faults and the reference, whose image's hash is the result.
+
+    Raises:
+        WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+        BackendError: the system tells no process its memory.
+    """
+    from hcma_fast.runtime.batching import BatchGenerator
+
+    if status_mib("VmRSS") is None:
+        raise BackendError(
+            "a process cannot read its memory here", value="/proc", remedy="Use Linux."
+        )
+    pipe = open_pipe(model, Ours(backend))
+    generator = BatchGenerator(pipe, max_batch=max_batch)
+    rng = np.random.default_rng(SEED)
+    figures: dict[str, float] = {}
+    number = 0
+
+    def generate() -> NDArray[np.float32]:
+        nonlocal number
+        figures.update(images=0, refused=0, full_disks=0)
+        requests = [mixed_request(rng, pipe.settings) for _ in range(rng.integers(1, 9))]
+        for result in generator.generate(requests):
+            if result.image is None:
+                raise result.error or HcmaError("no image", remedy="Report it as a bug.")
+            figures["images"] += 1
+            save = partial(result.image.save, format="PNG")
+            write_whole(Path(folder) / f"{result.index}.png", save)
+        if number % _FAULT_EVERY == 0:
+            check_refused(generator, requests)
+            check_full_disk(save, Path(folder) / "full.png")
+            figures["refused"] += 1
+            figures["full_disks"] += 1
+        number += 1
+        start = time.perf_counter()
+        found = list(generator.generate(_reference()))
+        figures["reference_s"] = time.perf_counter() - start
+        figures["rss_mib"] = status_mib("VmRSS") or 0.0
+        pixels = b"".join(r.image.tobytes() if r.image else b"" for r in found)
+        return np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8).astype(np.float32)
+
+    return Contestant(generate, pipe.preset, pipe.weights_hash, figures=lambda: dict(figures))
+
+
+def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Request:
+    """Any prompt, layout, seed, number of steps, guidance (1 too) and rate (0 too)."""
+    from hcma_fast.runtime.batching import Request
+
+    scene = int(rng.integers(_SCENES))
+    changes = {
+        "guidance_scale": float(rng.choice([1.0, 3.0, 7.5])),
+        "eta0": float(rng.choice([0.0, 0.5, 1.0])) * settings.eta0,
+    }
+    return Request(
+        f"scene {scene}",
+        Work(boxes=scene).layout,
+        int(rng.integers(2**31)),
+        num_inference_steps=int(rng.choice([4, 8, 12])),
+        settings=settings.model_copy(update=changes),
+    )
+
+
+def _reference() -> list[Request]:
+    from hcma_fast.runtime.batching import Request
+
+    return [
+        Request("a dog", Work(boxes=boxes).layout, SEED + boxes, num_inference_steps=8)
+        for boxes in (0, 2, 5)
+    ]
+
+
+def check_refused(generator: BatchGenerator, good: list[Request]) -> None:
+    """A request whose prompt is too long is refused, and the good ones before it with it.
+
+    Raises:
+        HcmaError: it was not.
+    """
+    from hcma_fast.runtime.batching import Request
+
+    try:
+        next(generator.generate([*good, Request("many words " * 100)]))
+    except InputError:
+        return
+    raise HcmaError("a bad request was taken", value="100 words", remedy="Report it as a bug.")
+
+
+def check_full_disk(save: Callable[..., object], path: Path) -> None:
+    """While no file may be as large as the image, writing is an error and leaves nothing behind.
+
+    Raises:
+        HcmaError: it left something, or ended without an error.
+    """
+    error: OutputError | None = None
+    with _disk_full():
+        try:
+            write_whole(path, save)
+        except OutputError as caught:
+            error = caught
+    left = [entry.name for entry in path.parent.iterdir() if path.name in entry.name]
+    if error is None or left:
+        raise HcmaError(
+            "a full disk was no error, or left a file behind",
+            value=left,
+            remedy="Report it as a bug.",
+        )
+    write_whole(path, save)
+    path.unlink()
+
+
+@contextmanager
+def _disk_full() -> Iterator[None]:
+    """Files of this process may not grow beyond some bytes: EFBIG, as ENOSPC, while writing."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FULL_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

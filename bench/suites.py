@@ -1,0 +1,107 @@
+"""The suites of ``hcma-fast bench run``: which cases, side by side, at which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hcma_fast.bench.contestants import SD14, Ours, weights_hash_of
+from hcma_fast.bench.harness import Group, run_group
+from hcma_fast.bench.ladder import ladder
+from hcma_fast.bench.machine import describe_machine
+from hcma_fast.bench.peers_speed import peers
+from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.report import Report
+from hcma_fast.bench.scaling import fit_scaling, scaling
+from hcma_fast.bench.speed import ours_case, plain_case
+from hcma_fast.bench.stages import align, build, train
+from hcma_fast.config import BACKENDS
+from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.runtime.requests import check_device
+
+
+def latency(plan: Plan) -> list[Group]:
+    """Batch 1; loading and the first run are the time to the first image."""
+    work = plan.work()
+    cases = [plain_case(plan.model, work, plan.device)]
+    cases += [ours_case(plan.model, Ours(name), work, plan.device) for name in plan.chosen]
+    return side_by_side(plan, "latency", cases)
+
+
+def throughput(plan: Plan) -> list[Group]:
+    """Batches, steps and numbers of boxes."""
+    if plan.quick:
+        sizes = [(2, 4, 2)]
+    elif plan.model == SD14:
+        sizes = [(batch, 50, 2) for batch in (1, 2, 4)]
+    else:
+        # a card is there for 20 minutes
+        batches = (1, 8, 32) if plan.on_gpu else (1, 2, 4, 8, 16, 32)
+        sizes = [(batch, steps, 2) for steps in (20, 50) for batch in batches]
+        sizes += [(8, 20, boxes) for boxes in (0, 8, 30)]
+    groups: list[Group] = []
+    for batch, steps, boxes in sizes:
+        work = plan.work(batch, steps=steps, boxes=boxes)
+        cases = [plain_case(plan.model, work, plan.device)]
+        cases += [ours_case(plan.model, Ours(name), work, plan.device) for name in plan.chosen[:1]]
+        groups += side_by_side(plan, f"batch {batch}, {steps} steps, {boxes} boxes", cases)
+    return groups
+
+
+#: by name: its groups, and how many rounds they get
+SUITES: dict[str, tuple[Callable[[Plan], list[Group]], int]] = {
+    "latency": (latency, 10),
+    "throughput": (throughput, 3),
+    "peers": (peers, 5),
+    "ladder": (ladder, 5),
+    "scaling": (scaling, 5),
+    "align": (align, 10),
+    "build": (build, 1),
+    "train": (train, 3),
+}
+
+
+def check_suites(names: Sequence[str], plan: Plan) -> None:
+    """Refuse what cannot run, before the first suite does.
+
+    Raises:
+        UsageError: an unknown suite, or one twice, or an unknown device.
+        BackendError: an unknown backend, or no such device.
+        WeightsError: no such model.
+    """
+    for name in names:
+        if name not in SUITES:
+            remedy = f"Suites: {', '.join(SUITES)}; or all."
+            raise UsageError("unknown suite", value=name, remedy=remedy)
+    if len(set(names)) < len(names):
+        raise UsageError("a suite is named twice", value=list(names), remedy="Name it once.")
+    for backend in plan.backends:
+        if backend not in BACKENDS:
+            raise BackendError(
+                "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+            )
+    check_device(plan.device, "eager")
+    weights_hash_of(plan.model)
+
+
+def run_suite(name: str, plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Report:
+    """Run a suite; a case that cannot run is in the report's ``failed``, and the others go on.
+
+    Args:
+        name: one that :func:`check_suites` has seen.
+        progress: called with a line of text before each run.
+    """
+    groups, usual = SUITES[name]
+    rounds = plan.rounds or (1 if plan.quick else usual)
+    failed: dict[str, str] = {}
+    rows = [row for group in groups(plan) for row in run_group(group, rounds, progress, failed)]
+    return Report(
+        suite=name,
+        model=plan.model,
+        device=plan.device,
+        rounds=rounds,
+        quick=plan.quick,
+        rows=tuple(rows),
+        failed=failed,
+        fits=fit_scaling(rows) if name == "scaling" else (),
+        machine=describe_machine(),
+    )

@@ -1,0 +1,196 @@
+"""``hcma-fast bench run``, ``compare`` and ``soak``: the suites of the speed harness."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
+from hcma_fast.errors import HcmaError, UsageError
+
+if TYPE_CHECKING:
+    from hcma_fast.bench.report import Report
+    from hcma_fast.bench.soak import SoakReport
+
+RESULTS_FILE = "bench.json"
+
+
+def run(
+    suites: Annotated[
+        list[str],
+        typer.Argument(
+            help="latency, throughput, peers, ladder, scaling, align, build, train, or all."
+        ),
+    ],
+    model: Annotated[
+        str,
+        typer.Option(help="tiny, sd14 (random weights, one evaluation), or a folder."),
+    ] = "tiny",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(help="Of our pipeline; repeat it.  [default: those that are here]"),
+    ] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Timed runs of each.  [default: the suite's own]")
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small sizes, one round: whether it works.")
+    ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder for {RESULTS_FILE}, and per suite a table, CSV and plot."),
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    csv: Annotated[bool, typer.Option("--csv", help="CSV instead of tables.")] = False,
+) -> None:
+    """Run suites: cases side by side and in turns, each in a process of its own.
+
+    A row whose result does not agree with the plain loop's is void. Ends with an error if any row
+    is void, or could not run.
+    """
+    from hcma_fast.bench.plan import Plan
+    from hcma_fast.bench.plots import check_installed
+    from hcma_fast.bench.report import Results, report_markdown, rows_csv
+    from hcma_fast.bench.suites import SUITES, check_suites, run_suite
+
+    if json_ and csv:
+        raise UsageError("--json and --csv exclude each other", remedy="Use one of them.")
+    names = list(SUITES) if suites == ["all"] else suites
+    plan = Plan(model, device, tuple(backend or ()), rounds, quick)
+    check_suites(names, plan)
+    reports: list[Report] = []
+
+    def results() -> Results:
+        return Results(command=shlex.join(["hcma-fast", *sys.argv[1:]]), reports=tuple(reports))
+
+    def measure(folder: Path | None) -> None:
+        for name in names:
+            print_note(f"suite {name}")
+            reports.append(run_suite(name, plan, print_note))
+            if folder is not None:
+                _write(folder, reports[-1])
+                # after each suite: what was measured is not lost with a later one
+                write_file(folder / RESULTS_FILE, results().model_dump_json(indent=2).encode())
+
+    if out is None:
+        measure(None)
+    else:
+        check_installed()
+        with output_folder(out) as folder:
+            measure(folder)
+    if json_:
+        print_json(results().model_dump(mode="json"))
+    elif csv:
+        typer.echo(rows_csv(reports), nl=False)
+    else:
+        typer.echo("\n\n".join(report_markdown(report) for report in reports))
+    wrong = [f"{report.suite}, {row}" for report in reports for row in report.void]
+    failed = [f"{report.suite}, {name}" for report in reports for name in report.failed]
+    if wrong or failed:
+        raise HcmaError(
+            f"{len(wrong)} rows are void and {len(failed)} could not run",
+            value="; ".join(wrong + failed),
+            remedy="The tables say why; leave backends out by naming others with --backend.",
+        )
+
+
+def _write(folder: Path, report: Report) -> None:
+    from hcma_fast.bench.ladder import ladder_png
+    from hcma_fast.bench.report import report_markdown, rows_csv
+    from hcma_fast.bench.scaling import scaling_png
+
+    write_file(folder / f"{report.suite}.md", f"{report_markdown(report)}\n".encode())
+    write_file(folder / f"{report.suite}.csv", rows_csv([report]).encode())
+    if report.suite == "ladder" and report.rows:
+        write_file(folder / "ladder.png", ladder_png(report.rows))
+    if report.fits:
+        write_file(folder / "scaling.png", scaling_png(report.fits))
+
+
+def compare(
+    old: Annotated[Path, typer.Argument(help="JSON of bench run.")],
+    new: Annotated[Path, typer.Argument(help="JSON of bench run.")],
+    threshold: Annotated[
+        float, typer.Option(help="Ratio of the medians, new over old, that is too slow.")
+    ] = 1.1,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+) -> None:
+    """Compare two results row by row, with intervals; ends with an error if a row became slower.
+
+    Slower is: above the threshold, and not by chance (the 95% interval is above 1).
+    """
+    from hcma_fast.bench.compare import compare_results, comparison_markdown
+    from hcma_fast.bench.report import read_results
+
+    found = compare_results(read_results(old), read_results(new), threshold)
+    if json_:
+        print_json(found.model_dump(mode="json"))
+    else:
+        typer.echo(comparison_markdown(found))
+    if found.failures:
+        raise HcmaError(
+            f"{len(found.failures)} rows became slower than {threshold:g} times, or void",
+            value="; ".join(found.failures),
+            remedy="If the machine was busy, measure both again in one go.",
+        )
+
+
+def soak(
+    minutes: Annotated[float, typer.Option(help="How long.")] = 20.0,
+    model: Annotated[str, typer.Option(help="Preset or folder.")] = "tiny",
+    backend: Annotated[str, typer.Option(help="What generates.")] = "onnxruntime",
+    max_batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+) -> None:
+    """Mixed requests for a long time, with bad ones, a full disk and a killed process among them.
+
+    Ends with an error if memory grows, latency drifts, or an image changes.
+    """
+    from hcma_fast.bench.soak import soak as run_soak
+
+    report = run_soak(
+        model, backend=backend, minutes=minutes, max_batch=max_batch, progress=print_note
+    )
+    if out is not None:
+        write_file(out, report.model_dump_json(indent=2).encode())
+    if json_:
+        print_json(report.model_dump(mode="json"))
+    else:
+        typer.echo(soak_text(report))
+    if report.problems:
+        raise HcmaError(
+            "it did not stay as it was", value="; ".join(report.problems), remedy="Report it."
+        )
+
+
+def soak_text(report: SoakReport) -> str:
+    """The report in Markdown."""
+    slope, drift = report.rss_mib_per_hour, report.latency_drift
+    lines = [
+        f"Soak of {report.model} on {report.backend}, {report.minutes:g} minutes: {report.rounds} "
+        f"rounds, {report.images} mixed images.",
+        f"Faults: {report.refused} bad requests refused, {report.full_disks} full disks, "
+        f"{report.kills} process killed and replaced.",
+        f"Reference images {'the same' if report.same_image else 'NOT the same'} in all rounds and "
+        f"both processes (sha256 {report.image_sha256[:16]}).",
+    ]
+    if slope is None or drift is None:
+        lines.append("Too few rounds to judge memory and latency.")
+    else:
+        low, high = slope.interval or (slope.value,) * 2
+        lines.append(
+            f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {slope.value:+.2f} MiB an hour "
+            f"(95% interval {low:+.2f} to {high:+.2f})."
+        )
+        low, high = drift.interval or (drift.value,) * 2
+        lines.append(
+            f"Latency: last third over first {drift.value:.3f} "
+            f"(95% interval {low:.3f} to {high:.3f})."
+        )
+    return "\n".join([*lines, f"{report.machine.line()}."])

@@ -1,0 +1,138 @@
+"""The soak: judgement of memory and latency, faults that it must survive, and the command."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hcma_fast import HCMAPipeline
+from hcma_fast.bench.bootstrap import Estimate
+from hcma_fast.bench.machine import describe_machine
+from hcma_fast.bench.soak import (
+    SoakReport,
+    check_full_disk,
+    check_refused,
+    drift,
+    load_soak,
+    slope_per_hour,
+    soak,
+)
+from hcma_fast.cli.bench import bench_app
+from hcma_fast.cli.bench_suites import soak_text
+from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.batching import BatchGenerator, Request
+
+
+def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:
+    rng = np.random.default_rng(0)
+    times, noise = np.arange(200) * 6.0, rng.standard_normal(200)
+    leak = slope_per_hour(times, 500 + 60 * times / 3600 + noise)
+    assert leak.interval is not None and leak.interval[0] > 40
+    assert leak.value == pytest.approx(60, abs=5)
+    flat = slope_per_hour(times, 500 + noise)
+    assert flat.interval is not None and flat.interval[0] < 0 < flat.interval[1]
+
+
+def test_drift_is_the_last_third_over_the_first() -> None:
+    found = drift(np.array([1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 2.0, 2.0, 2.0]))
+    assert found.value == 2 and found.interval == (2, 2)
+
+
+def report(**changes: object) -> SoakReport:
+    found = {
+        "model": "tiny",
+        "backend": "eager",
+        "minutes": 20,
+        "rounds": 100,
+        "images": 400,
+        "refused": 30,
+        "full_disks": 30,
+        "kills": 1,
+        "same_image": True,
+        "image_sha256": "ab" * 32,
+        "seconds": (1.0,) * 90,
+        "at_s": tuple(float(i) for i in range(90)),
+        "rss_mib": (500.0,) * 90,
+        "rss_mib_per_hour": Estimate(value=1.0, interval=(-2.0, 4.0)),
+        "latency_drift": Estimate(value=1.01, interval=(0.98, 1.04)),
+        "machine": describe_machine(),
+    }
+    return SoakReport.model_validate(found | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({}, None),
+        # 0.4% in an hour, for certain, is no leak
+        ({"rss_mib_per_hour": Estimate(value=2.0, interval=(1.9, 2.1))}, None),
+        ({"rss_mib_per_hour": Estimate(value=9.0, interval=(-1.0, 20.0))}, None),
+        ({"rss_mib_per_hour": Estimate(value=60.0, interval=(50.0, 70.0))}, "memory grows"),
+        ({"latency_drift": Estimate(value=1.2, interval=(1.1, 1.3))}, "slower by 20%"),
+        ({"same_image": False}, "another image"),
+        ({"rss_mib_per_hour": None, "latency_drift": None}, None),
+    ],
+)
+def test_what_is_a_problem(changes: dict[str, object], problem: str | None) -> None:
+    found = report(**changes)
+    assert bool(found.problems) == (problem is not None)
+    assert problem is None or problem in found.problems[0]
+    assert ("Too few rounds" in soak_text(found)) == (found.latency_drift is None)
+
+
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    check_full_disk(lambda file: file.write(b"x" * 5000), path)
+    assert list(tmp_path.iterdir()) == []
+    # what fits is written: the check does not take that for a full disk
+    with pytest.raises(HcmaError, match="full disk was no error"):
+        check_full_disk(lambda file: file.write(b"x"), path)
+
+
+def test_a_bad_request_is_refused_with_all_beside_it(
+    random_components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = BatchGenerator(HCMAPipeline.from_components(random_components))
+    check_refused(generator, [Request("a", num_inference_steps=2)])
+    monkeypatch.setattr(generator, "_check_texts", lambda requests: None)
+    monkeypatch.setattr(generator, "generate", lambda requests: iter([1]))
+    with pytest.raises(HcmaError, match="was taken"):
+        check_refused(generator, [])
+
+
+def test_rounds_mix_requests_and_end_with_the_same_image(
+    random_checkpoint: Path, tmp_path: Path
+) -> None:
+    contestant = load_soak(str(random_checkpoint), "eager", 4, str(tmp_path))
+    first, figures = contestant.generate(), contestant.figures()
+    second, again = contestant.generate(), contestant.figures()
+    assert np.array_equal(first, second) and first.shape == (32,)
+    assert 1 <= figures["images"] <= 8
+    assert (figures["refused"], figures["full_disks"]) == (1, 1)
+    assert (again["refused"], again["full_disks"]) == (0, 0)
+    assert figures["rss_mib"] > 100 and figures["reference_s"] > 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
+
+
+@pytest.mark.parametrize("arguments", [{"minutes": 0}, {"minutes": -1}, {"max_batch": 0}])
+def test_bad_numbers_are_refused(arguments: dict[str, int]) -> None:
+    with pytest.raises(UsageError):
+        partial(soak, "tiny", **arguments)()
+
+
+@pytest.mark.slow
+def test_command_soaks(random_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "soak.json"
+    arguments = ["--minutes", "0.2", "--model", str(random_checkpoint), "--backend", "eager"]
+    result = CliRunner().invoke(bench_app, ["soak", *arguments, "--json", "--out", str(out)])
+    found = json.loads(result.stdout)
+    assert found == json.loads(out.read_text())
+    assert found["kills"] == 1 and found["same_image"] and found["rounds"] >= 2
+    assert found["refused"] >= 2 and found["full_disks"] >= 2
+    assert result.exit_code == 0, result.exception

@@ -1,0 +1,436 @@
+"""The suites of bench run: what they hold, fits, comparison, and the commands."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from hcma_fast.bench.bootstrap import median_ratio
+from hcma_fast.bench.compare import compare_results, comparison_markdown
+from hcma_fast.bench.contestants import SD14, Work, load_plain
+from hcma_fast.bench.harness import Case, Group
+from hcma_fast.bench.ladder import ladder_png
+from hcma_fast.bench.machine import describe_machine
+from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
+from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.report import Report, Results, Row, read_results, report_markdown, rows_csv
+from hcma_fast.bench.scaling import fit_scaling, scaling_png
+from hcma_fast.bench.speed import PLAIN
+from hcma_fast.bench.stages import load_gradient, load_training
+from hcma_fast.bench.suites import SUITES
+from hcma_fast.bench.workers import Contestant
+from hcma_fast.cli.app import main
+from hcma_fast.cli.bench import bench_app
+from hcma_fast.errors import BackendError, HcmaError, InputError, UsageError
+from hcma_fast.layout import Layout
+
+MACHINE = describe_machine()
+PNG = b"\x89PNG\r\n"
+
+
+def make_row(name: str = "a", group: str = "g", **changes: Any) -> Row:
+    seconds = np.array(changes.get("seconds", (2.0, 2.0, 2.0)))
+    row = {
+        "group": group,
+        "name": name,
+        "labels": {"batch": 1},
+        "images": 1,
+        "preset": "fake",
+        "weights_hash": "0" * 64,
+        "load_s": 1.5,
+        "warm_up_s": 3.0,
+        "seconds": tuple(seconds.tolist()),
+        "median_s": float(np.median(seconds)),
+        "p10_s": float(seconds.min()),
+        "p90_s": float(seconds.max()),
+        "p99_s": float(seconds.max()),
+        "images_per_second": 0.5,
+        "peak_rss_mib": 100.0,
+        "device_peak_mib": None,
+        "figures": {},
+        "relative_error": 1e-6,
+        "max_error": 1e-3,
+        "void": False,
+        "speedup": 2.0,
+        "speedup_interval": (1.9, 2.2),
+    }
+    return Row.model_validate(row | changes)
+
+
+def results(*rows: Row, suite: str = "latency", **changes: Any) -> Results:
+    report = Report(
+        suite=suite,
+        model="tiny",
+        device="cpu",
+        rounds=3,
+        quick=False,
+        rows=rows,
+        machine=MACHINE,
+        **changes,
+    )
+    return Results(command="hcma-fast bench run", reports=(report,))
+
+
+@pytest.mark.parametrize("model", ["tiny", SD14])
+@pytest.mark.parametrize("quick", [True, False])
+@pytest.mark.parametrize("suite", SUITES)
+def test_suites_are_whole(suite: str, quick: bool, model: str) -> None:
+    plan = Plan(model, backends=("onnxruntime", "openvino"), quick=quick)
+    groups = SUITES[suite][0](plan)
+    keys = [(group.name, case.name, str(case.labels)) for group in groups for case in group.cases]
+    assert keys and len(set(keys)) == len(keys)
+    for group in groups:
+        # names are keys, and loads are sent to processes
+        assert len({case.name for case in group.cases}) == len(group.cases)
+        assert all(pickle.loads(pickle.dumps(case.load)) is not None for case in group.cases)
+        if suite in ("latency", "throughput", "peers", "ladder"):
+            assert group.cases[0].name == PLAIN
+            # at full size no more than two models at once
+            assert len(group.cases) <= (2 if model == SD14 else 20)
+    if suite == "throughput" and not quick and model == "tiny":
+        sizes = {tuple(group.cases[0].labels.values()) for group in groups}
+        assert {(b, s, 2) for b in (1, 2, 4, 8, 16, 32) for s in (20, 50)} < sizes
+
+
+def test_suites_of_a_gpu_are_whole() -> None:
+    for groups, _ in SUITES.values():
+        for group in groups(Plan(device="cuda", backends=("tensorrt", "eager"))):
+            assert len({case.name for case in group.cases}) == len(group.cases)
+            pickle.dumps([case.load for case in group.cases])
+
+
+@pytest.mark.parametrize("boxes", [0, 1, 2, 7, 30])
+def test_layouts_have_as_many_boxes_as_asked_for(boxes: int) -> None:
+    layout = Work(boxes=boxes).layout
+    assert isinstance(layout, Layout) and len(layout) == boxes
+    assert len(set(layout.phrases)) == boxes
+
+
+@pytest.mark.parametrize("boxes", [-1, 31])
+def test_too_many_boxes_are_refused(boxes: int) -> None:
+    with pytest.raises(UsageError, match="0 to 30"):
+        _ = Work(boxes=boxes).layout
+
+
+def test_gligen_pipeline_is_the_plain_loop_without_alignment(random_checkpoint: Path) -> None:
+    work = Work(4, 2, eta0=0.0)
+    expected = load_plain(random_checkpoint, work).generate()
+    found = load_gligen(str(random_checkpoint), work).generate()
+    assert np.linalg.norm(found - expected) / np.linalg.norm(expected) < 1e-5
+    aligned = load_plain(random_checkpoint, Work(4, 2)).generate()
+    assert np.linalg.norm(found - aligned) / np.linalg.norm(aligned) > 1e-3
+    # stopped early, where it first tells of its latents
+    some = Work(4, 2, eta0=0.0, evaluations=2)
+    early = load_gligen(str(random_checkpoint), some).generate()
+    assert np.allclose(early, load_plain(random_checkpoint, some).generate(), atol=1e-5)
+    assert not np.allclose(early, found, atol=1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("peer", ["compiled", "onnxruntime", "openvino", "openvino bfloat16"])
+def test_peers_agree_with_the_plain_loop(random_checkpoint: Path, peer: Any) -> None:
+    if peer != "compiled":
+        pytest.importorskip(peer.split()[0])
+    model, work = str(random_checkpoint), Work(3, 2)
+    expected = load_plain(model, work).generate()
+    if peer == "compiled":
+        found = load_compiled(model, work).generate()
+    else:
+        found = load_exported(model, work, peer).generate()
+    error = np.linalg.norm(found - expected) / np.linalg.norm(expected)
+    assert 0 < error < (0.1 if "bfloat16" in peer else 1e-4)
+
+
+@pytest.mark.slow
+def test_gradients_agree_on_the_step(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path))
+    found = {
+        name: load_gradient(str(random_checkpoint), name, 2, 1, "cpu").generate()
+        for name in ("eager", "compile", "onnx")
+    }
+    # the step itself, not the latent, which would hide an error in it
+    assert 0.01 < float(np.abs(found["eager"]).max()) < 100
+    for name in ("compile", "onnx"):
+        assert np.allclose(found[name], found["eager"], rtol=1e-3, atol=1e-5)
+
+
+def test_training_is_timed_with_the_loops_own_rate(random_checkpoint: Path) -> None:
+    contestant = load_training(str(random_checkpoint), 2, 8, False, "cpu")
+    contestant.generate()
+    first = contestant.figures()["loop_samples_per_second"]
+    # a second run is a run of its own, not a continuation
+    contestant.generate()
+    assert first > 0 and contestant.figures()["loop_samples_per_second"] > 0
+
+
+def scaling_rows(exponent: float, noise: float) -> list[Row]:
+    rng = np.random.default_rng(0)
+    return [
+        make_row(
+            f"batch {size}",
+            "batch",
+            labels={"batch": size},
+            seconds=tuple(0.3 * size**exponent * np.exp(noise * rng.standard_normal(9))),
+        )
+        for size in (1, 2, 4, 8)
+    ]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 1.0, 1.7])
+def test_exponents_are_found_with_intervals_that_hold_them(exponent: float) -> None:
+    (noisy,) = fit_scaling(scaling_rows(exponent, 0.05))
+    assert noisy.exponent.interval is not None
+    low, high = noisy.exponent.interval
+    assert low < exponent < high and 0.01 < high - low < 0.3
+
+
+def test_a_power_law_is_fitted_exactly_and_plotted() -> None:
+    (exact,) = fit_scaling(scaling_rows(1.5, 0.0))
+    assert exact.exponent.value == pytest.approx(1.5, abs=1e-9)
+    assert exact.growth.value == pytest.approx(8**1.5)
+    assert scaling_png([exact, exact]).startswith(PNG)
+
+
+def test_a_single_size_has_no_fit() -> None:
+    assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
+
+
+def test_ladder_plot_leaves_void_rows_out() -> None:
+    void = make_row("void", void=True, speedup=None, speedup_interval=None)
+    assert ladder_png([make_row(PLAIN), make_row("b"), void]).startswith(PNG)
+    # the void row has no bar: the picture is as without it
+    assert ladder_png([make_row("b"), void]) == ladder_png([make_row("b")])
+
+
+def test_ratio_of_medians_and_its_interval() -> None:
+    rng = np.random.default_rng(1)
+    a, b = 2 + 0.1 * rng.standard_normal(40), 1 + 0.1 * rng.standard_normal(30)
+    found = median_ratio(a, b)
+    assert found.interval is not None
+    low, high = found.interval
+    assert low < found.value < high and low < 2 < high and high - low < 0.3
+    assert median_ratio(a[:1], b[:1]).interval == (a[0] / b[0],) * 2
+
+
+NOISY = (1.0, 3.0, 2.0, 1.2, 2.8)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "threshold", "slower"),
+    [
+        ((2.0, 2.0, 2.0), (2.0, 2.0, 2.0), 1.1, False),
+        ((2.0, 2.1, 1.9), (3.0, 3.1, 2.9), 1.1, True),
+        ((2.0, 2.1, 1.9), (3.0, 3.1, 2.9), 1.6, False),
+        ((3.0, 3.1, 2.9), (2.0, 2.1, 1.9), 1.1, False),
+        # above the threshold, by chance
+        (NOISY, tuple(1.2 * s for s in NOISY), 1.1, False),
+    ],
+)
+def test_slower_rows_are_found(old: Any, new: Any, threshold: float, slower: bool) -> None:
+    found = compare_results(
+        results(make_row(seconds=old)), results(make_row(seconds=new)), threshold
+    )
+    (change,) = found.changes
+    assert change.ratio.value == pytest.approx(np.median(new) / np.median(old))
+    assert change.slower == slower and found.failures == (
+        ["latency tiny cpu g a batch=1"] if slower else []
+    )
+
+
+def test_rows_are_matched_by_all_that_names_them() -> None:
+    old = results(make_row("a"), make_row("b"), make_row("a", labels={"batch": 2}))
+    new = results(make_row("c"), make_row("b", void=True), make_row("a"))
+    found = compare_results(old, new)
+    assert len(found.changes) == 2
+    assert found.failures == ["latency tiny cpu g b batch=1"]
+    assert found.only_old == ("latency tiny cpu g a batch=2",)
+    assert found.only_new == ("latency tiny cpu g c batch=1",)
+    assert found.notes == ()
+    page = comparison_markdown(found)
+    assert page.count("| void |") == 1 and "Only in the old results: latency tiny" in page
+
+
+def test_other_machines_are_told() -> None:
+    other = MACHINE.model_copy(update={"cpu": "other", "versions": {"torch": "1"}})
+    old = results(make_row())
+    old = old.model_copy(
+        update={"reports": (old.reports[0].model_copy(update={"machine": other}),)}
+    )
+    notes = compare_results(old, results(make_row())).notes
+    assert any(note.startswith("cpu: other, now") for note in notes)
+    assert any(note.startswith("torch: 1, now") for note in notes)
+
+
+def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no row in common"):
+        compare_results(results(make_row()), results(make_row(), suite="peers"))
+    with pytest.raises(InputError, match="twice"):
+        compare_results(results(make_row(), make_row()), results(make_row()))
+    with pytest.raises(UsageError, match="threshold"):
+        compare_results(results(make_row()), results(make_row()), 0)
+    (tmp_path / "x.json").write_text('{"reports": 3}')
+    for name in ("x.json", "missing.json"):
+        with pytest.raises(InputError, match="no results"):
+            read_results(tmp_path / name)
+
+
+def test_compare_command_ends_with_an_error_when_a_row_is_slower(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, seconds in (("old", (1.0, 1.0, 1.0)), ("new", (1.3, 1.3, 1.3))):
+        written = results(make_row(seconds=seconds)).model_dump_json()
+        (tmp_path / f"{name}.json").write_text(written)
+    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
+    assert main(["bench", "compare", old, old]) == 0
+    assert main(["bench", "compare", old, new, "--threshold", "1.5"]) == 0
+    assert main(["bench", "compare", new, old]) == 0
+    capsys.readouterr()
+    assert main(["bench", "compare", old, new, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["changes"][0]["ratio"]["value"] == pytest.approx(1.3)
+    assert "latency tiny cpu g a batch=1" in captured.err
+    assert main(["bench", "compare", old, str(tmp_path)]) == 3
+
+
+def test_csv_has_a_column_for_each_label_and_figure() -> None:
+    rows = (
+        make_row("a", figures={"engine_mib": 3.5}),
+        make_row("b, c", labels={"backend": "x"}, relative_error=None),
+    )
+    found = list(csv.DictReader(io.StringIO(rows_csv(results(*rows).reports))))
+    assert [row["name"] for row in found] == ["a", "b, c"]
+    assert found[0]["seconds"] == "2.0 2.0 2.0" and found[0]["engine_mib"] == "3.5"
+    assert found[1]["backend"] == "x" and found[1]["batch"] == found[1]["relative_error"] == ""
+
+
+def test_tables_are_even_and_name_what_could_not_run() -> None:
+    rows = (
+        make_row("a", labels={"batch": 1, "steps": 4}, device_peak_mib=7.0),
+        make_row("b", labels={"batch": 2, "steps": 4}, figures={"x": 1.0}),
+        make_row("c", "h", relative_error=None, max_error=None, speedup=None),
+    )
+    page = report_markdown(results(*rows, failed={"g: d": "no such thing"}).reports[0])
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    for first, second in pairwise(tables[:4]):
+        assert first.count("|") == second.count("|")
+    assert "g (steps 4)" in page and "GPU peak, MiB" in page
+    assert "Could not run: g: d: no such thing" in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["nonsense"], UsageError),
+        (["latency", "latency"], UsageError),
+        (["latency", "--backend", "nonsense"], BackendError),
+        (["latency", "--device", "nonsense"], UsageError),
+        (["latency", "--model", "/no/such/folder"], HcmaError),
+        (["latency", "--json", "--csv"], UsageError),
+    ],
+)
+def test_run_refuses_before_anything_runs(
+    arguments: list[str], kind: type[Exception], tmp_path: Path
+) -> None:
+    result = CliRunner().invoke(bench_app, ["run", *arguments, "--out", str(tmp_path / "out")])
+    assert isinstance(result.exception, kind)
+    assert not (tmp_path / "out").exists() and "load" not in result.stderr
+
+
+def run_quick(checkpoint: Path, out: Path, *suites: str) -> Results:
+    """The suites by the command, of the small random model, with all files."""
+    arguments = [*suites, "--model", str(checkpoint), "--quick", "--out", str(out), "--json"]
+    result = CliRunner().invoke(bench_app, ["run", *arguments, "--backend", "eager"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = read_results(out / "bench.json")
+    assert found == Results.model_validate_json(result.stdout)
+    assert [report.suite for report in found.reports] == list(suites)
+    for report in found.reports:
+        assert report.rows and not report.void and not report.failed and report.quick
+        assert (out / f"{report.suite}.md").read_text() == report_markdown(report) + "\n"
+        lines = (out / f"{report.suite}.csv").read_text().splitlines()
+        assert len(lines) == 1 + len(report.rows)
+    return found
+
+
+def fake_groups(plan: Plan) -> list[Group]:
+    """Two cases that agree, and one that cannot run when all backends are asked for."""
+    load = partial(Contestant, partial(np.ones, (1, 4, 2, 2), np.float32), "fake", "0" * 64)
+    cases = [Case("a", load, {"batch": 1}), Case("b", load, {"batch": 1})]
+    if not plan.backends:
+        # a phrase without a box: refused, in its process
+        cases.append(Case("c", partial(Layout, ["dog"], [])))  # type: ignore[arg-type]
+    return [Group("fakes", cases)]
+
+
+def test_run_measures_and_writes(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "latency", (fake_groups, 5))
+    (report,) = run_quick(random_checkpoint, tmp_path, "latency").reports
+    assert [row.name for row in report.rows] == ["a", "b"] and report.rounds == 1
+    assert report.rows[1].speedup is not None and report.rows[1].images_per_second > 0
+
+
+def test_run_ends_with_an_error_if_a_case_cannot_run(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SUITES, "latency", (fake_groups, 5))
+    arguments = ["run", "latency", "--quick", "--model", str(random_checkpoint)]
+    result = CliRunner().invoke(bench_app, arguments)
+    assert isinstance(result.exception, HcmaError)
+    assert "0 rows are void and 1 could not run" in str(result.exception)
+    # the others count
+    assert "| b |" in result.stdout and "Could not run: fakes: c: " in result.stdout
+
+
+@pytest.mark.slow
+def test_all_suites_run(random_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
+    names = [name for name in SUITES if name != "build"]
+    found = {r.suite: r for r in run_quick(random_checkpoint, tmp_path / "out", *names).reports}
+    rows = {suite: [row.name for row in report.rows] for suite, report in found.items()}
+    assert {"plain loop, torch.compile", "plain loop, UNet on onnxruntime"} < set(rows["peers"])
+    assert "diffusers' GLIGEN pipeline" in rows["peers"]
+    assert rows["align"] == ["eager", "compile", "onnx"]
+    assert len(rows["ladder"]) == 3
+    assert all(row.figures["loop_samples_per_second"] > 0 for row in found["train"].rows)
+    assert {fit.axis for fit in found["scaling"].fits} == {"boxes", "steps", "batch"}
+    for plot in ("scaling.png", "ladder.png"):
+        assert (tmp_path / "out" / plot).read_bytes().startswith(PNG)
+
+
+@pytest.mark.slow
+def test_builds_are_measured(random_checkpoint: Path) -> None:
+    arguments = ["build", "--model", str(random_checkpoint), "--quick", "--json"]
+    result = CliRunner().invoke(bench_app, ["run", *arguments, "--backend", "onnxruntime"])
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    (row,) = Results.model_validate_json(result.stdout).reports[0].rows
+    assert row.figures["engine_mib"] > 0.1 and row.figures["build_peak_mib"] > 100
+    assert row.warm_up_s is None and len(row.seconds) == 1
+
+
+@pytest.mark.gpu
+def test_all_suites_run_on_a_gpu(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    arguments = ["run", "all", "--device", "cuda", "--quick", "--out", out]
+    result = CliRunner().invoke(bench_app, arguments)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    found = read_results(tmp_path / "out" / "bench.json")
+    assert [report.suite for report in found.reports] == list(SUITES)
+    for report in found.reports:
+        assert report.machine.gpu is not None and report.machine.driver is not None
+        for row in report.rows:
+            if report.suite != "build":
+                assert row.device_peak_mib is not None and row.device_peak_mib > 0
