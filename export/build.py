@@ -128,7 +128,9 @@ def _build_all(
     weights_of = graph_weights(source, target)
     heavy = [name for name in target.graph_names if weights_of[name] > MANY_WEIGHTS]
     pending: dict[GraphName, Future[GraphRecord]] = {}
-    compiler = ThreadPoolExecutor(1, "hcma-fast-compile")
+    # a thread begins on the first GPU, whatever the caller's is
+    card = torch.cuda.current_device() if torch.cuda.is_available() else -1
+    compiler = ThreadPoolExecutor(1, "hcma-fast-compile", torch.cuda.set_device, (card,))
     try:
         with WeightsFile(folder) as weights:
             for name in in_turns(target.graph_names, heavy):
@@ -141,9 +143,10 @@ def _build_all(
                 pending[name] = compiler.submit(
                     _compile_one, checked, specs[name], target, progress
                 )
-            records = {name: pending[name].result() for name in target.graph_names}
+            done = {name: future.result() for name, future in pending.items()}
     finally:
         compiler.shutdown(cancel_futures=True)
+    records = {name: done[name] for name in target.graph_names}
     if target.native and not target.strip_weights:
         # the engines hold their weights themselves
         for file in [*folder.glob("*.onnx"), folder / WEIGHTS_FILE]:
@@ -152,7 +155,7 @@ def _build_all(
 
 
 def in_turns(names: Sequence[GraphName], heavy: Sequence[GraphName]) -> list[GraphName]:
-    """The heavy graphs, an equal share of the others after each: work while it is compiled."""
+    """The heavy graphs, a share of the others after each: work while it is compiled."""
     light = [name for name in names if name not in heavy]
     share = -(-len(light) // max(1, len(heavy)))
     order = []

@@ -52,9 +52,7 @@ def estimate(source: ModelSource, target: Target) -> Estimate:
     # graphs share their weights in ONNX; a compiled engine holds its own
     engines = sum(counts.values()) * size if target.native else 0
     largest = max(counts.values())
-    held = _HELD.get(
-        (target.backend, size), 16 if target.backend in TRT_LIBRARIES else 4 + 2 * size
-    )
+    held = _HELD.get((target.backend, size), 16 if target.backend in TRT_LIBRARIES else 12)
     return Estimate(shared * size + engines, round(largest * held) + _LIBRARIES_BYTES)
 
 

@@ -222,7 +222,9 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
 align_update.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("hcma_fast::align_update_", mutates_args=("z",), device_types="cpu")
+@torch.library.custom_op(
+    "hcma_fast::align_update_", mutates_args=("z",), device_types=("cpu", "mps")
+)
 def align_update_in_place_op(
     z: Tensor, gradient: Tensor, table: Tensor, step: Tensor, normalized: bool
 ) -> None:

@@ -22,7 +22,7 @@ class _Frozen(BaseModel):
 
 
 class FinalLosses(_Frozen):
-    """The losses of the last step that was aligned, before its update."""
+    """The losses of the last step that computed the alignment, before its update."""
 
     loss_global: float
     loss_local: list[float]

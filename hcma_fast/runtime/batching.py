@@ -62,7 +62,7 @@ class Result:
     latent: Tensor
     """(4, h, w) float32 on the device, clean and scaled"""
     losses: list[StepLosses]
-    """one per step that aligned, of this image: loss_global (), loss_local (M,)"""
+    """one per step that computed the alignment, of this image: loss_global (), loss_local (M,)"""
     batch_size: int
     """images that were computed together, padding included"""
     error: HcmaError | None = None
@@ -148,7 +148,8 @@ class BatchGenerator:
 
     def _schedule(self, number: int, request: Request) -> Schedule:
         settings = request.settings or self.pipe.settings
-        always = settings.guidance_scale > 1 and request.savings.guidance_end == 1
+        schedule = Schedule.of(request.num_inference_steps, settings, request.savings)
+        always = schedule.guided_steps == schedule.steps
         self.pipe.check_batch(self.pipe.batch_range.min, always)
         if settings.normalized != self.pipe.settings.normalized:
             raise UsageError(
@@ -156,7 +157,7 @@ class BatchGenerator:
                 value=f"request {number}: normalized={settings.normalized}",
                 remedy="Leave it as the checkpoint has it.",
             )
-        return Schedule.of(request.num_inference_steps, settings, request.savings)
+        return schedule
 
     def _check_texts(self, requests: Sequence[Request]) -> None:
         tokenizer = self.pipe.tokenizer

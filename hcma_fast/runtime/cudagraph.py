@@ -41,7 +41,7 @@ class Kind(NamedTuple):
     aligns: bool
     """some image's gradient is computed"""
     keeps: bool
-    """and kept, as one will be repeated"""
+    """and kept, for steps that repeat it"""
     repeats: bool
     """some image follows an earlier gradient"""
     gated: bool
@@ -126,11 +126,11 @@ class Trajectory:
         if kind.repeats:
             # at the rate of this step; the images that do not repeat have a rate of 0 there
             align_update_(self.z, self.gradient, self.repeats, self.step, False)
-        if self.wide is not self.z:
-            self.wide.copy_(self.z)
         if kind.guided:
             self.doubled.copy_(self.z)
             self.times.copy_(self.time)
+        elif self.wide is not self.z:
+            self.wide.copy_(self.z)
         unet = self._engine("unet_grounded" if kind.gated else "unet_plain", kind.guided)
         eps = unet(self.unet_inputs[kind.guided])["noise_pred"]
         unconditional = eps[: self.batch] if kind.guided else None
@@ -175,6 +175,8 @@ class Trajectory:
             schedules: one per image, or one for all.
         """
         self.z.copy_(z)
+        # of a batch before: what is not finite there stays so at a rate of 0
+        self.gradient.zero_()
         for name, buffer in vars(self.conditioning).items():
             buffer.copy_(getattr(conditioning, name))
         self.lambdas.copy_(torch.tensor([schedule.lambdas for schedule in schedules]))
@@ -205,7 +207,8 @@ class ReplaySampler:
         device: where engines and buffers are. On "cuda" evaluations are captured as CUDA graphs.
         mode: "step" replays once per evaluation; "trajectory" holds all evaluations in one graph,
             which leaves no place for a callback.
-        max_shapes: shapes that are kept: batch size, latent size, with guidance or without.
+        max_shapes: shapes that are kept: batch size, latent size and dtype, with guidance or
+            without.
         capture: for another way than the device's own.
     """
 
@@ -382,9 +385,11 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
             raise InputError(
                 "images of one batch must switch off the gated attention at the same step, and "
                 "the guidance too",
-                value=[(s.grounding_beta, s.savings.guidance_end) for s in schedules],
+                value=[
+                    (s.grounding_beta, s.guidance_scale, s.savings.guidance_end) for s in schedules
+                ],
                 remedy="Give them the same grounding_beta, guidance_end and number of steps, or 1 "
-                "for both shares.",
+                "for both shares; and all of them a guidance_scale above 1, or none.",
             )
         kinds.append(
             Kind(

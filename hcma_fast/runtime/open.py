@@ -74,7 +74,8 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
     """
     check_usable(manifest)
     card = torch.device(device).index
-    if manifest.backend in TRT_LIBRARIES and card not in (None, torch.cuda.current_device()):
+    on_card = manifest.backend in TRT_LIBRARIES and card is not None
+    if on_card and card != torch.cuda.current_device():
         raise UsageError(
             "TensorRT's engines run on torch's current GPU",
             value=device,

@@ -59,7 +59,8 @@ class HCMAOutput:
     """by output type: list of PIL images; float array (B, H, W, 3) or tensor (B, 3, H, W) in
     [0, 1]; latents"""
     losses: list[StepLosses]
-    """one entry per PLMS step that aligns: none when eta0 = 0, or outside the window"""
+    """one entry per PLMS step that computes the alignment: none when eta0 = 0, outside the window,
+    or where a gradient is repeated, unless ``savings`` says otherwise"""
     seeds: list[int]
     """one per image; empty when latents were given"""
     latents: Tensor
@@ -281,7 +282,7 @@ class HCMAPipeline:
         lambda_global: float | None = None,
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
-        savings: Savings | None = None,
+        savings: Savings = EXACT,
         seed: int | Sequence[int] | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
@@ -293,8 +294,8 @@ class HCMAPipeline:
             layout: None is a layout without boxes.
             guidance_scale: weight of classifier-free guidance; 1 switches it off. This,
                 grounding_beta, eta0, the lambdas and the window default to the checkpoint's own.
-            eta0: rate of the alignment (Eq. 8); 0 switches it off: then no losses are recorded.
-            savings: what to leave out in order to be faster; None changes no image.
+            eta0: rate of the alignment (Eq. 8); 0 switches it off.
+            savings: what to leave out in order to be faster; by default what changes no image.
             seed: one for the batch (image i uses seed + i), or one per image. An image depends
                 on its own prompt, layout and seed only, never on its batch.
             latents: (B, 4, h, w) unit-normal noise to start from, instead of seeds.
@@ -326,16 +327,15 @@ class HCMAPipeline:
         negatives = spread_negatives(negative_prompt, batch)
         seeds = spread_seeds(seed, batch) if latents is None else []
         guided = settings.guidance_scale > 1
-        savings = savings or EXACT
-        self.check_batch(batch, guided and savings.guidance_end == 1)
+        schedule = Schedule.of(num_inference_steps, settings, savings)
+        table = schedule.table
+        self.check_batch(batch, schedule.guided_steps == schedule.steps)
         shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
         noise = (
             noise_from_seeds(seeds, shape)
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
-        schedule = Schedule.of(num_inference_steps, settings, savings)
-        table = schedule.table
         conditioning = condition(
             self.engines,
             self.tokenizer,
@@ -354,8 +354,8 @@ class HCMAPipeline:
             changed = callback_on_step_end(self, step, time, {"latents": z})
             return changed.get("latents", z) if changed else z
 
-        # the step graphs align and guide always, and keep the latent as it is
-        whole = guided and bool((schedule.etas > 0).any()) and savings == EXACT
+        # the step graphs guide always, and know of no approximation
+        whole = guided and bool((schedule.etas > 0).any()) and not savings.approximate
         fused = "step_grounded" in self.engines and whole
         run = self.replay or partial(sample_fused if fused else sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None

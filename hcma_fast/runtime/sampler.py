@@ -53,7 +53,7 @@ class Schedule:
         cls,
         num_inference_steps: int,
         settings: AlignmentSettings,
-        savings: Savings | None = None,
+        savings: Savings = EXACT,
     ) -> Schedule:
         """The schedule of these steps and settings.
 
@@ -66,7 +66,7 @@ class Schedule:
             (settings.lambda_global, settings.lambda_local),
             settings.guidance_scale,
             settings.grounding_beta,
-            savings or EXACT,
+            savings,
         )
 
     @property
@@ -149,7 +149,8 @@ def sample(
             aligned = engines["align"]({**both, **at})
             if rate and schedule.savings.align_every > 1:
                 gradient = (at["z"] - aligned["z_aligned"]) / rate
-            z = aligned["z_aligned"].to(narrow)
+            if rate:
+                z = aligned["z_aligned"].to(narrow)
             losses.append(
                 StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
             )

@@ -11,7 +11,8 @@ from hcma_fast.errors import UsageError
 
 
 class Savings(BaseModel):
-    """Switches of the sampler. The default changes no image; all others are approximations."""
+    """Switches of the sampler. The default changes no image; ``align_every``, ``guidance_end`` and
+    ``latent_dtype`` make approximate ones."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -22,9 +23,10 @@ class Savings(BaseModel):
     """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
     again, at their own rates, in the steps between, which record no losses"""
     guidance_end: float = Field(1.0, gt=0, le=1)
-    """approximate: share of the PLMS steps, from the first, with classifier-free guidance. The rest
-    evaluates the conditional half alone (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited
-    Interval", which also leaves out the first steps)"""
+    """approximate: share of the PLMS steps, from the first, with classifier-free guidance, rounded
+    to whole steps (a half to the even number), and at least one. The rest evaluates the conditional
+    half alone (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval", which also
+    leaves out the first steps)"""
     latent_dtype: Literal["float32", "bfloat16"] = "float32"
     """approximate: what the latent and the noise history are kept in between evaluations; engines
     and updates compute as before"""

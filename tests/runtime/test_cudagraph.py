@@ -113,6 +113,7 @@ def test_equals_the_plain_sampler(
     # in bfloat16, whose rounding the last bit of a float32 may tip, 2**-8
     narrow = schedule.savings.latent_dtype == "bfloat16"
     assert found.dtype == expected.dtype == torch.float32
+    assert torch.equal(found, found.bfloat16().float()) == narrow
     assert relative(found, expected) < (2e-2 if narrow else 1e-5)
     assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
     for one, other in zip(ours, losses, strict=True):
@@ -142,6 +143,25 @@ def test_a_second_batch_finds_nothing_of_the_first(
     # compared at the end: results are copies, which later batches leave alone
     for found, expected in results:
         assert relative(found, expected) < 1e-5
+
+
+def test_a_broken_gradient_of_one_batch_is_gone_in_the_next(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    """A rate of 0 in the steps that repeat would not stop it: 0 times NaN is NaN."""
+    sampler = ReplaySampler(engines, "cpu")
+    given = conditioned(random_components, engines, [0, 1])
+    often = plan(savings=Savings(align_every=2))
+    broken, _ = sampler(
+        noise([0, 1]) * torch.tensor([torch.nan, 1.0]).view(2, 1, 1, 1), given, often
+    )
+    assert not broken[0].isfinite().any() and bool(broken[1].isfinite().all())
+    found, _ = sampler(noise([0, 1]), given, [plan(eta0=0.0), often])
+    assert bool(found.isfinite().all())
+    alone, _ = sample(
+        engines, noise([0]), conditioned(random_components, engines, [0]), plan(eta0=0.0)
+    )
+    assert relative(found[:1], alone) < 1e-5
 
 
 def test_images_of_one_batch_may_have_settings_of_their_own(

@@ -101,5 +101,15 @@ def test_tensorrt_says_how_to_choose_another_card(
     manifest = load_manifest(random_engine)
     target = dataclasses.replace(manifest.target, backend="tensorrt", precision="float16")
     manifest = manifest.model_copy(update={"backend": "tensorrt", "target": target})
+    opened: list[str] = []
+    monkeypatch.setattr(
+        "hcma_fast.runtime.open.open_engine",
+        lambda folder, found, name, device: opened.append(name),
+    )
+    open_engines(random_engine, manifest, "cuda:0")
+    assert len(opened) == 6
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
         open_engines(random_engine, manifest, "cuda:1")
+    # not asked where it does not matter: without a GPU that would be an error of torch's own
+    monkeypatch.delattr(torch.cuda, "current_device")
+    open_engines(random_engine, manifest, "cuda")
