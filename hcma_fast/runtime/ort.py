@@ -70,7 +70,7 @@ class OrtEngine:
         self._opening = threading.Lock()
         onnxruntime_version()
         place = torch.device(device)
-        if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        if device == "cuda" and torch.cuda.is_available():
             place = torch.device("cuda", torch.cuda.current_device())
         if tensorrt is not None:
             self._cuda = cuda_runner(_tensorrt_session(path, spec, place, tensorrt), spec, place)
