@@ -168,6 +168,10 @@ class Trajectory:
             self._forks[name, guided] = found
         return found
 
+    def latent(self) -> Tensor:
+        """A copy of the latent, in float32."""
+        return self.z.clone() if self.wide is self.z else self.z.float()
+
     def load(self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]) -> None:
         """Copy a batch into the buffers: the only writes from the host, before all evaluations.
 
@@ -271,9 +275,9 @@ class ReplaySampler:
             for k, group in enumerate(groups):
                 replays[group]()
                 if on_evaluation is not None:
-                    batch.z.copy_(on_evaluation(k, batch.z.to(torch.float32, copy=True)))
+                    batch.z.copy_(on_evaluation(k, batch.latent()))
             count = len(kinds)
-            result = batch.z.to(torch.float32, copy=True)
+            result = batch.latent()
             loss_global = batch.loss_global[:count].clone()
             loss_local = batch.loss_local[:count].clone()
         rows = max((s.table for s in schedules), key=len).rows()
@@ -375,12 +379,14 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
             guidance, and others none.
     """
     kinds: list[Kind] = []
-    plans = [(s, s.table.rows(), s.alignments()) for s in schedules]
-    for k in range(max(len(rows) for _, rows, _ in plans)):
+    plans = [(s, s.alignments(), s.grounded_steps, s.guided_steps) for s in schedules]
+    for k in range(max(len(s.table) for s in schedules)):
+        # evaluation 1 is the corrector of step 0
+        step = max(k - 1, 0)
         running = [plan for plan in plans if k < len(plan[1])]
-        computed = [s for s, _, alignments in running if alignments[k] == "computed"]
-        gated = {rows[k].step < s.grounded_steps for s, rows, _ in running}
-        guided = {rows[k].step < s.guided_steps for s, rows, _ in running}
+        computed = [s for s, alignments, _, _ in running if alignments[k] == "computed"]
+        gated = {step < end for _, _, end, _ in running}
+        guided = {step < end for _, _, _, end in running}
         if len(gated) > 1 or len(guided) > 1:
             raise InputError(
                 "images of one batch must switch off the gated attention at the same step, and "
@@ -395,7 +401,7 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
             Kind(
                 aligns=bool(computed),
                 keeps=any(s.savings.align_every > 1 for s in computed),
-                repeats=any(alignments[k] == "repeated" for _, _, alignments in running),
+                repeats=any(alignments[k] == "repeated" for _, alignments, _, _ in running),
                 gated=gated.pop(),
                 guided=guided.pop(),
             )

@@ -128,56 +128,66 @@ def sample(
     ``on_evaluation`` gets the evaluation's number and the new latent, and returns the latent to
     go on with.
     """
-    table, batch, device, wide = schedule.table, len(z), z.device, z.dtype
-    narrow = torch.bfloat16 if schedule.savings.latent_dtype == "bfloat16" else wide
+    table, batch, device = schedule.table, len(z), z.device
     guided = len(conditioning.text_context) == 2 * batch
-    alignments = schedule.alignments()
+    grounded_steps = schedule.grounded_steps
+    guided_steps = schedule.guided_steps if guided else 0
+    narrow = schedule.savings.latent_dtype == "bfloat16"
+    alignments, rates = schedule.alignments(), schedule.etas.tolist()
     lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
     both = dict(vars(conditioning), lambdas=lambdas)
-    conditional = {n: both[n][-batch:] for n in ("text_context", "grounding_context")}
+    conditional = both | {n: both[n][-batch:] for n in ("text_context", "grounding_context")}
     etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
     times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
     history: list[Tensor] = []
     losses: list[StepLosses] = []
-    gradient = torch.zeros_like(z)
-    stored = z = z.to(narrow)
+    gradient = stored = z = _rounded(z) if narrow else z
     for k, row in enumerate(table.rows()):
         # align: once per PLMS step in the window, before the copy for guidance (Eq. 8)
-        rate = float(schedule.etas[k])
         if alignments[k] == "computed":
-            at = {"z": z.to(wide), "eta": etas[k], "timestep": times[k, :batch]}
+            at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
             aligned = engines["align"]({**both, **at})
-            if rate and schedule.savings.align_every > 1:
-                gradient = (at["z"] - aligned["z_aligned"]) / rate
-            if rate:
-                z = aligned["z_aligned"].to(narrow)
+            if rates[k]:
+                if schedule.savings.align_every > 1:
+                    gradient = (z - aligned["z_aligned"]) / rates[k]
+                z = aligned["z_aligned"]
             losses.append(
                 StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
             )
         elif alignments[k] == "repeated":
-            z = torch.add(z.to(wide), gradient, alpha=-rate).to(narrow)
+            z = torch.add(z, gradient, alpha=-rates[k])
+        if narrow:
+            z = _rounded(z)
         # denoise (Eq. 9): both halves of the guidance in one batch
-        unet = engines["unet_grounded" if row.step < schedule.grounded_steps else "unet_plain"]
-        twice = guided and row.step < schedule.guided_steps
-        doubled = (torch.cat([z, z]) if twice else z).to(wide)
+        unet = engines["unet_grounded" if row.step < grounded_steps else "unet_plain"]
+        twice = row.step < guided_steps
+        doubled = torch.cat([z, z]) if twice else z
         at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
-        eps = unet({**both, **({} if twice else conditional), **at})["noise_pred"]
+        eps = unet({**(both if twice else conditional), **at})["noise_pred"]
         if twice:
             unconditional, wanted = eps.chunk(2)
             eps = unconditional + schedule.guidance_scale * (wanted - unconditional)
         # combine: this prediction and the history, by the weights of PLMS
+        recent = [_rounded(eps) if narrow else eps, *history]
         combined = row.weights[0] * eps
         for weight, earlier in zip(row.weights[1:], history, strict=False):
             combined = torch.add(combined, earlier, alpha=weight)
         # step: the corrector starts again from the aligned latent of evaluation 0
         start = stored if row.uses_stored_sample else z
         stored = z
-        z = torch.add(row.sample_scale * start.to(wide), combined, alpha=row.noise_scale).to(narrow)
+        z = torch.add(row.sample_scale * start, combined, alpha=row.noise_scale)
         if row.pushes_history:
-            history = [eps.to(narrow), *history][:3]
+            history = recent[:3]
         if on_evaluation is not None:
-            z = on_evaluation(k, z.to(wide)).to(narrow)
-    return z.to(wide), losses
+            z = on_evaluation(k, z)
+        if narrow:
+            z = _rounded(z)
+    return z, losses
+
+
+def _rounded(z: Tensor) -> Tensor:
+    """What is left of it in bfloat16, as wide as it was."""
+    return z.bfloat16().to(z.dtype)
 
 
 def sample_fused(
