@@ -19,13 +19,13 @@ from hcma_fast.bench.eval_export import (
     Scores,
     export_images,
     not_in_format,
-    read_bytes,
     write_document,
 )
 from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_run import RunSettings
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import HcmaError, InputError
+from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
 
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown")
@@ -86,7 +86,7 @@ class CocoMig:
             InputError: the file cannot be read or is of another format, a number is there twice,
                 or a layout has a colour, a count of objects or a box that the scorer cannot take.
         """
-        content = read_bytes(path)
+        content = read_file(path, "this file")
         is_yaml = path.suffix.lower() in (".yaml", ".yml")
         raw = _from_yaml(content, path) if is_yaml else _from_json(content, path)
         try:
@@ -134,7 +134,7 @@ class CocoMig:
         Raises:
             InputError: it cannot be read, is of another format, or has no score.
         """
-        content = read_bytes(path)
+        content = read_file(path, "this file")
         try:
             found = _Metrics.model_validate_json(content)
         except ValidationError as error:

@@ -15,7 +15,7 @@ from hcma_fast.bench.eval_run import RunSettings, image_files, load_records
 from hcma_fast.bench.eval_scores import EvalReport
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import InputError, OutputError, UsageError
-from hcma_fast.files import make_folder, write_whole
+from hcma_fast.files import make_folder, read_file, write_whole
 
 _Source = TypeVar("_Source")
 
@@ -114,7 +114,7 @@ def write_document(path: Path, content: bytes, *, force: bool) -> None:
     """
     make_folder(path.parent)
     if path.exists() and not force:
-        if read_bytes(path) == content:
+        if read_file(path, "this file") == content:
             return
         raise OutputError(
             "this file exists already, and is of another run",
@@ -122,20 +122,6 @@ def write_document(path: Path, content: bytes, *, force: bool) -> None:
             remedy="Use --force to replace it, or give another folder.",
         )
     write_whole(path, lambda file: file.write(content))
-
-
-def read_bytes(path: Path) -> bytes:
-    """A file's content.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read this file: {error.strerror}", value=str(path), remedy="Check the path."
-        ) from error
 
 
 def not_in_format(error: ValidationError, what: str, path: Path, remedy: str) -> InputError:

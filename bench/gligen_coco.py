@@ -23,13 +23,13 @@ from hcma_fast.bench.eval_export import (
     export_folder,
     export_images,
     not_in_format,
-    read_bytes,
     write_document,
 )
 from hcma_fast.bench.eval_items import COCO_COUNT, EvalItem, check_enough, check_items
 from hcma_fast.bench.eval_run import RunSettings, png_bytes
 from hcma_fast.bench.methods import Method
 from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
 from hcma_fast.train.coco import annotation_files, read_categories, read_split
 from hcma_fast.train.views import MIN_AREA, crop_layout
@@ -166,7 +166,7 @@ class GligenCoco:
         Raises:
             InputError: neither, or results of other images or categories.
         """
-        content = read_bytes(path)
+        content = read_file(path, "this file")
         source = f"{path.name} {hashlib.sha256(content).hexdigest()[:12]}"
         if printed := _FID.search(content):
             return Scores({"FID (pytorch-fid)": _fid(printed[1], path)}, source)

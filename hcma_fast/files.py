@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are read whole, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from hcma_fast.errors import OutputError
+from hcma_fast.errors import InputError, OutputError
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,3 +44,17 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError.from_os(error, path) from error
+
+
+def read_file(path: Path, what: str) -> bytes:
+    """The contents of ``path``.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"cannot read {what}: {error.strerror}", value=str(path), remedy="Check the path."
+        ) from error

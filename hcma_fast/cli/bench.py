@@ -9,18 +9,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import Progress, TaskID
 
 from hcma_fast.cli.bench_limits import overhead, roofline
 from hcma_fast.cli.bench_savings import savings
 from hcma_fast.cli.bench_suites import compare, run, soak
-from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr, write_file
+from hcma_fast.cli.output import (
+    BuildProgress,
+    counting_bar,
+    print_json,
+    print_note,
+    stderr,
+    write_file,
+)
 from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -126,14 +127,7 @@ def quality(
     rates: list[float | None] = [*eta0] if eta0 else [None]
     scales: list[float | None] = [*guidance_scale] if guidance_scale else [None]
     settings = list(product(rates, scales))
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        redirect_stdout=False,
-    ) as progress:
+    with counting_bar() as progress:
         for number, (rate, guidance) in enumerate(settings, 1):
             task = progress.add_task(f"images {number}/{len(settings)}", total=count)
             reports.append(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
-from hcma_fast.cli.output import BuildProgress, print_json, stderr
+from hcma_fast.cli.output import BuildProgress, counting_bar, print_json
 from hcma_fast.config import BACKENDS
 from hcma_fast.runtime.savings import Savings, parse_savings
 
@@ -43,14 +42,7 @@ def savings(
     rows = [parse_savings(text.split(",")) for text in saving or ()] or SAVINGS
     with BuildProgress("Building engines, once for this model.") as building:
         pipe = HCMAPipeline.from_pretrained(model, backend=backend, progress=building)
-    with Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=stderr,
-        redirect_stdout=False,
-    ) as progress:
+    with counting_bar() as progress:
         task = progress.add_task("images", total=count)
         report = measure_savings(
             pipe,

@@ -9,23 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TaskID
 
 from hcma_fast.cli.eval_inputs import check_benchmark, choose_instruments, choose_items
 from hcma_fast.cli.output import (
     BuildProgress,
+    counting_bar,
     output_folder,
     print_json,
     print_note,
-    stderr,
     write_file,
 )
 from hcma_fast.config import BACKENDS, PRESETS
@@ -238,15 +230,7 @@ class _Bars:
     """A bar per method and stage, with the time left."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=stderr,
-            redirect_stdout=False,
-        )
+        self._progress = counting_bar()
         self._tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Bars:

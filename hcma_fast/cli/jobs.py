@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.errors import HcmaError, InputError, OutputError
+from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
 
 MAX_SEED = 2**63 - 1
@@ -180,20 +181,6 @@ def _check_unicode(text: str, where: str) -> None:
     except UnicodeEncodeError as error:
         raise InputError(
             _join(where, "this text is not valid Unicode"), value=text, remedy="Write it in UTF-8."
-        ) from error
-
-
-def read_file(path: Path, what: str) -> bytes:
-    """The contents of ``path``.
-
-    Raises:
-        InputError: it cannot be read.
-    """
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(
-            f"cannot read {what}: {error.strerror}", value=str(path), remedy="Check the path."
         ) from error
 
 

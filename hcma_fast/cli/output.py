@@ -12,7 +12,15 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from hcma_fast.errors import OutputError
@@ -69,6 +77,18 @@ def output_folder(folder: Path) -> Iterator[Path]:
             with suppress(OSError):
                 path.rmdir()
         raise
+
+
+def counting_bar() -> Progress:
+    """A bar on stderr that counts items, with the time gone and left."""
+    return Progress(
+        *Progress.get_default_columns()[:2],
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=stderr,
+        redirect_stdout=False,
+    )
 
 
 class BuildProgress:
