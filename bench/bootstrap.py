@@ -79,8 +79,11 @@ def compare(
             f"{metric} has no value to compare", value=metric, remedy="Use other layouts."
         )
     difference = first - second
-    # centred, so that a score which resampling shifts (FID) is tested at its own difference
-    centred = draws - draws.mean() + difference
+    # A score which resampling shifts (FID) is tested at its own difference. A shift that is within
+    # the chance of the draws is left: it would tell draws without any difference from 0.
+    shift = difference - float(draws.mean())
+    chance = 4 * float(draws.std()) / len(draws) ** 0.5
+    centred = draws + shift if abs(shift) > chance else draws
     low, high = np.percentile(centred, [2.5, 97.5])
     below, above = float((centred <= 0).mean()), float((centred >= 0).mean())
     return Difference(

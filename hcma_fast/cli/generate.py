@@ -104,7 +104,7 @@ def generate(
     ] = None,
     align_window: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Start and end of the alignment, in shares of the steps."),
+        typer.Option(help="Start and end of the alignment, in shares of the steps: 0.4 0.7."),
     ] = None,
     grounding_beta: Annotated[
         float | None, typer.Option(min=0, max=1, help="Share of the steps that see the boxes.")

@@ -41,6 +41,12 @@ EXACT = Savings()
 """Nothing that changes an image."""
 
 
+_REMEDY = (
+    "Use align_every=N from 1, guidance_end=SHARE above 0 and up to 1, latent_dtype=float32 or "
+    "bfloat16, skip_idle_alignment=true or false."
+)
+
+
 def parse_savings(texts: Sequence[str]) -> Savings:
     """From "align_every=2", "guidance_end=0.8" and so on, each name once.
 
@@ -50,11 +56,12 @@ def parse_savings(texts: Sequence[str]) -> Savings:
     given: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
-        if not equals or name not in Savings.model_fields or name in given:
+        known = name in Savings.model_fields
+        if not equals or not known or name in given:
             raise UsageError(
-                "a saving reads NAME=VALUE, each name once",
+                "a saving reads NAME=VALUE, each name once" if known else "unknown saving",
                 value=text,
-                remedy=f"Names: {', '.join(Savings.model_fields)}.",
+                remedy=_REMEDY,
             )
         given[name] = value
     try:
@@ -65,5 +72,5 @@ def parse_savings(texts: Sequence[str]) -> Savings:
         raise UsageError(
             f"{name} is out of range: {first['msg']}",
             value=given[name],
-            remedy="See hcma_fast.runtime.savings.Savings.",
+            remedy=_REMEDY,
         ) from error

@@ -111,3 +111,16 @@ def test_pairing_finds_a_difference_that_intervals_hide() -> None:
     assert nothing.p_value == 1 and nothing.difference == 0
     with pytest.raises(InputError, match="no value"):
         compare("m", lambda _: float("nan"), lambda _: 0.0, 10)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_one_image_of_many_makes_no_significant_difference(seed: int) -> None:
+    """A third of the resamples have not got it, and show no difference at all."""
+    values = np.random.default_rng(seed).random(500)
+    better = values.copy()
+    better[7] += 1
+    found = compare(
+        "m", lambda chosen: float(better[chosen].mean()), lambda c: float(values[c].mean()), 500
+    )
+    assert found.difference == pytest.approx(1 / 500)
+    assert found.p_value > 0.5 and found.interval[0] <= 0

@@ -185,7 +185,7 @@ def test_savings_are_read_from_text(texts: list[str], found: Savings) -> None:
     ("text", "message"),
     [
         ("align_every", "reads NAME=VALUE"),
-        ("eta0=2", "reads NAME=VALUE"),
+        ("eta0=2", "unknown saving"),
         ("align_every=0", "align_every is out of range"),
         ("align_every=1.5", "align_every is out of range"),
         ("guidance_end=0", "guidance_end is out of range"),
