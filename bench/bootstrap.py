@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
@@ -37,6 +38,19 @@ class Difference(BaseModel):
     interval: tuple[float, float]
     p_value: float
     """two-sided: twice the smaller share of resamples on either side of 0"""
+
+
+def share_score(parts: NDArray[np.generic], totals: NDArray[np.generic]) -> Score:
+    """Score of a ratio of sums: ``parts`` (n,) of ``totals`` (n,), each per image.
+
+    A sample whose images have nothing to count says nothing: NaN.
+    """
+
+    def score(chosen: Indices) -> float:
+        total = float(np.sum(totals[chosen]))
+        return float(np.sum(parts[chosen])) / total if total else math.nan
+
+    return score
 
 
 def estimate(

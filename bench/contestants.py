@@ -284,7 +284,7 @@ def components_of(model: str | Path, device: str = "cpu") -> Components:
     from hcma_fast.models.weights import load_components
 
     # models/ offers the random parts a graph at a time; here all of them are wanted at once
-    parts = RandomSD14()._components(_draw) if model == SD14 else load_components(model)
+    parts = RandomSD14().assemble(_draw) if model == SD14 else load_components(model)
     for module in (parts.text_encoder, parts.unet, parts.vae, parts.aligner):
         module.to(device)
     return parts

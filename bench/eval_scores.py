@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Difference, Estimate, Score, compare, estimate
+from hcma_fast.bench.bootstrap import Difference, Estimate, Score, compare, estimate, share_score
 from hcma_fast.bench.detection import Detection, best_ious, counts_match, layout_ap
 from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_measure import REAL, Instruments, Measured, block_file
@@ -275,11 +275,7 @@ def _scored(
 
 
 def _ratio(parts: NDArray[np.generic], totals: NDArray[np.generic]) -> _Scored:
-    def score(chosen: NDArray[np.int64]) -> float:
-        total = float(np.sum(totals[chosen]))
-        return float(np.sum(parts[chosen])) / total if total else float("nan")
-
-    return _Scored(score)
+    return _Scored(share_score(parts, totals))
 
 
 def _detector_scores(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Indices, estimate
+from hcma_fast.bench.bootstrap import estimate, share_score
 from hcma_fast.bench.judge import Judge, Verdict
 from hcma_fast.bench.scene_images import generate_images, save_grid
 from hcma_fast.config import AlignmentSettings
@@ -170,13 +169,7 @@ def measure(hits: Sequence[Sequence[bool]], counted: Sequence[Sequence[bool]]) -
     total = np.array([sum(some) for some in counted])
     if not total.sum():
         return Share(correct=0, total=0, accuracy=None, interval=None)
-
-    def share(chosen: Indices) -> float:
-        counted_boxes = total[chosen].sum()
-        # a resample may hold no counted box at all: it says nothing
-        return float(right[chosen].sum() / counted_boxes) if counted_boxes else math.nan
-
-    found = estimate(share, len(total))
+    found = estimate(share_score(right, total), len(total))
     return Share(
         correct=int(right.sum()),
         total=int(total.sum()),

@@ -24,13 +24,10 @@ def ladder(plan: Plan) -> list[Group]:
     work = plan.work()
     rungs = _gpu_rungs() if plan.on_gpu else _cpu_rungs(plan)
     cases = [
-        ours_case(plan.model, ours, work, plan.device, name) for name, ours in rungs[: _count(plan)]
+        ours_case(plan.model, ours, work, plan.device, name)
+        for name, ours in (rungs[:2] if plan.quick else rungs)
     ]
     return side_by_side(plan, "ladder", [plain_case(plan.model, work, plan.device), *cases])
-
-
-def _count(plan: Plan) -> int | None:
-    return 2 if plan.quick else None
 
 
 def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:

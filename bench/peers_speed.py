@@ -207,14 +207,11 @@ def _open_onnxruntime(path: Path) -> Runner:
 
 
 def _open_openvino(runtime: Exported, path: Path) -> Runner:
-    from hcma_fast.export.openvino_model import openvino_version
-
-    openvino_version()
-    import openvino
+    from hcma_fast.export.openvino_model import shared_core
 
     hint = "bf16" if "bfloat16" in runtime else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", options)
+    compiled = shared_core().compile_model(str(path), "CPU", options)
 
     def run(feed: Mapping[str, NDArray[Any]]) -> NDArray[np.float32]:
         found: NDArray[np.float32] = compiled(dict(feed))[0]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Difference, Estimate, Indices, compare, estimate
+from hcma_fast.bench.bootstrap import Difference, Estimate, compare, estimate, share_score
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.machine import Machine, describe_machine
 from hcma_fast.bench.scene_images import scene_layout
@@ -178,12 +177,7 @@ def _row(savings: Savings, own: _Kept, exact: _Kept, total: NDArray[np.int64]) -
     distance = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).numpy()
     judge, difference = None, None
     if own.right and total.sum():
-
-        def share(right: NDArray[np.int64], chosen: Indices) -> float:
-            boxes = total[chosen].sum()
-            return float(right[chosen].sum() / boxes) if boxes else float("nan")
-
-        mine, other = partial(share, np.array(own.right)), partial(share, np.array(exact.right))
+        mine, other = (share_score(np.array(some.right), total) for some in (own, exact))
         judge = estimate(mine, len(total))
         if own is not exact:
             difference = compare("large boxes", mine, other, len(total))

@@ -43,7 +43,7 @@ def open_model(
         DeviceMemoryError: the host has no memory left.
     """
     openvino = _openvino()
-    core = _core(openvino)
+    core = shared_core()
     listed, hint = _PRECISIONS[precision]
     if listed not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         raise _no_precision(precision)
@@ -138,6 +138,15 @@ def _openvino() -> Any:
             "the backend openvino is not installed", remedy='Run pip install "hcma-fast[cpu]".'
         ) from error
     return openvino
+
+
+def shared_core() -> Any:
+    """The ``openvino.Core`` of this process: nobody may make another.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    return _core(_openvino())
 
 
 @cache

@@ -79,13 +79,11 @@ def savings_table(report: SavingsReport) -> str:
             f"| {_named(row.savings)} | {row.speedup:.2f} | {low:.2f} to {high:.2f} "
             f"| {row.distance:.1e} | {row.distance_p90:.1e} | {_shown(row.judge)} | {difference} |"
         )
-    machine = report.machine
     lines += [
         "",
         "Distance: relative, median and 90th percentile over the images. Boxes: those of sides of "
         "at least a quarter of the image, 95% intervals over images; the difference is paired.",
-        f"{machine.cpu}, {machine.cores} cores; torch {machine.versions['torch']}; commit "
-        f"{machine.commit}; weights {report.weights_hash[:16]}; {machine.date}.",
+        f"{report.machine.line()}; weights {report.weights_hash[:16]}.",
     ]
     return "\n".join(lines)
 

@@ -98,7 +98,7 @@ class RandomSD14:
     def without_weights(self) -> Components:
         """All parts on the meta device: shapes and dtypes, in no time and memory."""
         with torch.device("meta"):
-            return self._components(lambda part: _make(part).eval().requires_grad_(False))
+            return self.assemble(lambda part: _make(part).eval().requires_grad_(False))
 
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
@@ -113,9 +113,10 @@ class RandomSD14:
             with torch.device("meta"):
                 return _make(part)
 
-        return self._components(make).graph(name, height, width)
+        return self.assemble(make).graph(name, height, width)
 
-    def _components(self, make: Callable[[str], Any]) -> Components:
+    def assemble(self, make: Callable[[str], Any]) -> Components:
+        """All parts in one; ``make`` gives "text", "unet", "vae" and "aligner"."""
         return Components(
             preset="sd14",
             tokenizer=self.tokenizer,
