@@ -280,11 +280,11 @@ def components_of(model: str | Path, device: str = "cpu") -> Components:
     Raises:
         WeightsError: as in ``load_components``.
     """
-    from hcma_fast.models.random_sd14 import RandomSD14, _draw
+    from hcma_fast.models.random_sd14 import RandomSD14
     from hcma_fast.models.weights import load_components
 
-    # models/ offers the random parts a graph at a time; here all of them are wanted at once
-    parts = RandomSD14().assemble(_draw) if model == SD14 else load_components(model)
+    every = ("text", "unet", "vae", "aligner")
+    parts = RandomSD14().drawn(*every) if model == SD14 else load_components(model)
     for module in (parts.text_encoder, parts.unet, parts.vae, parts.aligner):
         module.to(device)
     return parts

@@ -1,11 +1,11 @@
-"""Suites of single stages: the alignment gradient, builds by the command line, training."""
+"""Suites of single stages: the alignment gradient, the UNet, builds by the command line."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tempfile
-from dataclasses import replace
+import time
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +18,13 @@ from hcma_fast.bench.contestants import (
     Ours,
     build_missing,
     components_of,
+    open_pipe,
     weights_hash_of,
 )
-from hcma_fast.bench.harness import Case, Group
+from hcma_fast.bench.harness import MAX_ERROR, Case, Group
 from hcma_fast.bench.memory import peak_rss_mib
-from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.speed import HALF_ERROR
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
 
@@ -73,7 +75,7 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
     from hcma_fast.export.graphs import random_inputs
     from hcma_fast.runtime.gradient import gradient_engine
 
-    parts = _with_aligner(model)
+    parts = with_aligner(model)
     spec = parts.specs()["align"]
     engine = gradient_engine(name, parts, spec, device)
     drawn = random_inputs(spec, batch, torch.Generator().manual_seed(0))
@@ -90,17 +92,79 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
     return Contestant(generate, parts.preset, parts.weights_hash, device)
 
 
-def _with_aligner(model: str) -> Components:
-    """The parts, of which at full size only the aligner has weights."""
-    if model != SD14:
-        return components_of(model)
-    from hcma_fast.models.aligner import AlignStep
+def unet(plan: Plan) -> list[Group]:
+    """The grounded UNet alone, for one image with guidance: its rate, and that of a product."""
+    kinds = [Ours(name) for name in plan.chosen if name != "eager"]
+    if "openvino" in plan.chosen:
+        kinds.append(Ours("openvino", precision="bfloat16"))
+    if "tensorrt" in plan.chosen:
+        kinds.append(Ours("tensorrt", precision="float16"))
+    calls = 2 if plan.quick or plan.model == SD14 else _CALLS
+    cases = [
+        Case(
+            "torch eager" if ours.backend == "eager" else f"{ours.backend} {ours.precision}",
+            partial(load_unet, plan.model, ours, calls, plan.device),
+            {"calls": calls},
+            calls,
+            MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
+            prepare=partial(build_missing, plan.model, ours, None),
+        )
+        for ours in (Ours("eager"), *kinds)
+    ]
+    return side_by_side(plan, "UNet, batch 2", cases)
+
+
+def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
+    """The graph `unet_grounded` on random inputs, batch 2; its result is the noise.
+
+    Figures: its operations per second and the share that this is of a large product's, in the same
+    precision, measured after the calls.
+
+    Raises:
+        WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+    """
+    import torch
+
+    from hcma_fast.bench.counting import count_module
+    from hcma_fast.bench.rates import matmul_rate
+    from hcma_fast.export.graphs import random_inputs
     from hcma_fast.models.random_sd14 import RandomSD14
 
-    source = RandomSD14()
-    step = source.graph("align")
-    assert isinstance(step, AlignStep)
-    return replace(source.without_weights(), aligner=step.aligner)
+    pipe = open_pipe(model, ours, device=device)
+    engine = pipe.engines["unet_grounded"]
+    parts = RandomSD14().without_weights() if model == SD14 else components_of(model)
+    flops = count_module(parts.graph("unet_grounded"), engine.spec, 2).flops
+    drawn = random_inputs(engine.spec, 2, torch.Generator().manual_seed(0))
+    inputs = {key: value.to(device) for key, value in drawn.items()}
+    figures: dict[str, float] = {}
+
+    @torch.no_grad()
+    def generate() -> NDArray[np.float32]:
+        started = time.perf_counter()
+        for _ in range(calls):
+            found = next(iter(engine(inputs).values()))
+        noise: NDArray[np.float32] = found.float().cpu().numpy()
+        figures["gflops"] = flops * calls / (time.perf_counter() - started) / 1e9
+        return noise
+
+    def tell() -> dict[str, float]:
+        peak = matmul_rate(getattr(torch, ours.precision), device) / 1e9
+        return {**figures, "matmul_gflops": peak, "share_of_matmul": figures["gflops"] / peak}
+
+    return Contestant(generate, pipe.preset, pipe.weights_hash, device, figures=tell)
+
+
+def with_aligner(model: str) -> Components:
+    """The parts, of which at full size only the aligner has weights.
+
+    Raises:
+        WeightsError: no such model.
+    """
+    if model != SD14:
+        return components_of(model)
+    from hcma_fast.models.random_sd14 import RandomSD14
+
+    return RandomSD14().drawn("aligner")
 
 
 def build(plan: Plan) -> list[Group]:
@@ -147,120 +211,3 @@ def load_build(model: str, backend: str) -> Contestant:
         return np.zeros(1, np.float32)
 
     return Contestant(generate, *weights_hash_of(model), figures=lambda: dict(figures))
-
-
-def train(plan: Plan) -> list[Group]:
-    """Stage 1 of the aligner from a cache of random latents; an image is a sample."""
-    steps, batch = (2, 8) if plan.quick else (10, 64 if plan.model != SD14 else 16)
-    cases = [
-        Case(
-            name,
-            partial(load_training, plan.model, steps, batch, bf16, plan.device),
-            {"batch": batch, "steps": steps},
-            steps * batch,
-            max_error=None,
-        )
-        for name, bf16 in (("float32", False), ("bfloat16 autocast", True))
-    ]
-    return [Group("aligner training", cases)]
-
-
-def load_training(model: str, steps: int, batch: int, bf16: bool, device: str) -> Contestant:
-    """Some steps of :func:`hcma_fast.train.aligner.train_aligner`, with its checkpoint at the end.
-
-    The figure ``loop_samples_per_second`` is the training loop's own, without that.
-
-    Raises:
-        WeightsError: no such model.
-    """
-    from hcma_fast.train.aligner import train_aligner
-    from hcma_fast.train.aligner_settings import AlignerTraining
-
-    parts = _with_aligner(model)
-    training = AlignerTraining(
-        batch=batch,
-        micro_batch=batch,
-        max_steps=steps,
-        log_every=steps,
-        bf16=bf16,
-        tensorboard=False,
-    )
-    folder = tempfile.TemporaryDirectory()  # gone with this process at the latest
-    cache = Path(folder.name) / "cache"
-    # of which 80% are trained on: one epoch is enough
-    write_random_cache(cache, parts, 16 + steps * batch * 3 // 2)
-    figures: dict[str, float] = {}
-
-    def progress(done: int, total: int, record: dict[str, object] | None) -> None:
-        if record is not None:
-            rate = record["samples_per_second"]
-            assert isinstance(rate, float)
-            figures["loop_samples_per_second"] = rate
-
-    def generate() -> NDArray[np.float32]:
-        with tempfile.TemporaryDirectory(dir=folder.name) as out:
-            train_aligner(
-                cache, Path(out), training, parts.aligner, cpu=device == "cpu", progress=progress
-            )
-        return np.zeros(1, np.float32)
-
-    for parameter in parts.aligner.parameters():
-        parameter.requires_grad_()
-    return Contestant(
-        generate, parts.preset, parts.weights_hash, device, figures=lambda: dict(figures)
-    )
-
-
-def write_random_cache(folder: Path, parts: Components, count: int) -> None:
-    """A cache as ``hcma-fast train cache`` writes it, of noise: ``count`` images with one view, one
-    caption and two boxes each."""
-    import torch
-
-    from hcma_fast.files import make_folder, write_whole
-    from hcma_fast.train.cache import (
-        HEADER_FILE,
-        LABELS_FILE,
-        CacheHeader,
-        CacheNotes,
-        pack,
-        shard_file,
-    )
-
-    make_folder(folder)
-    config = parts.aligner.config
-    shape = (config.latent_channels, config.latent_size, config.latent_size)
-    header = CacheHeader(
-        preset=parts.preset,
-        vae_sha256="0" * 64,
-        text_sha256="0" * 64,
-        annotations_sha256="0" * 64,
-        split="noise",
-        image_count=count,
-        image_size=parts.image_size,
-        min_area=0.0,
-        views=1,
-        latent_shape=shape,
-        scaling_factor=float(parts.vae.config.scaling_factor),
-        text_width=config.text_width,
-        labels=("a", "b"),
-        shard_size=count,
-    )
-    generator = torch.Generator().manual_seed(0)
-    tensors = {
-        "image_ids": torch.arange(count),
-        "latents": torch.randn(count, 1, 2, *shape, generator=generator).half(),
-        "caption_starts": torch.arange(count + 1),
-        "captions": torch.randn(count, config.text_width, generator=generator),
-        "caption_flips": torch.zeros(count, dtype=torch.bool),
-        "box_starts": 2 * torch.arange(count + 1),
-        "boxes": torch.tensor([[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 0.9]]).repeat(count, 1),
-        "labels": torch.tensor([0, 1]).repeat(count),
-    }
-    notes = CacheNotes(header=header.digest)
-    table = {"labels": torch.randn(2, config.text_width, generator=generator)}
-    for name, content in (
-        (LABELS_FILE, pack(table, notes)),
-        (shard_file(0), pack(tensors, notes)),
-        (HEADER_FILE, header.model_dump_json().encode()),
-    ):
-        write_whole(folder / name, lambda file, content=content: file.write(content))  # type: ignore[misc]

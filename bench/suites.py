@@ -13,7 +13,8 @@ from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.report import Report
 from hcma_fast.bench.scaling import fit_scaling, scaling
 from hcma_fast.bench.speed import ours_case, plain_case
-from hcma_fast.bench.stages import align, build, train
+from hcma_fast.bench.stages import align, build, unet
+from hcma_fast.bench.training import train
 from hcma_fast.config import BACKENDS
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.runtime.requests import check_device
@@ -55,6 +56,7 @@ SUITES: dict[str, tuple[Callable[[Plan], list[Group]], int]] = {
     "ladder": (ladder, 5),
     "scaling": (scaling, 5),
     "align": (align, 10),
+    "unet": (unet, 5),
     "build": (build, 1),
     "train": (train, 3),
 }

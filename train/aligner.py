@@ -226,7 +226,7 @@ class _Stage1:
 
 
 def train_aligner(
-    cache_folder: Path,
+    cache: Path | LatentCache,
     out: Path,
     training: AlignerTraining,
     aligner: Aligner,
@@ -240,6 +240,7 @@ def train_aligner(
     Starts under ``accelerate launch`` or ``torchrun`` as one of their processes.
 
     Args:
+        cache: its folder, or the open cache.
         aligner: the start, in the same state in all processes; a newer state in ``out`` wins.
         samples: pictures to draw along the way; they leave the weights as they are.
         progress: called in the main process with steps done, steps in all, and the record where
@@ -253,7 +254,7 @@ def train_aligner(
         OutputError: ``out`` cannot be written, or the disk is full.
     """
     accelerator = Accelerator(cpu=cpu)
-    cache = LatentCache(cache_folder)
+    cache = LatentCache(cache) if isinstance(cache, Path) else cache
     check_fits(aligner.config, cache.header, "the aligner")
     provenance = Provenance(
         cache=cache.header.digest,

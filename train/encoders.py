@@ -25,21 +25,19 @@ class Encoders:
     """The frozen parts that the aligner's data needs: VAE encoder, text encoder, tokenizer."""
 
     def __init__(
-        self, model: str | Path, device: torch.device, dtype: ComputeDtype = "float32"
+        self,
+        tokenizer: CLIPTokenizer,
+        text_encoder: CLIPTextModel,
+        vae: AutoencoderKL,
+        *,
+        preset: str,
+        image_size: int,
+        device: torch.device,
+        dtype: ComputeDtype = "float32",
     ) -> None:
-        """Load them from a preset, a folder in diffusers' layout or a hub id.
-
-        Raises:
-            WeightsError: a part is missing, damaged or unsafe.
-        """
-        folder = resolve_folder(model)
-        check_safe(folder)
-        info = read_info(folder)
-        self.preset = info.preset if info else "sd14"
-        self.tokenizer: CLIPTokenizer = load_tokenizer(folder / "tokenizer")
-        self.text_encoder: CLIPTextModel = load_part(CLIPTextModel, folder / "text_encoder")
-        self.vae: AutoencoderKL = load_part(AutoencoderKL, folder / "vae")
-        self.image_size = info.image_size if info else int(self.vae.config.sample_size)
+        """Take loaded parts; they are moved to ``device``, and the VAE is cast to ``dtype``."""
+        self.tokenizer, self.text_encoder, self.vae = tokenizer, text_encoder, vae
+        self.preset, self.image_size = preset, image_size
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.device, self.dtype = device, dtype
         # before they are cast: the hash is of the weights, not of the precision
@@ -49,6 +47,29 @@ class Encoders:
         if dtype != "float32":
             self.vae = self.vae.half() if dtype == "float16" else self.vae.bfloat16()
         self.text_encoder.requires_grad_(False).eval().to(device)
+
+    @classmethod
+    def load(
+        cls, model: str | Path, device: torch.device, dtype: ComputeDtype = "float32"
+    ) -> Encoders:
+        """From a preset, a folder in diffusers' layout or a hub id.
+
+        Raises:
+            WeightsError: a part is missing, damaged or unsafe.
+        """
+        folder = resolve_folder(model)
+        check_safe(folder)
+        info = read_info(folder)
+        vae = load_part(AutoencoderKL, folder / "vae")
+        return cls(
+            load_tokenizer(folder / "tokenizer"),
+            load_part(CLIPTextModel, folder / "text_encoder"),
+            vae,
+            preset=info.preset if info else "sd14",
+            image_size=info.image_size if info else int(vae.config.sample_size),
+            device=device,
+            dtype=dtype,
+        )
 
     @torch.no_grad()
     def posterior(self, images: Tensor) -> Tensor:

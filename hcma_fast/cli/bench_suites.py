@@ -23,7 +23,7 @@ def run(
     suites: Annotated[
         list[str],
         typer.Argument(
-            help="latency, throughput, peers, ladder, scaling, align, build, train, or all."
+            help="latency, throughput, peers, ladder, scaling, align, unet, build, train, or all."
         ),
     ],
     model: Annotated[

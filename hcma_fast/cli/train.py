@@ -102,7 +102,7 @@ def cache(
     from hcma_fast.train.encode import make_cache
     from hcma_fast.train.encoders import Encoders
 
-    encoders = Encoders(model, _device(device), precision)
+    encoders = Encoders.load(model, _device(device), precision)
     with _progress() as progress:
         task = progress.add_task("images", total=None, note="")
 

@@ -98,24 +98,28 @@ class RandomSD14:
     def without_weights(self) -> Components:
         """All parts on the meta device: shapes and dtypes, in no time and memory."""
         with torch.device("meta"):
-            return self.assemble(lambda part: _make(part).eval().requires_grad_(False))
+            return self._assemble(lambda part: _make(part).eval().requires_grad_(False))
 
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
     ) -> nn.Module:
         """See :meth:`hcma_fast.models.weights.Components.graph`; nothing of it is kept here."""
         parts = {"text_encoder": ["text"], "align": ["aligner"], "vae_decoder": ["vae"]}
-        wanted = parts.get(name, ["unet", "aligner"])
+        return self.drawn(*parts.get(name, ["unet", "aligner"])).graph(name, height, width)
+
+    def drawn(self, *parts: str) -> Components:
+        """With weights for these ("text", "unet", "vae", "aligner"); the others on the meta
+        device."""
 
         def make(part: str) -> Any:
-            if part in wanted:
+            if part in parts:
                 return _draw(part)
             with torch.device("meta"):
                 return _make(part)
 
-        return self.assemble(make).graph(name, height, width)
+        return self._assemble(make)
 
-    def assemble(self, make: Callable[[str], Any]) -> Components:
+    def _assemble(self, make: Callable[[str], Any]) -> Components:
         """All parts in one; ``make`` gives "text", "unet", "vae" and "aligner"."""
         return Components(
             preset="sd14",

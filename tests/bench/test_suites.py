@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 from hcma_fast.bench.bootstrap import median_ratio
 from hcma_fast.bench.compare import compare_results, comparison_markdown
-from hcma_fast.bench.contestants import SD14, Work, load_plain
+from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder_png
 from hcma_fast.bench.machine import describe_machine
@@ -26,7 +26,7 @@ from hcma_fast.bench.plan import Plan
 from hcma_fast.bench.report import Report, Results, Row, read_results, report_markdown, rows_csv
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
-from hcma_fast.bench.stages import load_gradient, load_training
+from hcma_fast.bench.stages import load_gradient, load_unet
 from hcma_fast.bench.suites import SUITES
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.cli.app import main
@@ -166,13 +166,22 @@ def test_gradients_agree_on_the_step(
         assert np.allclose(found[name], found["eager"], rtol=1e-3, atol=1e-5)
 
 
-def test_training_is_timed_with_the_loops_own_rate(random_checkpoint: Path) -> None:
-    contestant = load_training(str(random_checkpoint), 2, 8, False, "cpu")
-    contestant.generate()
-    first = contestant.figures()["loop_samples_per_second"]
-    # a second run is a run of its own, not a continuation
-    contestant.generate()
-    assert first > 0 and contestant.figures()["loop_samples_per_second"] > 0
+def test_the_unet_alone_agrees_with_torch_and_tells_its_rate(
+    random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hcma_fast.bench.contestants._folder", lambda model, target: random_engine)
+    runs = {
+        name: load_unet(str(random_checkpoint), Ours(name), 1, "cpu")
+        for name in ("eager", "onnxruntime")
+    }
+    found = {name: run.generate() for name, run in runs.items()}
+    assert np.allclose(found["onnxruntime"], found["eager"], rtol=1e-3, atol=1e-4)
+    figures = runs["onnxruntime"].figures()
+    assert (
+        0
+        < figures["gflops"]
+        == pytest.approx(figures["share_of_matmul"] * figures["matmul_gflops"])
+    )
 
 
 def scaling_rows(exponent: float, noise: float) -> list[Row]:

@@ -25,7 +25,7 @@ def emoji_coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def encoders(random_checkpoint: Path) -> Encoders:
     """VAE and text encoder of the small random model: 16 x 16 pixels, latents 8 x 8."""
-    return Encoders(random_checkpoint, torch.device("cpu"))
+    return Encoders.load(random_checkpoint, torch.device("cpu"))
 
 
 @pytest.fixture(scope="session")

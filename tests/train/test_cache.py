@@ -131,7 +131,7 @@ def test_another_cache_in_the_folder_is_refused(
         make(emoji_coco, encoders, folder, image_size=32)
     with pytest.raises(InputError, match="its views is 2, not 1"):
         make(emoji_coco, encoders, folder, flip=False)
-    tiny = Encoders("tiny", torch.device("cpu"))
+    tiny = Encoders.load("tiny", torch.device("cpu"))
     tiny.preset = encoders.preset
     with pytest.raises(InputError, match="its vae_sha256") as caught:
         make(emoji_coco, tiny, folder, image_size=16)
