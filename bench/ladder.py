@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from hcma_fast.bench.report import Row
 
 _UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
+_LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def ladder(plan: Plan) -> list[Group]:
@@ -36,20 +37,21 @@ def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
         ("our sampler and graphs, torch eager", Ours("eager")),
         ("gradient by torch.compile", Ours("eager", grad_backend="compile")),
     ]
-    if find_spec("onnxruntime"):
-        unets = Ours("onnxruntime", graphs=_UNETS, grad_backend="compile")
+    for place, backend in enumerate(name for name in plan.chosen if name != "eager"):
+        label = _LABELS.get(backend, backend)
+        if place:
+            name = f"all graphs on {label} instead, evaluation by parts"
+            rungs.append((name, Ours(backend)))
+            continue
         rungs += [
-            ("UNet on ONNX Runtime", unets),
-            ("gradient on ONNX Runtime", Ours("onnxruntime", graphs=(*_UNETS, "align"))),
-            ("text encoder, grounding and VAE too", Ours("onnxruntime")),
+            (f"UNet on {label}", Ours(backend, graphs=_UNETS, grad_backend="compile")),
+            (f"gradient on {label}", Ours(backend, graphs=(*_UNETS, "align"))),
+            ("text encoder, grounding and VAE too", Ours(backend)),
         ]
         if plan.model != SD14:
-            rungs.append(("a whole evaluation in one graph", Ours("onnxruntime", fuse=True)))
-    if find_spec("openvino"):
-        rungs += [
-            ("all graphs on OpenVINO instead, evaluation by parts", Ours("openvino")),
-            ("bfloat16 inside", Ours("openvino", precision="bfloat16")),
-        ]
+            rungs.append(("a whole evaluation in one graph", Ours(backend, fuse=True)))
+    if "openvino" in plan.chosen:
+        rungs.append(("bfloat16 inside, OpenVINO", Ours("openvino", precision="bfloat16")))
     return rungs
 
 

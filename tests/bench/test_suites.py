@@ -19,7 +19,7 @@ from hcma_fast.bench.bootstrap import median_ratio
 from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
 from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.ladder import ladder_png
+from hcma_fast.bench.ladder import ladder, ladder_png
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
 from hcma_fast.bench.plan import Plan
@@ -214,6 +214,24 @@ def test_a_power_law_is_fitted_exactly_and_plotted() -> None:
 
 def test_a_single_size_has_no_fit() -> None:
     assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
+
+
+def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
+    def rungs(*backends: str) -> list[str]:
+        (group,) = ladder(Plan("tiny", backends=backends))
+        return [case.name for case in group.cases][3:]
+
+    whole = ["text encoder, grounding and VAE too", "a whole evaluation in one graph"]
+    ours = ["UNet on OpenVINO", "gradient on OpenVINO", *whole, "bfloat16 inside, OpenVINO"]
+    assert rungs("openvino") == ours
+    assert rungs("eager", "onnxruntime") == [
+        *("UNet on ONNX Runtime", "gradient on ONNX Runtime"),
+        *whole,
+    ]
+    assert rungs("onnxruntime", "openvino")[-2:] == [
+        "all graphs on OpenVINO instead, evaluation by parts",
+        "bfloat16 inside, OpenVINO",
+    ]
 
 
 def test_ladder_plot_leaves_void_rows_out() -> None:
