@@ -42,9 +42,11 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/hcma-fast generate --model tiny --backend onnxruntime --input docs/demo.jsonl --seed 0 \
 		--overlay --out demo --force
 
-# one thread a worker: two workers with two threads each would fight for two cores
+# One thread a worker: two workers with two threads each would fight for two cores. The order of
+# files is that of tests/conftest.py, longest first; xdist's own puts those with the fewest tests last.
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
+		--no-loadscope-reorder --max-worker-restart 0
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600

@@ -91,7 +91,7 @@ print(at, missing, whole)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stride", [17, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mode", ["fresh", "replacing"])
 def test_a_build_killed_at_any_write_is_mended(
     random_engine: Path, random_checkpoint: Path, tmp_path: Path, mode: str, stride: int
