@@ -8,10 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError
+from hcma_fast.schedule import TRAIN_STEPS
 from hcma_fast.specs import IOSpec
 
 OpenVINOPrecision = Literal["float32", "bfloat16"]
@@ -57,6 +59,8 @@ def open_model(
         frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
         model = frontend.convert(frontend.load(str(path)))
         _part_shared_weights(openvino, model)
+        if precision == "bfloat16":
+            _look_up_sinusoids(openvino, model)
         compiled = core.compile_model(model, "CPU", options)
     except Exception as error:  # OpenVINO raises plain RuntimeError for most, not for all
         if is_out_of_memory(error):
@@ -120,6 +124,41 @@ def _part_shared_weights(openvino: Any, model: Any) -> None:
             if address in seen:
                 use.replace_source_output(_copy(openvino, node).output(0))
             seen.add(address)
+
+
+def _look_up_sinusoids(openvino: Any, model: Any) -> None:
+    """Replace sines and cosines of timesteps by tables over all timesteps, in float32.
+
+    In bfloat16 OpenVINO rounds the angles: 796 radians to the next multiple of 4. At full size that
+    made the UNet's error 9% instead of 1.6%, as torch's bfloat16 has it.
+    """
+    opset = openvino.opset13
+    for node in model.get_ops():
+        if node.get_type_name() not in ("Sin", "Cos"):
+            continue
+        product = _source(node, 0)
+        if product.get_type_name() != "Multiply":
+            continue
+        steps, frequencies = (_source(product, side) for side in (0, 1))
+        while not steps.get_output_element_type(0).is_integral():
+            if steps.get_type_name() not in ("Convert", "Unsqueeze", "Reshape"):
+                break
+            steps = _source(steps, 0)
+        # (batch, frequencies), of one timestep each
+        known = (
+            frequencies.get_type_name() == "Constant" and len(node.get_output_partial_shape(0)) == 2
+        )
+        if not (known and steps.get_output_element_type(0).is_integral()):
+            continue
+        angles = np.arange(TRAIN_STEPS, dtype=np.float32)[:, None] * frequencies.data.reshape(1, -1)
+        table = np.sin(angles) if node.get_type_name() == "Sin" else np.cos(angles)
+        index = opset.reshape(steps, np.array([-1], dtype=np.int64), special_zero=False)
+        found = opset.gather(opset.constant(table), index, opset.constant(0))
+        node.output(0).replace(found.output(0))
+
+
+def _source(node: Any, place: int) -> Any:
+    return node.input(place).get_source_output().get_node()
 
 
 def _copy(openvino: Any, constant: Any) -> Any:

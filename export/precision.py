@@ -21,13 +21,19 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 _FLOAT32_GRAPHS = ("grounding",)
 
 
+def graph_precision(name: GraphName, precision: Precision) -> Precision:
+    """What a graph computes in where ``precision`` is asked for."""
+    return "float32" if name in _FLOAT32_GRAPHS else precision
+
+
 def at_precision(name: GraphName, module: nn.Module, precision: Precision) -> nn.Module:
     """``module`` itself for float32, else a copy with weights and products in half precision.
 
     Inputs and outputs stay float32, and inside the norms, softmax, cosine losses and the update
     of the latent. The models cast where they meet (``.to(weight.dtype)``).
     """
-    if precision == "float32" or name in _FLOAT32_GRAPHS:
+    precision = graph_precision(name, precision)
+    if precision == "float32":
         return module
     dtype = getattr(torch, precision)
     # weight by weight: a copy of the whole in float32 would be the most memory that a build takes

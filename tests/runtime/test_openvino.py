@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -102,6 +103,54 @@ def test_a_square_weight_and_its_transpose_are_not_mixed_up(tmp_path: Path) -> N
     found = OpenVINOEngine(tmp_path / "x.onnx", spec)({"z": z})
     torch.testing.assert_close(found["image"], z @ weight, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found["other"], z @ weight.T, rtol=1e-5, atol=1e-5)
+
+
+def sinusoids(path: Path) -> IOSpec:
+    """Sines and cosines of a timestep at four frequencies, as every UNet makes them."""
+    frequencies = numpy_helper.from_array(np.float32([1, 0.7, 0.1, 1e-4]), "frequencies")
+    one = numpy_helper.from_array(np.int64([1]), "one")
+    nodes = [
+        helper.make_node("Unsqueeze", ["timestep", "one"], ["column"]),
+        helper.make_node("Cast", ["column"], ["steps"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["steps", "frequencies"], ["angles"]),
+        helper.make_node("Cos", ["angles"], ["image"]),
+        helper.make_node("Sin", ["angles"], ["other"]),
+    ]
+    inputs = [helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"])]
+    outputs = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 4])
+        for name in ("image", "other")
+    ]
+    graph = helper.make_graph(nodes, "sinusoids", inputs, outputs, [frequencies, one])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)]), path)
+    given = TensorSpec("timestep", ("batch",), "int64")
+    made = tuple(TensorSpec(name, ("batch", 4)) for name in ("image", "other"))
+    return IOSpec("vae_decoder", (given,), made)
+
+
+def test_sinusoids_of_timesteps_are_looked_up(tmp_path: Path) -> None:
+    """In bfloat16 their angles would be rounded: to the next multiple of 4 at 796."""
+    import openvino
+
+    spec = sinusoids(tmp_path / "x.onnx")
+    model = _read(tmp_path / "x.onnx")
+    openvino_model._look_up_sinusoids(openvino, model)
+    assert not {"Sin", "Cos"} & {node.get_type_name() for node in model.get_ops()}
+    compiled = openvino_model.shared_core().compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    timestep = torch.tensor([0, 1, 796, 999])
+    found = openvino_model.runner(compiled, spec)({"timestep": timestep})
+    angles = timestep[:, None].float() * torch.tensor([1, 0.7, 0.1, 1e-4])
+    torch.testing.assert_close(found["image"], angles.cos(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found["other"], angles.sin(), rtol=0, atol=1e-6)
+
+
+def _read(path: Path) -> Any:
+    import openvino.frontend
+
+    frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+    return frontend.convert(frontend.load(str(path)))
 
 
 def test_the_next_call_leaves_outputs_alone(
