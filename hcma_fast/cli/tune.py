@@ -32,7 +32,7 @@ from hcma_fast.config import BACKENDS, PRESETS, cache_root
 from hcma_fast.errors import HcmaError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.tune_alignment import Comparison, TuningReport
+    from hcma_fast.bench.tune_records import Comparison, TuningReport
     from hcma_fast.models.checkpoint import CheckpointInfo
 
 #: about a factor of 100 around tiny's best; a normalized step is a share of the latent's norm
@@ -97,7 +97,8 @@ def tune_alignment(
     """
     from hcma_fast.bench.judge import Judge
     from hcma_fast.bench.judge_score import JudgeScore, check_emoji_scenes
-    from hcma_fast.bench.tune_alignment import Plan, check_installed, search
+    from hcma_fast.bench.tune_alignment import check_installed, search
+    from hcma_fast.bench.tune_records import Plan
     from hcma_fast.models.checkpoint import CheckpointInfo, read_info
     from hcma_fast.models.weights import locate
     from hcma_fast.runtime.pipeline import HCMAPipeline

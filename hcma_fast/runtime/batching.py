@@ -28,7 +28,8 @@ from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
+from hcma_fast.runtime.images import to_pil
+from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.requests import noise_from_seeds, spread_seeds
 from hcma_fast.runtime.sampler import Schedule, StepLosses
 from hcma_fast.runtime.savings import EXACT, Savings
