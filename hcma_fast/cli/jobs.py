@@ -185,13 +185,13 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def at(where: str, call: Any, *arguments: Any) -> Any:
-    """``call(*arguments)``; an error that it raises says ``where``."""
+    """``call(*arguments)``; an error that it raises says ``where``, if that is not empty."""
     try:
         return call(*arguments)
     except HcmaError as error:
-        raise type(error)(
-            _join(where, error.what), value=error.value, remedy=error.remedy
-        ) from error
+        if not where:
+            raise
+        raise error.at(where) from error
 
 
 def explain(error: ValidationError) -> str:
