@@ -38,13 +38,23 @@ def build(
             show_default="any; 1:1:8 for TensorRT",
         ),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="as trained")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="as trained")
+    ] = None,
     gpu_arch: Annotated[
-        str, typer.Option(help="GPUs for tensorrt-rtx, such as sm89,sm120; default: the one here.")
+        str,
+        typer.Option(
+            help="GPUs for tensorrt-rtx, such as sm89,sm120.", show_default="the one that is here"
+        ),
     ] = "",
     workspace: Annotated[
-        int | None, typer.Option(help="Most scratch memory of a TensorRT layer, in MiB.")
+        int | None,
+        typer.Option(
+            help="Most scratch memory of a TensorRT layer, in MiB.", show_default="TensorRT's own"
+        ),
     ] = None,
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="TensorRT engines that are refitted at load.")
@@ -56,10 +66,13 @@ def build(
         bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Engine folder; by default one in the user's cache.")
+        Path | None, typer.Option(help="Engine folder.", show_default="one in the user's cache")
     ] = None,
     aligner: Annotated[
-        Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+        Path | None,
+        typer.Option(
+            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
+        ),
     ] = None,
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
