@@ -212,11 +212,22 @@ def _check_backend(backend: str) -> None:
 def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
     from hcma_fast.export.estimate import estimate
     from hcma_fast.export.key import key_of, key_parts
+    from hcma_fast.specs import ANY_BATCH
 
     signatures = source.specs(target.height, target.width, target.batch_range)
     specs = {name: signatures[name] for name in target.graph_names}
     parts = key_parts(source.weights_hash, target)
     needs = estimate(source, target)
+    height, width = signatures["vae_decoder"].outputs[0].shape[2:]
+    batch = "any batch" if target.batch_range == ANY_BATCH else f"batch {target.batch_range}"
+    chosen = [target.backend, target.precision, batch, f"{height} x {width} pixels"]
+    if target.native:
+        machine = parts["machine"]
+        chosen.append(f"for {machine if target.architectures else f'this machine ({machine})'}")
+    chosen += [f"fused {target.fuse}"] if target.fuse != "none" else []
+    chosen += ["stripped of weights"] if target.strip_weights else []
+    chosen += [f"workspace {target.workspace_mib} MiB"] if target.workspace_mib else []
+    print_note(f"Would build {', '.join(chosen)}:")
     table = Table("graph", "", "tensor", "shape", "dtype", box=box.SIMPLE)
     for name, spec in specs.items():
         for number, (way, tensor) in enumerate(
@@ -225,19 +236,28 @@ def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
             shape = f"({', '.join(map(str, tensor.shape))})"
             table.add_row("" if number else name, way, tensor.name, shape, tensor.dtype)
     stderr.print(table)
+    disk, peak, memory = (
+        f"{size / _MIB:.0f} MiB"
+        for size in (needs.disk_bytes, needs.peak_disk_bytes, needs.memory_bytes)
+    )
     print_note(
-        f"About {needs.disk_bytes / _MIB:.0f} MiB on disk and {needs.memory_bytes / _MIB:.0f} MiB "
-        "of memory while it builds. Nothing was built (--dry-run)."
+        f"About {disk} on disk; while it builds, {peak} on disk and {memory} of memory. "
+        "Nothing was built (--dry-run)."
     )
     return {
         "dry_run": True,
         "backend": target.backend,
+        "precision": target.precision,
+        "batch": str(target.batch_range),
+        "height": height,
+        "width": width,
         "folder": str(folder),
         "exists": folder.exists(),
         "weights_hash": source.weights_hash,
         "key": key_of(parts),
         "key_parts": parts,
         "estimated_disk_bytes": needs.disk_bytes,
+        "estimated_peak_disk_bytes": needs.peak_disk_bytes,
         "estimated_memory_bytes": needs.memory_bytes,
         "graphs": {
             name: {

@@ -237,7 +237,9 @@ def generate(
         raise BackendError(
             "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
-    check_outputs(jobs, out, force=force)
+    # the sidecar fixes the seed, and its own folder has the first image
+    other = "another --out" + ("" if original is not None else " or --seed")
+    check_outputs(jobs, out, force=force, other=other)
     with output_folder(out):
         pipe = open_pipeline(plan, jobs, original)
         written = render(pipe, plan, jobs, out, batch_size=batch_size, overlay=overlay)
