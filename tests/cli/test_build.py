@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,19 @@ def test_stripped_engines_need_their_onnx_graphs_and_compiled_code_has_none() ->
     assert of("tensorrt-rtx", strip_weights=True) == of("onnxruntime")
     disk, peak = of("torch-compile")
     assert (disk, peak) == (of("tensorrt-rtx")[0], disk)
+
+
+def test_a_build_needs_the_disk_of_its_peak(
+    build: Any, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    target = Target("tensorrt-rtx", architectures=("sm89",))
+    needs = estimate(load_components(random_checkpoint), target)
+    free = (needs.disk_bytes + needs.peak_disk_bytes) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    options = ("--backend", "tensorrt-rtx", "--gpu-arch", "sm89")
+    build(*options, "--out", "engine").failed(3, "GiB of disk", "hcma-fast cache prune")
+    assert os.listdir() == []
 
 
 def test_a_missing_backend_is_exit_4_with_what_brings_it(
