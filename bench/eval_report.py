@@ -112,15 +112,11 @@ def difference_rows(report: EvalReport) -> list[list[str]]:
 
 def footer(report: EvalReport) -> list[str]:
     """Networks, machine, versions, hashes and the command."""
-    machine = report.machine
-    versions = ", ".join(f"{name} {v}" for name, v in machine.versions.items() if v)
     titles = "; ".join(f"{name}: {title}" for name, title in sorted(report.titles.items()))
     return [
         f"Networks: {titles or 'none'}. Weights {report.run.weights_hash[:16]}, layouts "
         f"{report.run.items_hash[:16]}.",
-        f"{machine.cpu}, {machine.cores} cores ({machine.torch_threads} torch threads), "
-        f"{machine.memory_gib} GiB; Python {machine.python}, {versions}; commit {machine.commit}; "
-        f"{report.date}.",
+        f"{report.machine.line()}.",
         f"Command: `{report.command}`",
     ]
 

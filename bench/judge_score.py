@@ -9,7 +9,7 @@ import numpy as np
 
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.scene_images import generate_images
-from hcma_fast.bench.tune_alignment import Scores
+from hcma_fast.bench.tune_records import Scores
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.runtime.pipeline import HCMAPipeline

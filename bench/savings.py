@@ -16,7 +16,8 @@ from hcma_fast.bench.machine import Machine, describe_machine
 from hcma_fast.bench.scene_images import scene_layout
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
-from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
+from hcma_fast.runtime.images import to_pil
+from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.train.emoji_scenes import Scene, sample_scene
 

@@ -6,7 +6,7 @@ import csv
 import io
 
 from hcma_fast.bench.plots import figure_png, new_figure
-from hcma_fast.bench.tune_alignment import TrialRecord, TuningReport
+from hcma_fast.bench.tune_records import TrialRecord, TuningReport
 
 _COLUMNS = (
     *("number", "state", "eta0", "window_start", "window_end", "lambda_global", "lambda_local"),

@@ -24,6 +24,12 @@ _HELD = {
 measured at full size (docs/build.md), but tensorrt's, which is taken to be tensorrt-rtx's. Others
 are bounds: torch's weights, the export's, and those of a session that computes float16 in float32,
 or of a builder in float32."""
+_READ = {"grounding": 0.28, "vae_decoder": 0.63}
+"""Share of its modules' weights that a graph reads, where that is not all: the greater one of
+`tiny` and `sd14`. `grounding` takes keys and values out of attention layers that it holds whole;
+the VAE's encoder is in no graph."""
+_FLOAT32 = "grounding"
+"""stays in float32 in any precision"""
 _LIBRARIES_BYTES = 1_000_000_000
 """torch, the exporter and the backend themselves, and graphs without their weights"""
 
@@ -33,7 +39,11 @@ class Estimate:
     """From the counts of parameters; activations, which follow the batch, come on top."""
 
     disk_bytes: int
+    """of the finished folder"""
+    peak_disk_bytes: int
+    """while it is built: TensorRT's engines lie beside the ONNX graphs until all are there"""
     memory_bytes: int
+    """at the peak"""
 
 
 def graph_weights(source: ModelSource, target: Target) -> dict[str, int]:
@@ -45,15 +55,25 @@ def graph_weights(source: ModelSource, target: Target) -> dict[str, int]:
 
 
 def estimate(source: ModelSource, target: Target) -> Estimate:
-    """Disk and memory that building for ``target`` takes at its peak."""
+    """Disk and memory that building for ``target`` takes."""
     counts = graph_weights(source, target)
-    shared = sum(n for name, n in counts.items() if name not in ("unet_plain", *STEP_NAMES))
     size = 4 if target.backend == "openvino" else _BYTES[target.precision]
+    written = {
+        name: round(count * _READ.get(name, 1)) * (4 if name == _FLOAT32 else size)
+        for name, count in counts.items()
+    }
     # graphs share their weights in ONNX; a compiled engine holds its own
-    engines = sum(counts.values()) * size if target.native else 0
+    shared = sum(n for name, n in written.items() if name not in ("unet_plain", *STEP_NAMES))
+    onnx = 0 if target.backend == "torch-compile" else shared
+    engines = sum(written.values()) if target.native and not target.strip_weights else 0
     largest = max(counts.values())
     held = _HELD.get((target.backend, size), 16 if target.backend in TRT_LIBRARIES else 12)
-    return Estimate(shared * size + engines, round(largest * held) + _LIBRARIES_BYTES)
+    return Estimate(
+        # engines that hold their weights need no ONNX graphs beside them
+        disk_bytes=engines or onnx,
+        peak_disk_bytes=engines + onnx,
+        memory_bytes=round(largest * held) + _LIBRARIES_BYTES,
+    )
 
 
 def check_resources(source: ModelSource, target: Target, folder: Path) -> None:
@@ -66,9 +86,9 @@ def check_resources(source: ModelSource, target: Target, folder: Path) -> None:
     needs = estimate(source, target)
     place = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(place).free
-    if free < needs.disk_bytes:
+    if free < needs.peak_disk_bytes:
         raise InputError(
-            f"the build needs about {needs.disk_bytes / 2**30:.1f} GiB of disk, "
+            f"the build needs about {needs.peak_disk_bytes / 2**30:.1f} GiB of disk, "
             f"{free / 2**30:.1f} GiB are free",
             value=str(place),
             remedy="Make room (hcma-fast cache prune), or choose another folder with --out.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Self
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,6 +19,8 @@ class HcmaError(Exception):
     """
 
     exit_code: ClassVar[int] = 1
+    request: int | None = None
+    """number, from 0, of the request that it is about, where many were given at once"""
 
     def __init__(self, what: str, *, value: object = None, remedy: str) -> None:
         self.what, self.value, self.remedy = what, value, remedy
@@ -27,7 +29,18 @@ class HcmaError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # exceptions pickle their positional arguments only, and worker processes pickle errors
-        return functools.partial(type(self), self.what, value=self.value, remedy=self.remedy), ()
+        made = functools.partial(type(self), self.what, value=self.value, remedy=self.remedy)
+        return made, (), {"request": self.request}
+
+    def at(self, where: str) -> Self:
+        """The same error, which says where: "line 3"."""
+        return type(self)(f"{where}: {self.what}", value=self.value, remedy=self.remedy)
+
+    def of_request(self, number: int) -> Self:
+        """The same error, which says to which of many requests it belongs."""
+        found = self.at(f"request {number}")
+        found.request = number
+        return found
 
 
 class UsageError(HcmaError):

@@ -57,3 +57,16 @@ def test_errors_cross_processes(kind: type[HcmaError]) -> None:
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
     assert (str(copy), copy.value, copy.remedy) == (str(error), 7, "Give less.")
+    assert copy.request is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_error_says_where_and_of_which_request_and_stays_of_its_kind(
+    kind: type[HcmaError],
+) -> None:
+    error = kind("too large", value=7, remedy="Give less.")
+    named = pickle.loads(pickle.dumps(error.of_request(4)))
+    assert type(named) is kind and named.request == 4
+    assert str(named) == "request 4: too large (got 7). Give less."
+    assert str(error.at("line 3")) == "line 3: too large (got 7). Give less."
+    assert str(error) == "too large (got 7). Give less." and error.request is None

@@ -18,6 +18,7 @@ from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.eval import evaluate
 from hcma_fast.cli.generate import generate
+from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train import train_app
 from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError
@@ -29,14 +30,15 @@ app = typer.Typer(
     name="hcma-fast",
     help="Compile and run HCMA: images from a caption and boxes.",
     no_args_is_help=True,
+    rich_markup_mode=PLAIN_HELP,
     # the errors below replace typer's tracebacks
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command()(build)
-app.command()(generate)
+app.command(short_help="Compile a model to an engine folder, checked against torch.")(build)
+app.command(short_help="Generate images from captions and boxes.")(generate)
 app.command("eval")(evaluate)
-app.command()(doctor)
+app.command(short_help="Show versions, backends, the GPU and the engine cache.")(doctor)
 app.add_typer(bench_app, name="bench")
 app.add_typer(cache_app, name="cache")
 app.add_typer(train_app, name="train")

@@ -14,6 +14,7 @@ from rich.progress import Progress, TaskID
 from hcma_fast.cli.bench_limits import overhead, roofline
 from hcma_fast.cli.bench_savings import savings
 from hcma_fast.cli.bench_suites import compare, run, soak
+from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import (
     BuildProgress,
     counting_bar,
@@ -31,22 +32,25 @@ if TYPE_CHECKING:
 bench_app = typer.Typer(
     help="Measure speed and quality. Tables and JSON on stdout, progress on stderr.",
     no_args_is_help=True,
+    rich_markup_mode=PLAIN_HELP,
 )
-bench_app.command()(roofline)
+bench_app.command(short_help="Estimate the least time on a GPU, by peak rates.")(roofline)
 bench_app.command()(overhead)
-bench_app.command()(run)
-bench_app.command()(compare)
-bench_app.command()(soak)
-bench_app.command()(savings)
+bench_app.command(short_help="Run suites of cases side by side, each in its own process.")(run)
+bench_app.command(short_help="Compare two results of run, row by row.")(compare)
+bench_app.command(short_help="Mixed requests for a long time, with faults among them.")(soak)
+bench_app.command(short_help="Measure what each approximate saving gains and costs.")(savings)
 _BUILDING = "Building engines, once for this model; the next run finds them in the cache."
 
 
-@bench_app.command()
+@bench_app.command(short_help="Time a plain diffusers loop and the pipeline in turns.")
 def speed(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="What to compare; repeat it.  [default: eager, onnxruntime]"),
+        typer.Option(
+            metavar="NAME", help="What to compare; repeat it.", show_default="eager, onnxruntime"
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
     batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
@@ -84,7 +88,7 @@ def speed(
         )
 
 
-@bench_app.command()
+@bench_app.command(short_help="Count the boxes in which the judge sees what was asked for.")
 def quality(
     model: Annotated[str, typer.Option(help="Preset, folder or engine folder.")] = "tiny",
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
@@ -98,14 +102,26 @@ def quality(
     ] = 0.25,
     eta0: Annotated[
         list[float] | None,
-        typer.Option(help="Rate of the alignment, 0 for off; repeat it to compare."),
+        typer.Option(
+            metavar="RATE",
+            help="Rate of the alignment, 0 for off; repeat it to compare.",
+            show_default="the model's own",
+        ),
     ] = None,
     guidance_scale: Annotated[
-        list[float] | None, typer.Option(help="Weight of the guidance; repeat it to compare.")
+        list[float] | None,
+        typer.Option(
+            metavar="WEIGHT",
+            help="Weight of the guidance; repeat it to compare.",
+            show_default="the model's own",
+        ),
     ] = None,
     work: Annotated[
         Path | None,
-        typer.Option(help="Where finished images are kept, to go on after a stop.  [cache]"),
+        typer.Option(
+            help="Where finished images are kept, to go on after a stop.",
+            show_default="the user's cache",
+        ),
     ] = None,
     grid: Annotated[
         Path | None, typer.Option(help="PNG for a contact sheet; one per setting.")
@@ -202,7 +218,7 @@ def _shown(share: Share) -> str:
     return f"{share.accuracy:.1%} ({low:.1%} to {high:.1%}) of {share.total}"
 
 
-@bench_app.command()
+@bench_app.command(short_help="Show what the Triton kernels take, per GPU architecture.")
 def kernels(
     offline: Annotated[
         bool, typer.Option("--offline", help="Compile and count; needs no GPU.")

@@ -29,7 +29,8 @@ def roofline(
         str | None,
         typer.Option(
             callback=precision_name,
-            help="float16, bfloat16 or float32.  [default: float16, or the engine folder's]",
+            help="float16, bfloat16 or float32.",
+            show_default="float16, or the engine folder's",
         ),
     ] = None,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
@@ -84,14 +85,12 @@ def roofline_tables(report: RooflineReport) -> str:
             )
     for name, gpu in report.gpus.items():
         lines += ["", *_card_table(report, gpu, [row for row in report.rows if row.gpu == name])]
-    machine = report.machine
     lines += [
         "",
         "Weights, inputs and outputs pass through the memory once, activations not at all: that is "
         "the floor, and what bounds it. In brackets: every operator by itself, with its operands "
         "and its result through the memory.",
-        f"{report.command}; torch {machine.versions['torch']}; commit {machine.commit}; "
-        f"{machine.date}.",
+        f"{report.command}; counted on {report.machine.line()}.",
     ]
     return "\n".join(lines)
 
@@ -162,7 +161,6 @@ def overhead(
 
 def overhead_table(report: OverheadReport) -> str:
     """The report in Markdown."""
-    machine = report.machine
     return "\n".join(
         [
             f"Shapes of {report.preset}, batch {report.batch}, {report.num_inference_steps} steps "
@@ -177,8 +175,6 @@ def overhead_table(report: OverheadReport) -> str:
                 for row in report.rows
             ),
             "",
-            f"{machine.cpu}, {machine.cores} cores ({machine.torch_threads} torch threads); Python "
-            f"{machine.python}, torch {machine.versions['torch']}; commit {machine.commit}; "
-            f"{machine.date}.",
+            f"{report.machine.line()}.",
         ]
     )

@@ -21,8 +21,10 @@ def savings(
     saving: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=VALUE, such as guidance_end=0.8, with commas for more in a row; repeat it "
-            "for more rows.  [default: five rows]"
+            metavar="NAME=VALUE",
+            help="A row, such as guidance_end=0.8, with commas for more than one saving in it; "
+            "repeat it for more rows.",
+            show_default="five rows",
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Layouts, an image each and row.")] = 300,

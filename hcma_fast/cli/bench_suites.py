@@ -23,7 +23,8 @@ def run(
     suites: Annotated[
         list[str],
         typer.Argument(
-            help="latency, throughput, peers, ladder, scaling, align, unet, build, train, or all."
+            metavar="SUITE",
+            help="latency, throughput, peers, ladder, scaling, align, unet, build, train, or all.",
         ),
     ],
     model: Annotated[
@@ -33,10 +34,13 @@ def run(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[
         list[str] | None,
-        typer.Option(help="Of our pipeline; repeat it.  [default: those that are here]"),
+        typer.Option(
+            metavar="NAME", help="Of our pipeline; repeat it.", show_default="those that are here"
+        ),
     ] = None,
     rounds: Annotated[
-        int | None, typer.Option(min=1, help="Timed runs of each.  [default: the suite's own]")
+        int | None,
+        typer.Option(min=1, help="Timed runs of each.", show_default="the suite's own"),
     ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Small sizes, one round: whether it works.")
@@ -141,7 +145,7 @@ def compare(
 
 
 def soak(
-    minutes: Annotated[float, typer.Option(help="How long.")] = 20.0,
+    minutes: Annotated[float, typer.Option(help="How long.")] = 20,
     model: Annotated[str, typer.Option(help="Preset or folder.")] = "tiny",
     backend: Annotated[str, typer.Option(help="What generates.")] = "onnxruntime",
     max_batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,

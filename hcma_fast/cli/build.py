@@ -38,13 +38,23 @@ def build(
             show_default="any; 1:1:8 for TensorRT",
         ),
     ] = None,
-    height: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
-    width: Annotated[int | None, typer.Option(help="Of the images, in pixels.")] = None,
+    height: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="as trained")
+    ] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Of the images, in pixels.", show_default="as trained")
+    ] = None,
     gpu_arch: Annotated[
-        str, typer.Option(help="GPUs for tensorrt-rtx, such as sm89,sm120; default: the one here.")
+        str,
+        typer.Option(
+            help="GPUs for tensorrt-rtx, such as sm89,sm120.", show_default="the one that is here"
+        ),
     ] = "",
     workspace: Annotated[
-        int | None, typer.Option(help="Most scratch memory of a TensorRT layer, in MiB.")
+        int | None,
+        typer.Option(
+            help="Most scratch memory of a TensorRT layer, in MiB.", show_default="TensorRT's own"
+        ),
     ] = None,
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="TensorRT engines that are refitted at load.")
@@ -56,10 +66,13 @@ def build(
         bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
     ] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Engine folder; by default one in the user's cache.")
+        Path | None, typer.Option(help="Engine folder.", show_default="one in the user's cache")
     ] = None,
     aligner: Annotated[
-        Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+        Path | None,
+        typer.Option(
+            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
+        ),
     ] = None,
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
@@ -199,11 +212,22 @@ def _check_backend(backend: str) -> None:
 def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
     from hcma_fast.export.estimate import estimate
     from hcma_fast.export.key import key_of, key_parts
+    from hcma_fast.specs import ANY_BATCH
 
     signatures = source.specs(target.height, target.width, target.batch_range)
     specs = {name: signatures[name] for name in target.graph_names}
     parts = key_parts(source.weights_hash, target)
     needs = estimate(source, target)
+    height, width = signatures["vae_decoder"].outputs[0].shape[2:]
+    batch = "any batch" if target.batch_range == ANY_BATCH else f"batch {target.batch_range}"
+    chosen = [target.backend, target.precision, batch, f"{height} x {width} pixels"]
+    if target.native:
+        machine = parts["machine"]
+        chosen.append(f"for {machine if target.architectures else f'this machine ({machine})'}")
+    chosen += [f"fused {target.fuse}"] if target.fuse != "none" else []
+    chosen += ["stripped of weights"] if target.strip_weights else []
+    chosen += [f"workspace {target.workspace_mib} MiB"] if target.workspace_mib else []
+    print_note(f"Would build {', '.join(chosen)}:")
     table = Table("graph", "", "tensor", "shape", "dtype", box=box.SIMPLE)
     for name, spec in specs.items():
         for number, (way, tensor) in enumerate(
@@ -212,19 +236,28 @@ def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
             shape = f"({', '.join(map(str, tensor.shape))})"
             table.add_row("" if number else name, way, tensor.name, shape, tensor.dtype)
     stderr.print(table)
+    disk, peak, memory = (
+        f"{size / _MIB:.0f} MiB"
+        for size in (needs.disk_bytes, needs.peak_disk_bytes, needs.memory_bytes)
+    )
     print_note(
-        f"About {needs.disk_bytes / _MIB:.0f} MiB on disk and {needs.memory_bytes / _MIB:.0f} MiB "
-        "of memory while it builds. Nothing was built (--dry-run)."
+        f"About {disk} on disk; while it builds, {peak} on disk and {memory} of memory. "
+        "Nothing was built (--dry-run)."
     )
     return {
         "dry_run": True,
         "backend": target.backend,
+        "precision": target.precision,
+        "batch": str(target.batch_range),
+        "height": height,
+        "width": width,
         "folder": str(folder),
         "exists": folder.exists(),
         "weights_hash": source.weights_hash,
         "key": key_of(parts),
         "key_parts": parts,
         "estimated_disk_bytes": needs.disk_bytes,
+        "estimated_peak_disk_bytes": needs.peak_disk_bytes,
         "estimated_memory_bytes": needs.memory_bytes,
         "graphs": {
             name: {

@@ -8,11 +8,14 @@ import typer
 from rich import box
 from rich.table import Table
 
+from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_json, print_note, stderr
 from hcma_fast.config import cache_root
 
 _MIB = 2**20
-cache_app = typer.Typer(help="Engines that were built before.", no_args_is_help=True)
+cache_app = typer.Typer(
+    help="Engines that were built before.", no_args_is_help=True, rich_markup_mode=PLAIN_HELP
+)
 
 
 @cache_app.command("list")
@@ -45,7 +48,7 @@ def list_(
         typer.echo(entry.folder)
 
 
-@cache_app.command()
+@cache_app.command(short_help="Remove engines that can no longer be used.")
 def prune(
     older_than: Annotated[
         float | None, typer.Option(help="Also those built more than this many days ago.")

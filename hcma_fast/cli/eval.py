@@ -36,6 +36,7 @@ def evaluate(
     method: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help="sd, gligen, attend-and-excite, boxdiff, layout-guidance, hcma, hcma-global or "
             "hcma-local, with settings if wanted, such as hcma:eta0=10; repeat it.",
             show_default="gligen, hcma",
@@ -43,7 +44,10 @@ def evaluate(
     ] = None,
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a folder or hub id.")] = "tiny",
     aligner: Annotated[
-        Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+        Path | None,
+        typer.Option(
+            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
+        ),
     ] = None,
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
     device: Annotated[
@@ -78,6 +82,7 @@ def evaluate(
     metric: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help="judge, fid, kid, precision-recall, clip, detector; repeat it.",
             show_default="all whose networks there are",
         ),
@@ -90,19 +95,30 @@ def evaluate(
             show_default="the judge, on EmojiScenes",
         ),
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="CLIP model: folder or hub id.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Detector: folder or hub id.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP model: folder or hub id.", show_default="none")
+    ] = None,
+    detector: Annotated[
+        str | None, typer.Option(help="Detector: folder or hub id.", show_default="none")
+    ] = None,
     resize_real: Annotated[
         bool, typer.Option("--resize-real", help="Scale real images of another size.")
     ] = False,
     compare: Annotated[
         list[str] | None,
-        typer.Option(help="A,B: test the difference of two methods; repeat it."),
+        typer.Option(
+            metavar="A,B",
+            help="Test the difference of two methods; repeat it.",
+            show_default="none",
+        ),
     ] = None,
-    shard: Annotated[str, typer.Option(help="I/N: do this part of the images only.")] = "1/1",
+    shard: Annotated[
+        str, typer.Option(metavar="I/N", help="Do this part of the images only, from 1/N to N/N.")
+    ] = "1/1",
     stage: Annotated[
         list[str] | None,
         typer.Option(
+            metavar="NAME",
             help="generate, measure or report; repeat it.",
             show_default="all; with --shard, generate and measure",
         ),
@@ -114,7 +130,9 @@ def evaluate(
     ] = None,
     scores: Annotated[
         list[str] | None,
-        typer.Option(help="METHOD=FILE: add what that scorer wrote to the report; repeat it."),
+        typer.Option(
+            metavar="METHOD=FILE", help="Add what that scorer wrote to the report; repeat it."
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace reports, exports, and images of another run.")

@@ -20,6 +20,7 @@ from hcma_fast.runtime.savings import parse_savings
 
 _DEFAULT_BACKEND = "onnxruntime"
 _DEFAULT_STEPS = 50
+_OWN = "the model's own"
 
 
 def generate(
@@ -28,8 +29,8 @@ def generate(
     box: Annotated[
         list[str] | None,
         typer.Option(
-            help="PHRASE:X0,Y0,X1,Y1 in shares of the image, such as dog:0.05,0.3,0.45,0.9; "
-            "repeat it for more boxes."
+            metavar="PHRASE:X0,Y0,X1,Y1",
+            help="In shares of the image, such as dog:0.05,0.3,0.45,0.9; repeat it for more boxes.",
         ),
     ] = None,
     layout: Annotated[
@@ -44,14 +45,21 @@ def generate(
         ),
     ] = None,
     from_sidecar: Annotated[
-        Path | None, typer.Option(help="Make the image of this sidecar (.json) again.")
+        Path | None,
+        typer.Option(
+            help="Make the image of this sidecar (.json) again, into --out like any other; all "
+            "settings are the sidecar's."
+        ),
     ] = None,
     model: Annotated[
         str | None,
         typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
     ] = None,
     aligner: Annotated[
-        Path | None, typer.Option(help="Folder of the aligner, for a model that has none.")
+        Path | None,
+        typer.Option(
+            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
+        ),
     ] = None,
     backend: Annotated[
         str | None,
@@ -84,7 +92,12 @@ def generate(
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, max=MAX_SEED, help="Seed of the first image; random by default."),
+        typer.Option(
+            min=0,
+            max=MAX_SEED,
+            help="Seed of the first image; the others count up.",
+            show_default="random",
+        ),
     ] = None,
     num_images: Annotated[
         int | None,
@@ -94,39 +107,54 @@ def generate(
         int | None, typer.Option(min=2, max=999, help="Sampling steps.", show_default="50")
     ] = None,
     guidance_scale: Annotated[
-        float | None, typer.Option(min=1, help="Weight of the guidance; 1 switches it off.")
+        float | None,
+        typer.Option(min=1, help="Weight of the guidance; 1 switches it off.", show_default=_OWN),
     ] = None,
     negative_prompt: Annotated[
-        str | None, typer.Option(help="What the image should not show.")
+        str | None, typer.Option(help="What the image should not show.", show_default="nothing")
     ] = None,
     eta0: Annotated[
-        float | None, typer.Option(min=0, help="Rate of the alignment; 0 switches it off.")
+        float | None,
+        typer.Option(min=0, help="Rate of the alignment; 0 switches it off.", show_default=_OWN),
     ] = None,
     align_window: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Start and end of the alignment, in shares of the steps: 0.4 0.7."),
+        typer.Option(
+            metavar="START END",
+            help="When the alignment acts, in shares of the steps: 0.4 0.7.",
+            show_default=_OWN,
+        ),
     ] = None,
     grounding_beta: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Share of the steps that see the boxes.")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Share of the steps that see the boxes.", show_default=_OWN
+        ),
     ] = None,
     lambda_global: Annotated[
-        float | None, typer.Option(min=0, help="Weight of the caption's alignment.")
+        float | None,
+        typer.Option(min=0, help="Weight of the caption's alignment.", show_default=_OWN),
     ] = None,
     lambda_local: Annotated[
-        float | None, typer.Option(min=0, help="Weight of the boxes' alignment.")
+        float | None,
+        typer.Option(min=0, help="Weight of the boxes' alignment.", show_default=_OWN),
     ] = None,
     saving: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=VALUE, faster for an approximate image: align_every=2, guidance_end=0.8, "
-            "latent_dtype=bfloat16; repeat it."
+            metavar="NAME=VALUE",
+            help="Faster, for an approximate image: align_every=2, guidance_end=0.8, "
+            "latent_dtype=bfloat16; repeat it.",
+            show_default="none, exact",
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed at once.")] = 4,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write a picture with the boxes drawn in.")
     ] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the images.")] = Path(),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the images.", show_default="the current one")
+    ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
     json_: Annotated[
         bool, typer.Option("--json", help="Print a JSON report instead of the paths.")
@@ -134,7 +162,7 @@ def generate(
 ) -> None:
     """Generate images; each gets a JSON sidecar with all that is needed to make it again.
 
-    The other defaults of the settings are the model's own. Prints one path per line.
+    Prints one path per line. The model's own settings are those of its hcma.json.
     """
     overrides: dict[str, Any] = {
         "guidance_scale": guidance_scale,
@@ -209,7 +237,9 @@ def generate(
         raise BackendError(
             "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
-    check_outputs(jobs, out, force=force)
+    # the sidecar fixes the seed, and its own folder has the first image
+    other = "another --out" + ("" if original is not None else " or --seed")
+    check_outputs(jobs, out, force=force, other=other)
     with output_folder(out):
         pipe = open_pipeline(plan, jobs, original)
         written = render(pipe, plan, jobs, out, batch_size=batch_size, overlay=overlay)

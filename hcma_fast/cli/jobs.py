@@ -127,8 +127,13 @@ def read_requests(path: Path) -> list[tuple[str, Request]]:
     return found
 
 
-def check_outputs(jobs: Sequence[Job], folder: Path, *, force: bool) -> None:
+def check_outputs(
+    jobs: Sequence[Job], folder: Path, *, force: bool, other: str = "another --out or --seed"
+) -> None:
     """Refuse two jobs with one name, and files that exist already (unless ``force``).
+
+    Args:
+        other: what gives new files instead, for the message.
 
     Raises:
         InputError, OutputError.
@@ -137,10 +142,10 @@ def check_outputs(jobs: Sequence[Job], folder: Path, *, force: bool) -> None:
     for job in jobs:
         for path in job.files(folder):
             # some file systems do not tell upper from lower case
-            other = owners.setdefault(path.name.casefold(), job)
-            if other is not job:
+            owner = owners.setdefault(path.name.casefold(), job)
+            if owner is not job:
                 raise InputError(
-                    f"{job.where or 'this image'} and {other.where or 'another'} would both write "
+                    f"{job.where or 'this image'} and {owner.where or 'another'} would both write "
                     f"{path.name}",
                     remedy='Give each line an "id" of its own.',
                 )
@@ -150,7 +155,7 @@ def check_outputs(jobs: Sequence[Job], folder: Path, *, force: bool) -> None:
                 raise OutputError(
                     "the output exists already",
                     value=str(path),
-                    remedy="Use --force to replace it, or another --out or --seed.",
+                    remedy=f"Use --force to replace it, or {other}.",
                 )
 
 
@@ -185,13 +190,13 @@ def _check_unicode(text: str, where: str) -> None:
 
 
 def at(where: str, call: Any, *arguments: Any) -> Any:
-    """``call(*arguments)``; an error that it raises says ``where``."""
+    """``call(*arguments)``; an error that it raises says ``where``, if that is not empty."""
     try:
         return call(*arguments)
     except HcmaError as error:
-        raise type(error)(
-            _join(where, error.what), value=error.value, remedy=error.remedy
-        ) from error
+        if not where:
+            raise
+        raise error.at(where) from error
 
 
 def explain(error: ValidationError) -> str:

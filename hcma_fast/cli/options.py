@@ -1,6 +1,9 @@
-"""Words that several commands take."""
+"""Words that several commands take, and how their help looks."""
 
 from __future__ import annotations
+
+#: typer's rich_markup_mode. Its boxes leave a text 18 of 80 columns, and lose words in brackets
+PLAIN_HELP: None = None
 
 _PRECISIONS = {
     "fp32": "float32",

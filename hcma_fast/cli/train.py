@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_json, print_note, stderr
 from hcma_fast.cli.tune import tune_alignment
 from hcma_fast.config import PRESETS, RegionMode
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 train_app = typer.Typer(
     help="Train the aligner, tune the alignment. Results on stdout, progress on stderr.",
     no_args_is_help=True,
+    rich_markup_mode=PLAIN_HELP,
 )
-train_app.command("tune-alignment")(tune_alignment)
+train_app.command("tune-alignment", short_help="Search eta0, window and lambdas.")(tune_alignment)
 _Preset = Literal["tiny", "sd14"]
 
 
@@ -60,7 +62,7 @@ def _progress() -> Progress:
     )
 
 
-@train_app.command()
+@train_app.command(short_help="Encode a data set's images and texts, once.")
 def cache(
     data: Annotated[
         Path, typer.Option(help="Folder with SPLIT/ and annotations/ in COCO's format.")
@@ -73,7 +75,8 @@ def cache(
         str, typer.Option(help=f"{', '.join(PRESETS)}, a folder in diffusers' layout or a hub id.")
     ] = "tiny",
     size: Annotated[
-        int | None, typer.Option(min=8, help="Side of the crops in pixels.  [the model's]")
+        int | None,
+        typer.Option(min=8, help="Side of the crops in pixels.", show_default="the model's own"),
     ] = None,
     flip: Annotated[bool, typer.Option(help="Also encode the mirrored images.")] = True,
     skip_bad: Annotated[
@@ -85,10 +88,14 @@ def cache(
         int, typer.Option(min=0, help="Processes that decode images; 0 for none of their own.")
     ] = 0,
     share: Annotated[
-        str, typer.Option(help="I/N: this run makes every N-th shard, from the I-th on (from 0).")
+        str,
+        typer.Option(
+            metavar="I/N", help="This run makes every N-th shard, from the I-th on (from 0)."
+        ),
     ] = "0/1",
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N.  [cuda where there is one]")
+        str | None,
+        typer.Option(help="cpu, cuda or cuda:N.", show_default="cuda where there is one, else cpu"),
     ] = None,
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="What the VAE computes in.")
@@ -140,64 +147,103 @@ def _print_skipped(report: CacheReport) -> None:
         print_note(f"{report.cut_captions} captions were longer than the text encoder takes: cut.")
 
 
-@train_app.command()
+@train_app.command(short_help="Train the aligner (stage 1 of Algorithm 1).")
 def aligner(
     cache: Annotated[Path, typer.Option(help="Folder that hcma-fast train cache made.")],
     out: Annotated[
         Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
     ],
     preset: Annotated[
-        _Preset | None, typer.Option(help="Architecture and settings.  [the cache's]")
+        _Preset | None,
+        typer.Option(help="Architecture and settings.", show_default="the cache's"),
     ] = None,
     init: Annotated[
-        Path | None, typer.Option(help="Aligner to start from, instead of random weights.")
+        Path | None, typer.Option(help="Aligner to start from.", show_default="random weights")
     ] = None,
     region: Annotated[RegionMode, typer.Option(help="Region map.")] = "coverage+fourier",
     time_conditioning: Annotated[
         Literal["none", "adaln"], typer.Option(help="How the aligner is told the noise level.")
     ] = "none",
-    epochs: Annotated[int | None, typer.Option(min=1, help="[60; tiny 4]")] = None,
+    epochs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Passes over the images.", show_default="60; tiny 4"),
+    ] = None,
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Images a step, all processes.  [1024; tiny 64]")
+        int | None,
+        typer.Option(min=1, help="Images a step, all processes.", show_default="1024; tiny 64"),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Images that a process takes at once.  [128; tiny 64]")
+        int | None,
+        typer.Option(
+            min=1, help="Images that a process takes at once.", show_default="128; tiny 64"
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(min=0, help="Learning rate.  [1e-3]")] = None,
-    weight_decay: Annotated[float | None, typer.Option(min=0, help="[5e-4]")] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate.", show_default="0.001")
+    ] = None,
+    weight_decay: Annotated[
+        float | None,
+        typer.Option(min=0, help="How fast weights shrink.", show_default="0.0005"),
+    ] = None,
     decoupled_decay: Annotated[
-        bool | None, typer.Option("--decoupled-decay/--l2-decay", help="AdamW, or Adam.")
+        bool | None,
+        typer.Option(
+            "--decoupled-decay/--l2-decay",
+            help="AdamW, or Adam.",
+            show_default="l2-decay; tiny decoupled-decay",
+        ),
     ] = None,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps of warm-up.  [0; tiny 100]")
+        int | None,
+        typer.Option(min=0, help="Steps of warm-up.", show_default="0; tiny 100"),
     ] = None,
     cosine: Annotated[
-        bool | None, typer.Option("--cosine/--constant", help="Decay of the learning rate.")
+        bool | None,
+        typer.Option(
+            "--cosine/--constant",
+            help="Decay of the learning rate.",
+            show_default="constant; tiny cosine",
+        ),
     ] = None,
     clip_norm: Annotated[
-        float | None, typer.Option(min=0, help="Largest norm of the gradient.  [none; tiny 1]")
+        float | None,
+        typer.Option(min=0, help="Largest norm of the gradient.", show_default="none; tiny 1"),
     ] = None,
     ema_decay: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Average of weights.  [0, off; tiny 0.995]")
+        float | None,
+        typer.Option(
+            min=0, max=1, help="Average of weights; 0 for none.", show_default="0; tiny 0.995"
+        ),
     ] = None,
     bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and noise.")] = 0,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read the cache.")] = 0,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps.  [10; tiny 50]")] = None,
-    checkpoint_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps; also at an epoch's end.  [500]")
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many.", show_default="no limit")
     ] = None,
-    keep: Annotated[int | None, typer.Option(min=1, help="States to keep.  [2]")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read the cache.")] = 0,
+    log_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps.", show_default="10; tiny 50")
+    ] = None,
+    checkpoint_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps; also at an epoch's end.", show_default="500"),
+    ] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="States to keep.", show_default="2")
+    ] = None,
     tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's events too.")] = True,
     sample_every: Annotated[
-        int | None, typer.Option(min=1, help="Draw some val layouts every so many steps.")
+        int | None,
+        typer.Option(
+            min=1, help="Draw some val layouts every so many steps.", show_default="never"
+        ),
     ] = None,
     sample_data: Annotated[
         Path | None, typer.Option(help="Folder that the cache was made from, for --sample-every.")
     ] = None,
     sample_model: Annotated[
-        str | None, typer.Option(help="Model to draw with.  [the cache's preset, if embedded]")
+        str | None,
+        typer.Option(help="Model to draw with.", show_default="the cache's preset, if embedded"),
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
 ) -> None:

@@ -32,7 +32,7 @@ from hcma_fast.config import BACKENDS, PRESETS, cache_root
 from hcma_fast.errors import HcmaError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.tune_alignment import Comparison, TuningReport
+    from hcma_fast.bench.tune_records import Comparison, TuningReport
     from hcma_fast.models.checkpoint import CheckpointInfo
 
 #: about a factor of 100 around tiny's best; a normalized step is a share of the latent's norm
@@ -44,6 +44,11 @@ _VERDICTS = {
 }
 
 
+def _shown_ranges() -> str:
+    plain, normalized = ("{:g} {:g}".format(*_RANGES[mode]) for mode in (False, True))
+    return f"{plain}; normalized {normalized}"
+
+
 def tune_alignment(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
@@ -53,10 +58,13 @@ def tune_alignment(
     count: Annotated[int, typer.Option(min=1, help="Layouts of a trial, an image each.")] = 100,
     confirm: Annotated[
         int | None,
-        typer.Option(min=1, help="Fresh layouts for the last comparison.  [default: --count]"),
+        typer.Option(
+            min=1, help="Fresh layouts for the last comparison.", show_default="as many as --count"
+        ),
     ] = None,
     timeout: Annotated[
-        float | None, typer.Option(min=0, help="Start no trial after so many seconds.")
+        float | None,
+        typer.Option(min=0, help="Start no trial after so many seconds.", show_default="no limit"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of search and first image.")] = 0,
     steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
@@ -66,27 +74,37 @@ def tune_alignment(
     ] = 40,
     eta0_range: Annotated[
         tuple[float, float] | None,
-        typer.Option(help="Range of eta0.  [default: 1 200; normalized: 0.001 0.3]"),
+        typer.Option(metavar="LOW HIGH", help="Range of eta0.", show_default=_shown_ranges()),
     ] = None,
     normalized: Annotated[
         bool | None,
         typer.Option(
             "--normalized/--plain",
-            help="Is eta a share of the latent's norm?  [default: as the checkpoint has it]",
+            help="Is eta a share of the latent's norm?",
+            show_default="as the checkpoint has it",
         ),
     ] = None,
     write: Annotated[bool, typer.Option("--write", help="Put the winner into --model.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Put it into a copy of the model; a new folder.")
+        Path | None,
+        typer.Option(help="Put it into a copy of the model; a new folder.", show_default="none"),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Even if it is not shown to beat no alignment.")
     ] = False,
     report: Annotated[
-        Path | None, typer.Option(help="Folder for trials.csv, trials.json, curve.png.  [--work]")
+        Path | None,
+        typer.Option(
+            help="Folder for trials.csv, trials.json, curve.png.",
+            show_default="the search's own, in --work",
+        ),
     ] = None,
     work: Annotated[
-        Path | None, typer.Option(help="Where the search is kept, to go on after a stop.  [cache]")
+        Path | None,
+        typer.Option(
+            help="Where the search is kept, to go on after a stop.",
+            show_default="the user's cache",
+        ),
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
@@ -97,7 +115,8 @@ def tune_alignment(
     """
     from hcma_fast.bench.judge import Judge
     from hcma_fast.bench.judge_score import JudgeScore, check_emoji_scenes
-    from hcma_fast.bench.tune_alignment import Plan, check_installed, search
+    from hcma_fast.bench.tune_alignment import check_installed, search
+    from hcma_fast.bench.tune_records import Plan
     from hcma_fast.models.checkpoint import CheckpointInfo, read_info
     from hcma_fast.models.weights import locate
     from hcma_fast.runtime.pipeline import HCMAPipeline

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -15,12 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import (
-    DeviceMemoryError,
-    DivergenceError,
-    HcmaError,
-    UsageError,
-)
+from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.capture import memory_errors, no_capture
@@ -28,8 +24,9 @@ from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.pipeline import HCMAPipeline, to_pil
-from hcma_fast.runtime.requests import noise_from_seeds, spread_seeds
+from hcma_fast.runtime.images import to_pil
+from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.runtime.requests import check_layout, noise_from_seeds, spread_seeds
 from hcma_fast.runtime.sampler import Schedule, StepLosses
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import GraphName
@@ -96,16 +93,20 @@ class BatchGenerator:
         """One result per request, batch by batch; ``Result.index`` says whose it is.
 
         A request whose latent diverges has an error in its result. All else is checked first, for
-        all requests, before anything runs.
+        all requests, before anything runs. Errors of one request say which: ``error.request``.
 
         Raises:
-            InputError, UsageError: a request is not possible: its text is too long, its steps or
-                settings are out of range, or the engines do not take it.
+            InputError, UsageError: a request is not possible: its text is too long, its seed, steps
+                or settings are out of range, or the engines do not take it.
             DeviceMemoryError: not even one image fits into memory.
         """
-        schedules = [self._schedule(number, request) for number, request in enumerate(requests)]
-        spread_seeds([request.seed for request in requests], len(requests))
-        self._check_texts(requests)
+        schedules = []
+        known: set[tuple[str, str]] = set()
+        for number, request in enumerate(requests):
+            with _naming(number):
+                schedules.append(self._schedule(request))
+                spread_seeds([request.seed], 1)
+                self._check_texts(request, known)
         groups = group_requests(schedules)
         waiting = [
             group[start : start + self.max_batch]
@@ -146,7 +147,7 @@ class BatchGenerator:
         if finish is not None:
             yield from finish()
 
-    def _schedule(self, number: int, request: Request) -> Schedule:
+    def _schedule(self, request: Request) -> Schedule:
         settings = request.settings or self.pipe.settings
         schedule = Schedule.of(request.num_inference_steps, settings, request.savings)
         always = schedule.guided_steps == schedule.steps
@@ -154,17 +155,20 @@ class BatchGenerator:
         if settings.normalized != self.pipe.settings.normalized:
             raise UsageError(
                 "whether the step is normalised is a part of the compiled graph",
-                value=f"request {number}: normalized={settings.normalized}",
+                value=f"normalized={settings.normalized}",
                 remedy="Leave it as the checkpoint has it.",
             )
         return schedule
 
-    def _check_texts(self, requests: Sequence[Request]) -> None:
-        tokenizer = self.pipe.tokenizer
-        tokenize(tokenizer, sorted({r.prompt for r in requests}))
-        tokenize(tokenizer, sorted({r.negative_prompt for r in requests}), "negative prompt")
-        phrases = {phrase for r in requests for phrase in r.layout.phrases}
-        tokenize(tokenizer, sorted(phrases), "phrase")
+    def _check_texts(self, request: Request, known: set[tuple[str, str]]) -> None:
+        """Layout and texts; those in ``known`` are right already, and right ones are added."""
+        check_layout(request.layout)
+        texts = [("prompt", request.prompt), ("negative prompt", request.negative_prompt)]
+        for kind, text in [*texts, *(("phrase", phrase) for phrase in request.layout.phrases)]:
+            # what is no string may not be hashable
+            if not isinstance(text, str) or (kind, text) not in known:
+                tokenize(self.pipe.tokenizer, [text], kind)
+                known.add((kind, text))
 
     def _shrink(self, failed: int) -> None:
         """After an allocation failed: give back what is kept, and go on with half the batch."""
@@ -264,11 +268,21 @@ class BatchGenerator:
         if not bool(finite[row]):
             error = DivergenceError(
                 "the latent diverged",
-                value=f"request {index}",
+                value=f"rates up to {float(schedule.etas.max()):.3g}, "
+                f"guidance_scale {schedule.guidance_scale:g}",
                 remedy="Lower eta0 or guidance_scale.",
-            )
+            ).of_request(index)
             return Result(index, None, z[row], own, size, error)
         return Result(index, pictures[row], z[row], own, size)
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Errors from within say to which request they belong."""
+    try:
+        yield
+    except HcmaError as error:
+        raise error.of_request(number) from error
 
 
 def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:

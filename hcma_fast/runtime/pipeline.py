@@ -7,12 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from transformers import CLIPTokenizer
 
@@ -31,6 +28,7 @@ from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.images import OutputType, check_output_type, to_array, to_pil
 from hcma_fast.runtime.requests import (
     check_device,
     check_latents,
@@ -45,7 +43,6 @@ from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
-OutputType = Literal["pil", "np", "pt", "latent"]
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 ENGINE_MANIFEST = "manifest.json"
 """The file that makes a folder an engine folder."""
@@ -307,12 +304,7 @@ class HCMAPipeline:
             UsageError: a setting is out of range.
             DivergenceError: the settings made the latent diverge.
         """
-        if output_type not in get_args(OutputType):
-            raise UsageError(
-                "unknown output type",
-                value=output_type,
-                remedy=f"Use one of {', '.join(get_args(OutputType))}.",
-            )
+        check_output_type(output_type)
         settings = override_settings(
             self.settings,
             guidance_scale=guidance_scale,
@@ -400,13 +392,3 @@ class HCMAPipeline:
         if output_type == "pt":
             return images
         return to_pil(images) if output_type == "pil" else to_array(images)
-
-
-def to_array(images: Tensor) -> NDArray[np.float32]:
-    """(B, 3, H, W) in [0, 1] on any device -> (B, H, W, 3)."""
-    return cast("NDArray[np.float32]", images.permute(0, 2, 3, 1).cpu().numpy())
-
-
-def to_pil(images: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [0, 1] on any device -> an 8-bit RGB image each."""
-    return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in to_array(images)]

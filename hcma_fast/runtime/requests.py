@@ -28,12 +28,7 @@ def pair_prompts(
     given = Layout.empty() if layout is None else layout
     layouts = [given] if isinstance(given, Layout) else list(given)
     for item in layouts:
-        if not isinstance(item, Layout):
-            raise InputError(
-                "a layout must be a hcma_fast.Layout",
-                value=item,
-                remedy='Write Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]]).',
-            )
+        check_layout(item)
     if not prompts or not layouts:
         raise InputError("there is no prompt or no layout", remedy="Give at least one of each.")
     if len(prompts) == 1:
@@ -46,6 +41,16 @@ def pair_prompts(
             remedy="Give one layout per prompt, or a single one of either.",
         )
     return prompts, layouts
+
+
+def check_layout(layout: object) -> None:
+    """Raises InputError for what is no layout."""
+    if not isinstance(layout, Layout):
+        raise InputError(
+            "a layout must be a hcma_fast.Layout",
+            value=layout,
+            remedy='Write Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]]).',
+        )
 
 
 def spread_negatives(texts: str | Sequence[str] | None, count: int) -> list[str]:

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hcma_fast.bench.overhead import NoOpEngine, OverheadReport, measure_overhead
 from hcma_fast.cli.app import main
+from hcma_fast.cli.bench_limits import overhead_table
 from hcma_fast.errors import UsageError
 from hcma_fast.models.weights import Components
 from hcma_fast.specs import BATCH
@@ -76,4 +77,5 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "align 4, unet_grounded 5" in shown
     assert found.machine.cpu in shown
+    assert overhead_table(found).endswith(f"{found.machine.line()}.")
     assert main(["bench", "overhead", "--model", "no-such-model"]) == 3

@@ -184,7 +184,7 @@ def test_tables_say_that_they_are_an_estimate(report: RooflineReport) -> None:
         if block.startswith("|"):
             assert "stimate" in tables[index - 1]
     assert text.count("Estimate") == 3
-    assert report.command in text
+    assert f"{report.command}; counted on {report.machine.line()}." in text
     assert "51" in text
 
 

@@ -20,8 +20,9 @@ from hcma_fast import HCMAPipeline
 from hcma_fast.bench import tune_alignment
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.judge_score import JudgeScore
-from hcma_fast.bench.tune_alignment import Plan, Scores, TuningReport, search
+from hcma_fast.bench.tune_alignment import search
 from hcma_fast.bench.tune_files import plot_png, trials_csv
+from hcma_fast.bench.tune_records import Plan, Scores, TuningReport
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.models.weights import Components

@@ -7,12 +7,17 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from hcma_fast.export.estimate import estimate
+from hcma_fast.export.target import Target
+from hcma_fast.models.random_sd14 import RandomSD14
+from hcma_fast.models.weights import load_components
 from hcma_fast.specs import GRAPH_NAMES
 
 OPTIONS = ("--prompt", "a dog", "--box", "dog:0,0,0.5,1", "--steps", 2, "--seed", 0)
@@ -36,6 +41,7 @@ def test_dry_run_shows_graphs_and_folder_and_writes_nothing(build: Any, tmp_path
     assert not (tmp_path / "cache").exists()
     result = build("--dry-run", "--out", "engine")
     assert result.out == "engine\n"
+    assert "Would build onnxruntime, float32, any batch, 16 x 16 pixels:\n" in result.err
     for word in ("unet_grounded", "encoder_hidden_states", "(batch, 77, 16)", "float32"):
         assert word in result.err
     assert os.listdir() == []
@@ -89,7 +95,6 @@ def cached(cli: Any, random_engine: Path) -> Path:
     """``random_engine``, put where the command looks for it in the user's cache."""
     from hcma_fast.export.cache import cached_folder
     from hcma_fast.export.manifest import load_manifest
-    from hcma_fast.export.target import Target
 
     folder = cached_folder(load_manifest(random_engine).weights_hash, Target("onnxruntime"))
     shutil.copytree(random_engine, folder)
@@ -179,11 +184,62 @@ def test_full_size_dry_run_needs_no_weights(cli: Any) -> None:
     result = cli("build", "--model", "sd14", "--random-weights", *options, "--dry-run", "--json")
     assert result.code == 0, result.err
     report = json.loads(result.out)
-    assert 4e9 < report["estimated_disk_bytes"] < 12e9
     assert report["estimated_memory_bytes"] < 16e9
+    wanted = {"precision": "float16", "batch": "1:1:8", "height": 512, "width": 512}
+    assert wanted.items() <= report.items()
+    line = "Would build tensorrt-rtx, float16, batch 1:1:8, 512 x 512 pixels, for sm89:\n"
+    assert line in result.err
     assert report["graphs"]["unet_grounded"]["inputs"]["text_context"]["shape"][1:] == [77, 24960]
     assert report["key_parts"]["machine"] == "sm89"
     cli("build", "--model", "sd14").failed(3, "--random-weights")
+
+
+#: docs/build.md, as measured
+@pytest.mark.parametrize(
+    ("target", "disk_bytes"),
+    [
+        (Target("tensorrt-rtx", "float16", architectures=("sm89",)), 4.4e9),
+        (Target("onnxruntime"), 5.0e9),
+        (Target("openvino"), 5.0e9),
+    ],
+)
+def test_the_estimate_of_the_disk_is_near_what_was_measured_at_full_size(
+    target: Target, disk_bytes: float
+) -> None:
+    found = estimate(RandomSD14(), target)
+    assert found.disk_bytes == pytest.approx(disk_bytes, rel=0.06)
+    # ONNX graphs in float16 lie beside the engines until the end
+    onnx = estimate(RandomSD14(), Target("onnxruntime", target.precision)).disk_bytes
+    assert found.peak_disk_bytes == found.disk_bytes + (onnx if target.native else 0)
+
+
+def test_the_estimate_of_the_disk_is_near_that_of_tiny() -> None:
+    found = estimate(load_components("tiny"), Target("onnxruntime"))
+    # its weights.bin
+    assert found.disk_bytes == pytest.approx(30_178_816, rel=0.05)
+
+
+def test_stripped_engines_need_their_onnx_graphs_and_compiled_code_has_none() -> None:
+    def of(backend: str, **options: Any) -> tuple[int, int]:
+        found = estimate(RandomSD14(), Target(backend, "float16", **options))
+        return found.disk_bytes, found.peak_disk_bytes
+
+    assert of("tensorrt-rtx", strip_weights=True) == of("onnxruntime")
+    disk, peak = of("torch-compile")
+    assert (disk, peak) == (of("tensorrt-rtx")[0], disk)
+
+
+def test_a_build_needs_the_disk_of_its_peak(
+    build: Any, random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    target = Target("tensorrt-rtx", architectures=("sm89",))
+    needs = estimate(load_components(random_checkpoint), target)
+    free = (needs.disk_bytes + needs.peak_disk_bytes) // 2
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    options = ("--backend", "tensorrt-rtx", "--gpu-arch", "sm89")
+    build(*options, "--out", "engine").failed(3, "GiB of disk", "hcma-fast cache prune")
+    assert os.listdir() == []
 
 
 def test_a_missing_backend_is_exit_4_with_what_brings_it(

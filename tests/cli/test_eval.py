@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import re
+from html import unescape
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner, Result
 
+from hcma_fast.bench.machine import Machine
 from hcma_fast.cli.app import app
 from hcma_fast.errors import InputError, OutputError, UsageError
 
@@ -47,6 +49,8 @@ def test_a_whole_run_leaves_a_report_and_a_second_one_needs_force(
     assert costs == {"gligen": "0.0", "hcma": "2.0", "hcma:eta0=2": "2.0"}
     scores = json.loads((out / "scores.json").read_text())
     assert scores["run"]["count"] == 2 and scores["machine"]["torch_threads"] >= 1
+    machine = Machine.model_validate(scores["machine"]).line()
+    assert f"{machine}." in page and machine in unescape(html)
 
     again = run(random_checkpoint, out, *methods, *METRICS)
     assert isinstance(again.exception, OutputError) and "--force" in str(again.exception)

@@ -132,6 +132,21 @@ def test_a_sidecar_makes_the_identical_image(generate: Any, cli: Any) -> None:
     assert Path("again/a-dog-3-overlay.png").exists()
 
 
+def test_a_sidecar_without_out_writes_here_as_any_other_and_not_beside_itself(
+    generate: Any, cli: Any
+) -> None:
+    generate("--prompt", "a", "--seed", 3)
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    again = cli("generate", "--from-sidecar", "out/a-3.json")
+    assert (again.code, again.out) == (0, "a-3.png\n"), again.err
+    assert Path("a-3.png").read_bytes() == Path("out/a-3.png").read_bytes()
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    # where the first image is, it stays
+    again = cli("generate", "--from-sidecar", "a-3.json")
+    again.failed(3, "a-3.png", "Use --force to replace it, or another --out.")
+    assert "--seed" not in again.err
+
+
 def test_a_sidecar_repeats_the_savings(generate: Any, cli: Any) -> None:
     plain = generate("--prompt", "a dog", "--box", "dog:0.1,0.1,0.9,0.9", "--seed", 3, "--json")
     found = generate(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import DeviceMemoryError, InputError, UsageError
+from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.batching import BatchGenerator, Request, group_requests
 from hcma_fast.runtime.cudagraph import ReplaySampler, evaluation_kinds
@@ -170,7 +170,10 @@ def test_a_diverged_image_is_the_only_one_that_fails(pipe: HCMAPipeline) -> None
     results = {r.index: r for r in BatchGenerator(pipe).generate(requests)}
     assert results[0].batch_size == 3
     assert results[0].error is None and results[2].error is None
-    assert results[1].image is None and "diverged" in str(results[1].error)
+    assert results[1].image is None
+    failed = results[1].error
+    assert isinstance(failed, DivergenceError) and failed.request == 1
+    assert str(failed).startswith("request 1: the latent diverged (got 'rates up to 9.82e+37")
     expected = alone(pipe, REQUESTS[0])
     assert relative(results[0].latent, expected.latents[0]) < 1e-5
 
@@ -178,7 +181,11 @@ def test_a_diverged_image_is_the_only_one_that_fails(pipe: HCMAPipeline) -> None
 @pytest.mark.parametrize(
     ("bad", "error", "problem"),
     [
-        (Request("a " * 80, CAT), InputError, "request|prompt"),
+        (Request("a " * 80, CAT), InputError, "this prompt has 82 tokens"),
+        (Request("a", CAT, negative_prompt="b " * 80), InputError, "negative prompt has 82"),
+        (Request("a", Layout(["zqxj" * 40], [[0, 0, 1, 1]])), InputError, "this phrase has"),
+        (Request(["a", "b"], CAT), InputError, "must be a string"),  # type: ignore[arg-type]
+        (Request("a", None), InputError, "must be a hcma_fast.Layout"),  # type: ignore[arg-type]
         (Request("a", CAT, num_inference_steps=1), UsageError, "steps"),
         (Request("a", CAT, seed=-1), InputError, "seed"),
         (Request("a", CAT, settings=settings(normalized=True)), UsageError, "normalised"),
@@ -200,8 +207,10 @@ def test_an_impossible_request_is_refused_before_any_work(
     watched: Any = {name: Watched(engine) for name, engine in pipe.engines.items()}
     pipe.engines = watched
     generator = BatchGenerator(pipe)
-    with pytest.raises(error, match=problem):
-        list(generator.generate([REQUESTS[0], bad]))
+    # the third: one with the same fault behind it is not the one to name
+    with pytest.raises(error, match=f"^request 2: .*{problem}") as found:
+        list(generator.generate([REQUESTS[0], REQUESTS[1], bad, bad]))
+    assert isinstance(found.value, HcmaError) and found.value.request == 2
     assert not calls
     assert len(list(generator.generate(REQUESTS[:1]))) == 1 and calls, "the next ones are served"
 

@@ -1,0 +1,34 @@
+"""Decoded images in the form that a caller asks for."""
+
+from __future__ import annotations
+
+from typing import Literal, cast, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from hcma_fast.errors import UsageError
+
+OutputType = Literal["pil", "np", "pt", "latent"]
+
+
+def check_output_type(output_type: str) -> None:
+    """Raises UsageError for what is not an :data:`OutputType`."""
+    if output_type not in get_args(OutputType):
+        raise UsageError(
+            "unknown output type",
+            value=output_type,
+            remedy=f"Use one of {', '.join(get_args(OutputType))}.",
+        )
+
+
+def to_array(images: Tensor) -> NDArray[np.float32]:
+    """(B, 3, H, W) in [0, 1] on any device -> (B, H, W, 3)."""
+    return cast("NDArray[np.float32]", images.permute(0, 2, 3, 1).cpu().numpy())
+
+
+def to_pil(images: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [0, 1] on any device -> an 8-bit RGB image each."""
+    return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in to_array(images)]
