@@ -18,7 +18,7 @@ help:
 	@echo "make demo       compile the embedded model, draw grounded images into demo/"
 	@echo "make test       the quick tests; make test-slow: the others that need no GPU"
 	@echo "make lint type  ruff, mypy"
-	@echo "make bench      time the sampler against a plain diffusers loop"
+	@echo "make bench      speed beside a plain diffusers loop, and of training, into bench-results/"
 	@echo "make bench-gpu  all suites on an NVIDIA GPU, into bench-gpu/ (docs/gpu.md)"
 	@echo "make clean      remove what these made, but not $(VENV)"
 
@@ -62,13 +62,13 @@ type: $(VENV)/.installed-dev
 	@ln -s $(CURDIR)/hcma_fast/* $(addprefix $(CURDIR)/,kernels export train bench) $(TYPES)/hcma_fast
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p hcma_fast
 
-bench: $(VENV)/.installed-demo
-	$(BIN)/hcma-fast bench speed
+bench: $(VENV)/.installed-dev
+	$(BIN)/hcma-fast bench run peers train --out bench-results
 
 # The extras for a GPU exclude those above, so it takes the environment as it is (docs/gpu.md).
 bench-gpu:
 	$(BIN)/hcma-fast bench run all --device cuda --rounds 3 --out bench-gpu
 
 clean:
-	rm -rf build dist demo bench-gpu *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo bench-gpu bench-results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find hcma_fast kernels export train bench tests -name __pycache__ -type d -prune -exec rm -rf {} +
