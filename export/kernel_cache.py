@@ -13,9 +13,9 @@ import logging
 from pathlib import Path
 
 from hcma_fast.config import cache_root
-from hcma_fast.errors import InputError
+from hcma_fast.errors import OutputError
 from hcma_fast.export.manifest import MANIFEST_FILE, hash_file
-from hcma_fast.export.trt_engine import write_whole
+from hcma_fast.files import write_whole
 
 _ENGINE = "engine"
 _HASHES = "hashes.json"
@@ -29,9 +29,10 @@ def kernel_folder(engine: Path, sha256: str) -> Path:
     Where it is not, engines run all the same, and say that they cannot keep their kernels.
     """
     folder = cache_root() / "kernels" / sha256[:_LETTERS]
-    with contextlib.suppress(OSError, InputError):
+    with contextlib.suppress(OSError, OutputError):
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(str(engine.resolve()).encode(), folder / _ENGINE)
+        place = str(engine.resolve()).encode()
+        write_whole(folder / _ENGINE, lambda file: file.write(place))
     return folder
 
 
@@ -55,9 +56,9 @@ def drop_damaged(folder: Path) -> None:
 
 def note_hashes(folder: Path) -> None:
     """Remember the files of ``folder``, for :func:`drop_damaged`."""
-    hashes = {path.name: hash_file(path) for path in _files(folder)}
-    with contextlib.suppress(InputError):  # the next process makes them again
-        write_whole(json.dumps(hashes).encode(), folder / _HASHES)
+    hashes = json.dumps({path.name: hash_file(path) for path in _files(folder)}).encode()
+    with contextlib.suppress(OutputError):  # the next process makes them again
+        write_whole(folder / _HASHES, lambda file: file.write(hashes))
 
 
 def _files(folder: Path) -> list[Path]:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import importlib
 import logging
-import os
 import re
 import time
 from collections import Counter
@@ -23,9 +22,9 @@ from hcma_fast.errors import (
     DeviceMemoryError,
     EngineError,
     HcmaError,
-    InputError,
     UsageError,
 )
+from hcma_fast.files import write_whole
 from hcma_fast.specs import BATCH, BatchRange, IOSpec, TensorSpec
 
 TRTLibrary = Literal["tensorrt", "tensorrt-rtx"]
@@ -99,6 +98,9 @@ class TRTReport(BaseModel):
     architectures: tuple[str, ...] = Field(description="GPUs that the engine is for, if known")
     size_bytes: int = Field(ge=0)
     stripped: bool
+    user_allocation: bool = Field(
+        False, description="built to allocate nothing when it runs, as a CUDA graph needs it"
+    )
     seconds: float = Field(ge=0)
     network_layers: int = Field(ge=0)
     network_dtypes: dict[str, int] = Field(description="layers by their first output's dtype")
@@ -157,7 +159,7 @@ def build_trt(onnx_path: Path, spec: IOSpec, engine_path: Path, options: TRTOpti
         BackendError: the library is missing, or what was asked needs a GPU that is not here.
         EngineError: the library cannot read or compile the graph, or it is not the spec's.
         DeviceMemoryError: host or GPU has no memory left.
-        InputError: the engine or the timing cache cannot be written.
+        OutputError: the engine or the timing cache cannot be written.
     """
     started = time.monotonic()
     trt, log = trt_module(options.library), trt_log(options.library)
@@ -183,14 +185,16 @@ def build_trt(onnx_path: Path, spec: IOSpec, engine_path: Path, options: TRTOpti
         if engine is None:
             raise _build_failure(what, errors, options)
     if cache is not None and options.timing_cache is not None:
-        write_whole(cache.serialize(), options.timing_cache)
-    write_whole(engine, engine_path)
+        measured = cache.serialize()
+        write_whole(options.timing_cache, lambda file: file.write(measured))
+    write_whole(engine_path, lambda file: file.write(engine))
     return TRTReport(
         library=options.library,
         version=trt_version(options.library),
         architectures=options.architectures or _gpu_here(),
         size_bytes=engine.nbytes,
         stripped=options.strip_weights,
+        user_allocation=options.library == "tensorrt-rtx",
         seconds=round(time.monotonic() - started, 2),
         network_layers=layers.total(),
         network_dtypes=dict(layers),
@@ -258,6 +262,8 @@ def _configure(trt: Any, config: Any, options: TRTOptions) -> None:
         for i, name in enumerate(names):
             done = config.set_compute_capability(getattr(trt.ComputeCapability, name), i)
             assert done, f"{name} was checked before"
+        # a run that allocates memory cannot be captured as a CUDA graph; tensorrt's do not
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.workspace_mib is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace_mib << 20)
     if options.optimization_level is not None:
@@ -372,24 +378,6 @@ def typed_errors(log: Any, what: str) -> Iterator[list[str]]:
         raise trt_failure(what, [*errors, reason]) from error
     finally:
         del log.listeners[id(errors)]
-
-
-def write_whole(data: Any, path: Path) -> None:
-    """Write a buffer to a temporary name, sync, rename to ``path``; InputError if that fails."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        what = f"this file cannot be written: {error.strerror}"
-        remedy = "Choose another folder, or make room."
-        raise InputError(what, value=str(path), remedy=remedy) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
 
 
 def _gpu_here() -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Literal, get_args
@@ -11,23 +11,32 @@ from typing import Literal, get_args
 import torch
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, UsageError
+from hcma_fast.runtime.engine import Engine, Stateful
+from hcma_fast.specs import STEP_NAMES, GraphName
 
 CaptureMode = Literal["step", "trajectory"]
 Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 """From a function, and one to warm up with, to a function that does the same again as the first, at
 the same addresses."""
-CAPTURABLE = ("eager", "tensorrt")
-"""Backends whose work goes to torch's stream, where a CUDA graph catches it. TensorRT-RTX needs
-engines that were built for it (REQUIRE_USER_ALLOCATION), and kernels compiled beforehand."""
+CAPTURABLE = ("eager", "tensorrt", "tensorrt-rtx")
+"""Backends whose work goes to torch's stream, where a CUDA graph catches it."""
+_SAMPLED: tuple[GraphName, ...] = ("align", "unet_grounded", "unet_plain", *STEP_NAMES)
 _WARM_UPS = 3
 
 
-def check_capturable(mode: str, device: str, backend: str, grad_backend: str | None) -> None:
+def check_capturable(
+    mode: str,
+    device: str,
+    backend: str,
+    grad_backend: str | None,
+    engines: Mapping[GraphName, Engine],
+) -> None:
     """Refuse what no CUDA graph can hold.
 
     Raises:
         UsageError: an unknown mode, or a device without CUDA graphs.
-        BackendError: a backend that runs elsewhere than on torch's stream, or no Triton.
+        BackendError: a backend that runs elsewhere than on torch's stream, engines that were built
+            without what a capture needs, or no Triton.
     """
     if mode not in get_args(CaptureMode):
         raise UsageError(
@@ -47,6 +56,10 @@ def check_capturable(mode: str, device: str, backend: str, grad_backend: str | N
             value="the gradient by onnx" if backend in CAPTURABLE else backend,
             remedy=f"Use {', '.join(CAPTURABLE)}, and a gradient other than onnx.",
         )
+    for name in _SAMPLED:
+        engine = engines.get(name)
+        if isinstance(engine, Stateful):
+            engine.check_capturable()
     if find_spec("triton") is None:
         raise BackendError(
             "the captured sampler updates the latent by a Triton kernel, and Triton is missing",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,4 +20,21 @@ class Engine(Protocol):
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Compute; entries that the spec does not name are ignored."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Engine, Protocol):
+    """An engine that holds state for the shape it runs, as TensorRT's context does."""
+
+    def fork(self) -> Engine:
+        """The same engine with state of its own."""
+        ...
+
+    def check_capturable(self) -> None:
+        """Whether a CUDA graph can hold what it does; after a run it knows for sure.
+
+        Raises:
+            BackendError: it cannot.
+        """
         ...

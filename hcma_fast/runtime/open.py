@@ -92,7 +92,14 @@ def open_engine(folder: Path, manifest: Manifest, name: GraphName, device: str) 
     if backend in TRT_LIBRARIES:
         onnx = file.with_suffix(".onnx") if manifest.target.strip_weights else None
         kernels = runtime_cache(file, record.sha256) if backend == "tensorrt-rtx" else None
-        return TRTEngine(file, record.spec, backend, weights_onnx=onnx, runtime_cache=kernels)
+        return TRTEngine(
+            file,
+            record.spec,
+            backend,
+            weights_onnx=onnx,
+            runtime_cache=kernels,
+            user_allocation=record.engine is not None and record.engine.user_allocation,
+        )
     if backend == "onnxruntime":
         return OrtEngine(file, record.spec, device=device)
     if backend == "onnxruntime-tensorrt":

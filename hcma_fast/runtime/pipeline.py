@@ -38,7 +38,7 @@ from hcma_fast.runtime.requests import (
     spread_negatives,
     spread_seeds,
 )
-from hcma_fast.runtime.sampler import Schedule, StepLosses, sample, sample_fused
+from hcma_fast.runtime.sampler import Schedule, StepLosses, fusable, sample, sample_fused
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
 
@@ -106,7 +106,7 @@ class HCMAPipeline:
             UsageError: another mode, or not on a GPU.
             BackendError: what computes the graphs cannot be captured.
         """
-        check_capturable(mode, self.device, self.backend, self.grad_backend)
+        check_capturable(mode, self.device, self.backend, self.grad_backend, self.engines)
         self.replay = ReplaySampler(self.engines, self.device, mode=mode)
 
     @property
@@ -346,9 +346,7 @@ class HCMAPipeline:
             changed = callback_on_step_end(self, step, time, {"latents": z})
             return changed.get("latents", z) if changed else z
 
-        # the step graphs guide always, and know of no approximation
-        whole = guided and bool((schedule.etas > 0).any()) and not savings.approximate
-        fused = "step_grounded" in self.engines and whole
+        fused = fusable(self.engines, [schedule])
         run = self.replay or partial(sample_fused if fused else sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None
         z, losses = run(noise.to(self.device), conditioning, schedule, watch)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -190,6 +190,38 @@ def _rounded(z: Tensor) -> Tensor:
     return z.bfloat16().to(z.dtype)
 
 
+def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) -> bool:
+    """Whether the step graphs are there, and can run images with these schedules as one batch.
+
+    They guide and align always, know of no approximation, and have one table for all images.
+    """
+    first = schedules[0]
+    able = first.guidance_scale > 1 and not first.savings.approximate
+    return (
+        "step_grounded" in engines
+        and able
+        and bool((first.etas > 0).any())
+        and all(other is first or _same_but_lambdas(first, other) for other in schedules)
+    )
+
+
+def _same_but_lambdas(one: Schedule, other: Schedule) -> bool:
+    settings = ("guidance_scale", "grounding_beta", "savings")
+    return (
+        all(getattr(one, name) == getattr(other, name) for name in settings)
+        and torch.equal(one.table.timesteps, other.table.timesteps)
+        and torch.equal(one.etas, other.etas)
+    )
+
+
+def halves_by_image(conditioning: Conditioning) -> dict[str, Tensor]:
+    """As the step graphs take it: contexts (2B, T, W), half after half, become (B, 2, T, W)."""
+    given, batch = dict(vars(conditioning)), len(conditioning.caption_embedding)
+    for name in ("text_context", "grounding_context"):
+        given[name] = given[name].unflatten(0, (2, batch)).transpose(0, 1)
+    return given
+
+
 def sample_fused(
     engines: Mapping[GraphName, Engine],
     z: Tensor,
@@ -203,11 +235,8 @@ def sample_fused(
     graphs know of no savings.
     """
     table, device = schedule.table, z.device
-    lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
-    fixed = dict(vars(conditioning), lambdas=lambdas)
-    for name in ("text_context", "grounding_context"):
-        # (2B, T, W), halves one after the other -> (B, 2, T, W)
-        fixed[name] = fixed[name].unflatten(0, (2, len(z))).transpose(0, 1).contiguous()
+    fixed = {name: value.contiguous() for name, value in halves_by_image(conditioning).items()}
+    fixed["lambdas"] = torch.tensor([schedule.lambdas] * len(z), device=device)
     fixed["plan"] = step_plan(table, schedule.etas).to(device)
     fixed["guidance_scale"] = torch.tensor([schedule.guidance_scale], device=device)
     history = torch.zeros(len(z), HISTORY, *z.shape[1:], device=device)

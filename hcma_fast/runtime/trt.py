@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import logging
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,7 @@ from torch import Tensor
 
 from hcma_fast.errors import (
     BackendError,
-    DeviceMemoryError,
     EngineError,
-    HcmaError,
     InputError,
     UsageError,
 )
@@ -30,28 +25,26 @@ from hcma_fast.export.trt_engine import (
     trt_log,
     trt_module,
     typed_errors,
-    write_whole,
 )
+from hcma_fast.runtime.trt_context import REBUILD, TRTContext, out_of_memory, shape_of
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
-
-_REBUILD = "Build it again, with this library's version and for this GPU: hcma-fast build --force."
-_log = logging.getLogger("hcma_fast")
-_DIGEST = hashlib.sha256().digest_size
-"""Bytes before a runtime cache: the hash of the rest"""
 
 
 class TRTEngine:
     """Runs one engine file on the GPU that is current when it is made.
 
     A call gives fresh outputs, which belong to the caller. For CUDA graphs use :meth:`bind` with
-    buffers of your own, then :meth:`enqueue`, which neither allocates nor waits. Not for two
-    threads or streams at once: they would share its scratch memory.
+    buffers of your own, then :meth:`enqueue`, which neither allocates nor waits, on a
+    :meth:`fork`. Not for two threads or streams at once: they would share its scratch memory. Keep
+    it until its work is done.
 
     Args:
         path: the engine file; read here, so check its hash before.
         weights_onnx: the ONNX file that a stripped engine was built from.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if
             it is there, and written after the first call, and by :meth:`save_runtime_cache`.
+        user_allocation: whether a TensorRT-RTX engine was built so that it allocates nothing
+            (``TRTReport.user_allocation``), without which no CUDA graph can hold it.
 
     Raises:
         BackendError: the library, the driver, or torch's CUDA is missing.
@@ -69,6 +62,7 @@ class TRTEngine:
         *,
         weights_onnx: Path | None = None,
         runtime_cache: Path | None = None,
+        user_allocation: bool = True,
     ) -> None:
         if runtime_cache is not None and library != "tensorrt-rtx":
             raise UsageError(
@@ -96,18 +90,11 @@ class TRTEngine:
                 value=str(path),
                 remedy="Give the ONNX file that it was built from, or build it with weights.",
             )
+        self._capturable = library == "tensorrt" or user_allocation
+        self._runtime_cache = runtime_cache
         self._bound: tuple[Tensor, ...] = ()
         self._warm = False
-        # set before the cache, and so destroyed before it: the cache must outlive its contexts
-        self._context: Any = None
-        self._cache: Any = None
-        self._cache_path, self._cached = runtime_cache, b""
-        self._context = self._create_context()
-
-    @property
-    def device_memory_bytes(self) -> int:
-        """Scratch memory on the GPU, beside weights, inputs and outputs."""
-        return int(self._engine.device_memory_size_v2)
+        self.context = self._start()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`. Runs on torch's current stream.
@@ -130,20 +117,45 @@ class TRTEngine:
             self._bound = ()
         if not self._warm:
             self._warm = True
-            self._keep_kernels()
+            self.context.keep_kernels()
         return outputs
 
     def fork(self) -> TRTEngine:
-        """The same engine with a context of its own: a CUDA graph that captured one needs it as it
-        was then.
+        """The same engine with a context of its own, fit for a CUDA graph, for one batch size.
+
+        A graph that captured a context needs it as it was then: its shapes and scratch memory.
 
         Raises:
             EngineError, DeviceMemoryError: there can be no second context.
         """
         twin = copy.copy(self)
-        twin._bound, twin._warm, twin._context, twin._cache = (), False, None, None
-        twin._context = twin._create_context()
+        twin._bound, twin._warm = (), False
+        twin.context = twin._start(captured=True)
         return twin
+
+    def check_capturable(self) -> None:
+        """See :class:`hcma_fast.runtime.engine.Stateful`.
+
+        It goes by the build and, for a :meth:`fork` that ran, by the library's word for torch's
+        current stream.
+
+        Raises:
+            BackendError: the engine was not built for a CUDA graph, or its context says no.
+        """
+        if not self._capturable:
+            raise BackendError(
+                "this engine was built without what a CUDA graph needs (REQUIRE_USER_ALLOCATION)",
+                value=f"{self.spec.graph}, {self._library}",
+                remedy="Build it again, hcma-fast build --force, or leave CUDA graphs off.",
+            )
+        stream = torch.cuda.current_stream(self.device).cuda_stream
+        asks = self.context.captured and self.context.batch > 0
+        if asks and not self.context.is_capturable(stream):
+            raise BackendError(
+                f"{self._library} says that no CUDA graph can hold this engine",
+                value=f"{self.spec.graph}, batch size {self.context.batch}",
+                remedy="Leave CUDA graphs off, and report it with the output of hcma-fast doctor.",
+            )
 
     def allocate(self, batch: int) -> dict[str, Tensor]:
         """Uninitialised outputs for this batch size, on the engine's device.
@@ -151,18 +163,13 @@ class TRTEngine:
         Raises:
             DeviceMemoryError: the GPU has no memory left.
         """
-        try:
+        with out_of_memory(self.spec):
             return {
                 tensor.name: torch.empty(
-                    _shape(tensor, batch), dtype=getattr(torch, tensor.dtype), device=self.device
+                    shape_of(tensor, batch), dtype=getattr(torch, tensor.dtype), device=self.device
                 )
                 for tensor in self.spec.outputs
             }
-        except torch.OutOfMemoryError as error:
-            raise DeviceMemoryError(
-                f"out of memory in the graph {self.spec.graph}",
-                remedy="Generate fewer images at once.",
-            ) from error
 
     def bind(self, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
         """Let the next :meth:`enqueue` read and write these tensors, by address.
@@ -174,6 +181,8 @@ class TRTEngine:
         Raises:
             InputError: one is missing, not contiguous, or of another shape, dtype or device.
             EngineError: TensorRT refuses them.
+            DeviceMemoryError: the GPU has no memory left for this batch size.
+            UsageError: another batch size than before, while a CUDA graph is captured.
         """
         spec = self.spec
         batch = check_tensors(spec, spec.inputs, inputs, self.device)
@@ -181,17 +190,8 @@ class TRTEngine:
             raise _wrong(spec, "the outputs have another batch size than the inputs", batch)
         tensors = {t.name: inputs[t.name] for t in spec.inputs}
         tensors |= {t.name: outputs[t.name] for t in spec.outputs}
-        with self._errors() as errors:
-            done = [
-                self._context.set_input_shape(t.name, _shape(t, batch)) for t in spec.inputs
-            ] + [
-                self._context.set_tensor_address(name, tensor.data_ptr())
-                for name, tensor in tensors.items()
-            ]
-            # a wrong guess at a size would be a write past the end of the caller's buffer
-            shapes = [tuple(self._context.get_tensor_shape(t.name)) for t in spec.outputs]
-            if not all(done) or shapes != [_shape(t, batch) for t in spec.outputs]:
-                raise self._failure("refuses its tensors", errors)
+        self.context.set_batch(batch)
+        self.context.set_addresses(tensors)
         self._bound = tuple(tensors.values())
 
     def enqueue(self, stream: torch.cuda.Stream | None = None) -> None:
@@ -206,51 +206,19 @@ class TRTEngine:
         if not self._bound:
             raise UsageError("no tensors are bound", remedy="Call bind() before enqueue().")
         stream = stream or torch.cuda.current_stream(self.device)
-        with self._errors() as errors:
-            if not self._context.execute_async_v3(stream.cuda_stream):
-                raise self._failure("did not run", errors)
+        self.context.run(stream.cuda_stream)
 
     def save_runtime_cache(self) -> None:
         """Write what TensorRT-RTX compiled since it was loaded; call it after a warm-up.
 
         Raises:
-            InputError: the file cannot be written.
+            OutputError: the file cannot be written.
         """
-        if self._cache is None or self._cache_path is None:
-            return
-        compiled = bytes(self._cache.serialize())
-        if compiled != self._cached:
-            write_whole(hashlib.sha256(compiled).digest() + compiled, self._cache_path)
-            self._cached = compiled
+        self.context.save_kernels()
 
-    def _keep_kernels(self) -> None:
-        try:
-            self.save_runtime_cache()
-        except InputError as error:
-            # the next process compiles them again; this one has its images to make
-            _log.warning("The kernels compiled for this GPU are not kept. %s", error)
-
-    def _create_context(self) -> Any:
-        config = self._engine.create_runtime_config()
-        if self._cache_path is not None:
-            self._cache = config.create_runtime_cache()
-            data = self._cache_path.read_bytes() if self._cache_path.is_file() else b""
-            digest, kept = data[:_DIGEST], data[_DIGEST:]
-            # the library is given nothing that was cut off or damaged
-            if data and hashlib.sha256(kept).digest() == digest and self._cache.deserialize(kept):
-                self._cached = kept
-            elif data:
-                _log.warning(
-                    "The runtime cache %s is damaged, or of another GPU or version: kernels are "
-                    "compiled anew.",
-                    self._cache_path,
-                )
-            config.set_runtime_cache(self._cache)
-        with self._errors() as errors:
-            context = self._engine.create_execution_context(config)
-            if context is None:
-                raise self._failure("cannot start", errors)
-        return context
+    def _start(self, captured: bool = False) -> TRTContext:
+        given = (self._engine, self.spec, self._library, self.device, self._runtime_cache)
+        return TRTContext(*given, captured=captured)
 
     def _found(self, name: str) -> tuple[tuple[int, ...], str]:
         shape = tuple(self._engine.get_tensor_shape(name))
@@ -268,14 +236,8 @@ class TRTEngine:
                 raise EngineError(
                     f"the engine of {self.spec.graph} is for other batch sizes than {batch}",
                     value=f"{low[axis]} to {high[axis]}",
-                    remedy=_REBUILD,
+                    remedy=REBUILD,
                 )
-
-    def _errors(self) -> AbstractContextManager[list[str]]:
-        return typed_errors(trt_log(self._library), f"the graph {self.spec.graph} failed")
-
-    def _failure(self, problem: str, errors: list[str]) -> HcmaError:
-        return trt_failure(f"the graph {self.spec.graph} {problem}", errors, remedy=_REBUILD)
 
 
 def load_engine(path: Path, library: TRTLibrary) -> Any:
@@ -291,11 +253,11 @@ def load_engine(path: Path, library: TRTLibrary) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise EngineError(what, value=str(path), remedy=_REBUILD) from error
+        raise EngineError(what, value=str(path), remedy=REBUILD) from error
     with typed_errors(log, what) as errors:
         engine = trt.Runtime(log).deserialize_cuda_engine(data)
         if engine is None:
-            raise trt_failure(what, errors, value=str(path), remedy=_REBUILD)
+            raise trt_failure(what, errors, value=str(path), remedy=REBUILD)
     return engine
 
 
@@ -338,7 +300,7 @@ def check_tensors(
             batch = found.shape[tensor.shape.index(BATCH)]
             if not spec.batch.min <= batch <= spec.batch.max:
                 raise _wrong(spec, f"it takes batch sizes {spec.batch.min}-{spec.batch.max}", batch)
-        wanted = (_shape(tensor, batch or 0), f"torch.{tensor.dtype}", device, True)
+        wanted = (shape_of(tensor, batch or 0), f"torch.{tensor.dtype}", device, True)
         actual = (tuple(found.shape), str(found.dtype), found.device, found.is_contiguous())
         if actual != wanted:
             raise _wrong(spec, f"{tensor.name} is not {_words(*wanted)}", _words(*actual))
@@ -349,10 +311,6 @@ def check_tensors(
 
 def _words(shape: tuple[int, ...], dtype: str, device: torch.device, contiguous: bool) -> str:
     return f"{dtype} {shape} on {device}{'' if contiguous else ', not contiguous'}"
-
-
-def _shape(tensor: TensorSpec, batch: int) -> tuple[int, ...]:
-    return tuple(batch if isinstance(size, str) else size for size in tensor.shape)
 
 
 def _wrong(spec: IOSpec, problem: str, value: object) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -70,15 +71,22 @@ def test_built_folders_agree_with_eager(
         )
 
 
-def test_tensorrt_rtx_builds_without_a_gpu(random_components: Components, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fuse", ["none", pytest.param("step", marks=pytest.mark.slow)])
+def test_tensorrt_rtx_builds_without_a_gpu(
+    random_components: Components, tmp_path: Path, fuse: Literal["none", "step"]
+) -> None:
     folder = tmp_path / "engine"
-    target = Target("tensorrt-rtx", precision="float16", architectures=("sm89",))
+    target = Target("tensorrt-rtx", precision="float16", architectures=("sm89",), fuse=fuse)
     manifest = build(random_components, folder, target)
     for name, record in manifest.graphs.items():
         assert record.checked == "onnx" and record.parity <= record.tolerance
         assert record.file == f"{name}.engine" and record.engine is not None
         half = record.engine.network_product_dtypes.get("float16", 0)
         assert half == 0 if name == "grounding" else half > 0
+        # all of them fit for a CUDA graph; the second as TensorRT-RTX 1.7.1's compiler noted it
+        assert record.engine.user_allocation
+        content = (folder / record.file).read_bytes()
+        assert b"stream_capturable=1" in content and b"stream_capturable=0" not in content
     assert not list(folder.glob("*.onnx")) and not (folder / WEIGHTS_FILE).exists()
     if not torch.cuda.is_available():
         with pytest.raises(BackendError):

@@ -1,0 +1,501 @@
+"""Both kinds of evaluation that are captured: what a CUDA graph demands of them, and the fused one.
+
+Without a GPU the captured function is called instead of replayed. What a graph demands of it is
+tested on the devices that are there: on "cpu" that it allocates nothing and keeps its addresses, on
+"meta" that it never reads a value, nor touches the host.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import BackendError, InputError
+from hcma_fast.layout import Layout
+from hcma_fast.models.weights import Components
+from hcma_fast.runtime.capture import CaptureMode, check_capturable, no_capture
+from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.cudagraph import ReplaySampler
+from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.runtime.sampler import Conditioning, Schedule, sample, sample_fused
+from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.runtime.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
+from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec
+
+LAYOUTS = [
+    Layout(phrases=["a", "b"], boxes=[[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 1.0]]),
+    Layout(phrases=[], boxes=[]),
+]
+FRUGAL = Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16")
+CASES = pytest.mark.parametrize(
+    ("savings", "fused"),
+    [(EXACT, False), (FRUGAL, False), (EXACT, True)],
+    ids=["exact", "frugal", "fused"],
+)
+
+
+def make_engines(parts: Components, device: str = "cpu") -> dict[GraphName, Engine]:
+    """All eight graphs by torch eager."""
+    specs = parts.specs()
+    modules = {name: parts.graph(name) for name in (*GRAPH_NAMES, *STEP_NAMES)}
+    if device != "cpu":
+        modules = {name: deepcopy(module).to(device) for name, module in modules.items()}
+    return {name: EagerEngine(module, specs[name]) for name, module in modules.items()}
+
+
+@pytest.fixture(scope="module")
+def engines(random_components: Components) -> dict[GraphName, Engine]:
+    return make_engines(random_components)
+
+
+def conditioned(
+    parts: Components,
+    engines: Mapping[GraphName, Engine],
+    images: list[int],
+    guided: bool = True,
+    device: str = "cpu",
+) -> Conditioning:
+    texts = ["ab", "xyz"]
+    return condition(
+        engines,
+        parts.tokenizer,
+        [texts[i] for i in images],
+        [""] * len(images) if guided else None,
+        [LAYOUTS[i] for i in images],
+        device,
+    )
+
+
+def noise(images: list[int]) -> Tensor:
+    return torch.cat(
+        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in images]
+    )
+
+
+def plan(
+    steps: int = 6,
+    eta0: float = 2.0,
+    guidance: float = 3.0,
+    beta: float = 1.0,
+    window: tuple[float, float] = (0.0, 1.0),
+    savings: Savings = EXACT,
+    lambdas: tuple[float, float] = (1.0, 0.5),
+) -> Schedule:
+    etas = eta_table(steps, AlignmentSettings(eta0=eta0, window=window))
+    return Schedule(plms_table(steps), etas, lambdas, guidance, beta, savings)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_a_batch_that_needs_both_unets_at_once_is_refused() -> None:
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(beta=1.0), plan(beta=0.5)])
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(steps=4, beta=0.5), plan(steps=8, beta=0.5)])
+    with pytest.raises(InputError, match="same step"):
+        evaluation_kinds([plan(), plan(savings=Savings(guidance_end=0.5))])
+    assert len(evaluation_kinds([plan(steps=4), plan(steps=8)])) == 9
+
+
+class InPlace:
+    """An engine as TensorRT's: it writes into outputs that it allocated once, for one shape."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.outputs: dict[str, Tensor] = {}
+
+    @property
+    def spec(self) -> IOSpec:
+        return self.engine.spec
+
+    def fork(self) -> InPlace:
+        return InPlace(self.engine)
+
+    def check_capturable(self) -> None:
+        """It always is."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        with Unwatched():
+            found = self.engine(inputs)
+            for name, value in found.items():
+                self.outputs.setdefault(name, value.clone()).copy_(value)
+        return self.outputs
+
+
+class Watch(TorchDispatchMode):
+    """Notes every op, and those that made a tensor in memory that none of their inputs has."""
+
+    watching = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.allocating: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if Watch.watching:
+            self.ops[str(func)] += 1
+            known = {
+                leaf.untyped_storage().data_ptr()
+                for leaf in tree_leaves((args, kwargs))
+                if isinstance(leaf, Tensor)
+            }
+            for leaf in tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf.untyped_storage().data_ptr() not in known:
+                    self.allocating[str(func)] += 1
+        return result
+
+
+class Unwatched:
+    def __enter__(self) -> None:
+        Watch.watching = False
+
+    def __exit__(self, *error: object) -> None:
+        Watch.watching = True
+
+
+def make_buffers(
+    engines: Mapping[GraphName, Engine],
+    given: Conditioning,
+    device: str,
+    savings: Savings,
+    fused: bool,
+) -> Buffers:
+    where = torch.device(device)
+    if fused:
+        return FusedTrajectory(engines, given, (4, 8, 8), where)
+    narrow = getattr(torch, savings.latent_dtype)
+    return Trajectory(engines, given, (4, 8, 8), 2, where, narrow)
+
+
+def tensors_of(batch: Buffers) -> dict[str, Tensor]:
+    """All buffers, and what the engines are given of them."""
+    groups = [vars(batch)]
+    if isinstance(batch, Trajectory):
+        groups += [vars(batch.conditioning), batch.align_inputs, *batch.unet_inputs.values()]
+    if isinstance(batch, FusedTrajectory):
+        groups += [batch.inputs]
+    every = {name: value for group in groups for name, value in group.items()}
+    return {name: value for name, value in every.items() if isinstance(value, Tensor)}
+
+
+@CASES
+def test_evaluations_allocate_nothing_and_keep_their_addresses(
+    engines: dict[GraphName, Engine], random_components: Components, savings: Savings, fused: bool
+) -> None:
+    given = conditioned(random_components, engines, [0, 1])
+    steady: dict[GraphName, Engine] = {name: InPlace(engine) for name, engine in engines.items()}
+    batch = make_buffers(steady, given, "cpu", savings, fused)
+    schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8), savings=savings)
+    kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
+    with torch.no_grad():
+        for kind in set(kinds):
+            batch.evaluate(kind)
+        batch.load(noise([0, 1]), given, [schedule])
+        before = {name: tensor.data_ptr() for name, tensor in tensors_of(batch).items()}
+        with Watch() as watch:
+            for kind in kinds:
+                batch.evaluate(kind)
+    assert len(kinds) == 51 and int(batch.step) == 51
+    assert not watch.allocating, watch.allocating
+    assert {name: tensor.data_ptr() for name, tensor in tensors_of(batch).items()} == before
+    assert len(before) > 15
+    # what is not contiguous would be copied by an engine that takes addresses
+    assert all(tensor.is_contiguous() for tensor in tensors_of(batch).values())
+    assert watch.ops["hcma_fast.denoise_update_.default"] == (0 if fused else 51)
+    # the watch itself works
+    with Watch() as watch:
+        torch.cat([batch.z, batch.z])
+    assert watch.allocating
+
+
+class OnDevice(TorchDispatchMode):
+    """Refuses an op that touches another device than "meta", where no value can be read."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                raise AssertionError(f"{func} touches {leaf.device}")
+        return result
+
+
+@CASES
+def test_evaluations_never_read_a_value_nor_touch_the_host(
+    random_components: Components, savings: Savings, fused: bool
+) -> None:
+    """All of torch eager's graphs, the gradient included: what a GPU would be asked to capture."""
+    specs = random_components.specs()
+    engines = make_engines(random_components, "meta")
+    shapes = {
+        "text_context": specs["unet_grounded"].inputs[2].shape,
+        "grounding_context": specs["unet_grounded"].inputs[3].shape,
+        "caption_embedding": specs["align"].inputs[1].shape,
+        "label_embeddings": specs["align"].inputs[2].shape,
+        "regions": specs["align"].inputs[3].shape,
+        "region_mask": specs["align"].inputs[4].shape,
+    }
+    given = Conditioning(
+        **{
+            name: torch.empty(4 if "context" in name else 2, *shape[1:], device="meta")
+            for name, shape in shapes.items()
+        }
+    )
+    batch = make_buffers(engines, given, "meta", savings, fused)
+    schedule = plan(steps=10, beta=0.5, window=(0.0, 0.8), savings=savings)
+    batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
+    kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
+    assert len(set(kinds)) == (2 if fused else 4 if savings == EXACT else 7)
+    with torch.no_grad(), OnDevice():
+        for kind in kinds:
+            batch.evaluate(kind)
+    with pytest.raises(AssertionError, match="touches cpu"), OnDevice():
+        batch.z.copy_(torch.zeros(2, 4, 8, 8))
+    with pytest.raises(RuntimeError, match="meta"):
+        float(batch.z.sum())
+
+
+class Counting:
+    """An engine that counts its calls."""
+
+    def __init__(self, engine: Engine, calls: Counter[str]) -> None:
+        self.engine, self.calls = engine, calls
+
+    @property
+    def spec(self) -> IOSpec:
+        return self.engine.spec
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls[self.spec.graph] += 1
+        return self.engine(inputs)
+
+
+class Captures:
+    """A capture that warms up as on a GPU, and counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(
+        self, function: Callable[[], None], warm_up: Callable[[], None]
+    ) -> Callable[[], None]:
+        self.count += 1
+        for _ in range(3):
+            warm_up()
+        return no_capture(function, warm_up)
+
+
+@pytest.mark.parametrize("mode", ["step", "trajectory"])
+@pytest.mark.parametrize(
+    ("schedule", "kinds"),
+    [(plan(), 1), (plan(beta=0.5, window=(0.2, 0.7)), 2), (plan(steps=2, beta=0.0), 1)],
+    ids=["plain", "window", "two-steps"],
+)
+def test_step_graphs_are_replayed_where_there_are_any(
+    engines: dict[GraphName, Engine],
+    random_components: Components,
+    schedule: Schedule,
+    kinds: int,
+    mode: CaptureMode,
+) -> None:
+    given = conditioned(random_components, engines, [0, 1])
+    expected, losses = sample_fused(engines, noise([0, 1]), given, schedule)
+    calls, captures = Counter[str](), Captures()
+    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
+    sampler = ReplaySampler(counting, "cpu", mode=mode, capture=captures)
+    found, ours = sampler(noise([0, 1]), given, schedule)
+    # the same engines on the same numbers: not a bit of difference
+    assert torch.equal(found, expected)
+    assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
+    for one, other in zip(ours, losses, strict=True):
+        assert torch.equal(one.loss_global, other.loss_global)
+        assert torch.equal(one.loss_local, other.loss_local)
+    assert set(calls) <= set(STEP_NAMES)
+    assert captures.count == (kinds if mode == "step" else 1)
+    sampler(noise([1, 0]), given, schedule)
+    assert captures.count == (kinds if mode == "step" else 1)
+
+
+def test_a_fused_batch_finds_nothing_of_the_one_before(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    sampler = ReplaySampler(engines, "cpu", capture=Captures())
+    given = conditioned(random_components, engines, [0, 1])
+    broken, _ = sampler(noise([0, 1]) * torch.nan, given, plan(steps=9))
+    assert not broken.isfinite().any()
+    # longer before shorter, and a rate above 0 before 0
+    runs = [plan(steps=9, guidance=5.0), plan(steps=4, window=(0.5, 1.0)), plan(eta0=1.0)]
+    results = [sampler(noise([0, 1]), given, schedule)[0] for schedule in runs]
+    for schedule, found in zip(runs, results, strict=True):
+        assert torch.equal(found, sample_fused(engines, noise([0, 1]), given, schedule)[0])
+
+
+def test_lambdas_are_each_images_own_in_a_step_graph(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    calls = Counter[str]()
+    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
+    schedules = [plan(lambdas=(1.0, 0.5)), plan(lambdas=(0.1, 2.0))]
+    given = conditioned(random_components, engines, [0, 0])
+    together, _ = ReplaySampler(counting, "cpu")(noise([0, 0]), given, schedules)
+    assert set(calls) == {"step_grounded"}
+    assert relative(together[:1], together[1:]) > 1e-4, "the lambdas must matter here"
+    for row, schedule in enumerate(schedules):
+        given = conditioned(random_components, engines, [0])
+        alone, _ = sample_fused(engines, noise([0]), given, schedule)
+        assert relative(together[row : row + 1], alone) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("schedules", "guided"),
+    [
+        ([plan(), plan(steps=7)], True),
+        ([plan(), plan(guidance=4.0)], True),
+        ([plan(), plan(window=(0.0, 0.6))], True),
+        ([plan(eta0=0.0)], True),
+        ([plan(savings=Savings(align_every=2))], True),
+        ([plan(savings=Savings(latent_dtype="bfloat16"))], True),
+        ([plan(guidance=1.0)], False),
+    ],
+    ids=["steps", "guidance", "window", "unaligned", "repeats", "bfloat16", "unguided"],
+)
+def test_what_no_step_graph_can_do_runs_by_the_separate_graphs(
+    engines: dict[GraphName, Engine],
+    random_components: Components,
+    schedules: list[Schedule],
+    guided: bool,
+) -> None:
+    calls = Counter[str]()
+    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
+    images = [0, 1][: len(schedules)]
+    sampler = ReplaySampler(counting, "cpu")
+    found, _ = sampler(
+        noise(images), conditioned(random_components, engines, images, guided), schedules
+    )
+    assert not set(calls) & set(STEP_NAMES)
+    for row, schedule in enumerate(schedules):
+        given = conditioned(random_components, engines, images[row : row + 1], guided)
+        alone, _ = sample(engines, noise(images[row : row + 1]), given, schedule)
+        narrow = schedule.savings.latent_dtype == "bfloat16"
+        assert relative(found[row : row + 1], alone) < (2e-2 if narrow else 1e-5)
+    # and back to the step graphs, whose buffers are others
+    images = [0]
+    given = conditioned(random_components, engines, images)
+    again, _ = sampler(noise(images), given, plan())
+    assert torch.equal(again, sample_fused(engines, noise(images), given, plan())[0])
+    assert calls["step_grounded"] == 7
+
+
+def test_a_callback_may_replace_the_latent_of_a_step_graph(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    given = conditioned(random_components, engines, [0])
+
+    def halve(k: int, z: Tensor) -> Tensor:
+        return z / 2 if k == 3 else z
+
+    found, _ = ReplaySampler(engines, "cpu")(noise([0]), given, plan(), halve)
+    expected, _ = sample_fused(engines, noise([0]), given, plan(), halve)
+    assert torch.equal(found, expected)
+
+
+def test_captured_kinds_of_a_shape_are_bounded(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    separate = {name: engines[name] for name in GRAPH_NAMES}
+    captures = Captures()
+    sampler = ReplaySampler(separate, "cpu", capture=captures)
+    given = conditioned(random_components, engines, [0])
+    frugal = Savings(align_every=2, guidance_end=0.5)
+    runs = [
+        plan(beta=0.5, window=(0.0, 0.7)),
+        plan(beta=0.3, savings=frugal),
+        plan(beta=0.7, window=(0.3, 1.0), savings=frugal),
+    ]
+    for schedule in runs:
+        found, _ = sampler(noise([0]), given, schedule)
+        assert relative(found, sample(separate, noise([0]), given, schedule)[0]) < 1e-5
+        (batch,) = sampler._shapes.values()
+        needed = set(evaluation_kinds([schedule]))
+        assert len(batch.captured) <= max(8, len(needed))
+        assert {(kind,) for kind in needed} <= set(batch.captured)
+    every = {kind for schedule in runs for kind in evaluation_kinds([schedule])}
+    assert captures.count >= len(every) > 8, "more kinds than are kept"
+
+
+class Uncapturable(InPlace):
+    """An engine as TensorRT-RTX's that was built without what a capture needs."""
+
+    def fork(self) -> Uncapturable:
+        return Uncapturable(self.engine)
+
+    def check_capturable(self) -> None:
+        raise BackendError("not built for it", remedy="Build it again.")
+
+
+@pytest.mark.parametrize("name", ["align", "unet_plain", "step_grounded", "vae_decoder"])
+def test_an_engine_that_refuses_is_asked_before_and_after_its_first_run(
+    engines: dict[GraphName, Engine], random_components: Components, name: GraphName
+) -> None:
+    mixed: dict[GraphName, Engine] = {**engines, name: Uncapturable(engines[name])}
+    if name not in STEP_NAMES:
+        mixed = {n: e for n, e in mixed.items() if n not in STEP_NAMES}
+    if name == "vae_decoder":
+        # it runs outside of the sampler
+        check_capturable("step", "cuda", "tensorrt-rtx", None, mixed)
+    else:
+        with pytest.raises(BackendError, match="not built for it"):
+            check_capturable("step", "cuda", "tensorrt-rtx", None, mixed)
+    sampler = ReplaySampler(mixed, "cpu", capture=Captures())
+    given = conditioned(random_components, engines, [0])
+    if name == "vae_decoder":
+        sampler(noise([0]), given, plan(beta=0.5))
+    else:
+        with pytest.raises(BackendError, match="not built for it"):
+            sampler(noise([0]), given, plan(beta=0.5))
+
+
+def test_a_pipeline_with_step_graphs_replays_them(random_components: Components) -> None:
+    pipe = HCMAPipeline.from_components(random_components)
+    calls = Counter[str]()
+    pipe.engines = {n: Counting(e, calls) for n, e in make_engines(random_components).items()}
+    given: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "output_type": "np"}
+    expected = pipe(["ab", "c"], LAYOUTS, **given)
+    once = Counter(calls)
+    assert once["step_grounded"] == 5 and not once["align"]
+    pipe.replay = ReplaySampler(pipe.engines, "cpu")
+    found = pipe(["ab", "c"], LAYOUTS, **given)
+    assert torch.equal(found.latents, expected.latents)
+    assert calls == Counter({name: 2 * count for name, count in once.items()})
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["step", "trajectory"])
+def test_captured_step_graphs_equal_the_fused_sampler(
+    random_components: Components, mode: CaptureMode
+) -> None:
+    """Nobody has run this yet."""
+    torch.backends.cudnn.allow_tf32 = False
+    engines = make_engines(random_components, "cuda")
+    sampler = ReplaySampler(engines, "cuda", mode=mode)
+    schedule = plan(steps=20, beta=0.5, window=(0.0, 0.8))
+    for images in ([0, 1], [1], [1, 0]):
+        given = conditioned(random_components, engines, images, device="cuda")
+        expected, _ = sample_fused(engines, noise(images).cuda(), given, schedule)
+        found, _ = sampler(noise(images).cuda(), given, schedule)
+        assert relative(found, expected) < 1e-4
