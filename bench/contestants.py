@@ -20,6 +20,7 @@ from hcma_fast.specs import BatchRange, GraphName
 if TYPE_CHECKING:
     from hcma_fast.export.target import Target
     from hcma_fast.models.weights import Components
+    from hcma_fast.runtime.engine import Engine
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
 PROMPT = "a dog to the left of a pizza on a green field"
@@ -234,13 +235,35 @@ def open_pipe(
     return pipe
 
 
+def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cpu") -> Engine:
+    """One graph of what :func:`open_pipe` opens.
+
+    Raises:
+        WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+    """
+    from hcma_fast.export.manifest import load_manifest
+    from hcma_fast.models.random_sd14 import RandomSD14
+    from hcma_fast.models.weights import load_components
+    from hcma_fast.runtime.eager import EagerEngine
+    from hcma_fast.runtime.open import open_engine
+    from hcma_fast.runtime.requests import check_device
+
+    check_device(device, ours.backend)
+    target = ours.target(None)
+    if target is not None:
+        folder = _folder(model, target)
+        return open_engine(folder, load_manifest(folder), name, device)
+    source = RandomSD14() if model == SD14 else load_components(model)
+    return EagerEngine(source.graph(name).to(device), source.specs()[name])
+
+
 def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
     """The first evaluations of a run, as ``plain_generate`` makes them."""
     import torch
 
     from hcma_fast.runtime.conditioning import condition
     from hcma_fast.runtime.requests import noise_from_seeds
-    from hcma_fast.runtime.sampler import Schedule, sample, sample_fused
+    from hcma_fast.runtime.sampler import Schedule, fusable, sample, sample_fused
 
     settings = pipe.settings
     if work.eta0 is not None:
@@ -267,7 +290,7 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
             [work.layout] * work.batch,
             pipe.device,
         )
-        sampler = sample_fused if "step_grounded" in pipe.engines else sample
+        sampler = sample_fused if fusable(pipe.engines, [schedule]) else sample
         run = pipe.replay or partial(sampler, pipe.engines)
         z, _ = run(noise_from_seeds(work.seeds, shape).to(pipe.device), given, schedule)
     found: NDArray[np.float32] = z.cpu().numpy()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hcma_fast.bench.contestants import SD14, Ours
 from hcma_fast.bench.harness import Group
-from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
 from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
 from hcma_fast.specs import GraphName
@@ -50,7 +50,7 @@ def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
         ]
         if plan.model != SD14:
             rungs.append(("a whole evaluation in one graph", Ours(backend, fuse=True)))
-    if "openvino" in plan.chosen:
+    if "openvino" in plan.chosen and openvino_rounds(plan.device):
         rungs.append(("bfloat16 inside, OpenVINO", Ours("openvino", precision="bfloat16")))
     return rungs
 

@@ -30,7 +30,7 @@ from hcma_fast.bench.contestants import (
     plain_contestant,
 )
 from hcma_fast.bench.harness import MAX_ERROR, Case, Group
-from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
 from hcma_fast.bench.speed import HALF_ERROR, ours_case, plain_case
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import TOKEN_LENGTH
@@ -66,13 +66,14 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
     cases.append(Case("plain loop, torch.compile", load, work.labels, work.batch))
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
-    for runtime in () if plan.on_gpu else exported:
+    rounds = openvino_rounds(plan.device)
+    for runtime in () if plan.on_gpu else exported if rounds else exported[:2]:
         load = partial(load_exported, plan.model, work, runtime)
         most = HALF_ERROR if "bfloat16" in runtime else MAX_ERROR
         name = f"plain loop, UNet on {runtime}"
         cases.append(Case(name, load, work.labels, work.batch, most))
     cases += [ours_case(plan.model, Ours(name), work, plan.device) for name in plan.chosen]
-    if "openvino" in plan.chosen:
+    if "openvino" in plan.chosen and rounds:
         cases.append(ours_case(plan.model, Ours("openvino", precision="bfloat16"), work))
     return cases
 

@@ -56,8 +56,17 @@ def installed_backends(device: str) -> tuple[str, ...]:
     return (*found, "eager")
 
 
+def openvino_rounds(device: str) -> bool:
+    """Whether OpenVINO is here and computes in bfloat16 on this processor."""
+    if device.startswith("cuda") or not find_spec("openvino"):
+        return False
+    from hcma_fast.export.openvino_model import shared_core
+
+    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 def side_by_side(plan: Plan, name: str, cases: Sequence[Case]) -> list[Group]:
     """The first case with all the others; at full size with one at a time, for their memory."""
-    if plan.model != SD14:
+    if plan.model != SD14 or len(cases) == 1:
         return [Group(name, cases)]
     return [Group(f"{name}: {other.name}", [cases[0], other]) for other in cases[1:]]

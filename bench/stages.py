@@ -18,12 +18,12 @@ from hcma_fast.bench.contestants import (
     Ours,
     build_missing,
     components_of,
-    open_pipe,
+    open_graph,
     weights_hash_of,
 )
 from hcma_fast.bench.harness import MAX_ERROR, Case, Group
 from hcma_fast.bench.memory import peak_rss_mib
-from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
 from hcma_fast.bench.speed import HALF_ERROR
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
@@ -95,7 +95,7 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
 def unet(plan: Plan) -> list[Group]:
     """The grounded UNet alone, for one image with guidance: its rate, and that of a product."""
     kinds = [Ours(name) for name in plan.chosen if name != "eager"]
-    if "openvino" in plan.chosen:
+    if "openvino" in plan.chosen and openvino_rounds(plan.device):
         kinds.append(Ours("openvino", precision="bfloat16"))
     if "tensorrt" in plan.chosen:
         kinds.append(Ours("tensorrt", precision="float16"))
@@ -115,10 +115,10 @@ def unet(plan: Plan) -> list[Group]:
 
 
 def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
-    """The graph `unet_grounded` on random inputs, batch 2; its result is the noise.
+    """The graph `unet_grounded` alone on random inputs, batch 2; its result is the noise.
 
-    Figures: its operations per second and the share that this is of a large product's, in the same
-    precision, measured after the calls.
+    Figures: its operations per second, the median of all runs but the first, and the share that
+    this is of a large product's rate in the same precision, measured after each run.
 
     Raises:
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
@@ -130,28 +130,29 @@ def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
     from hcma_fast.export.graphs import random_inputs
     from hcma_fast.models.random_sd14 import RandomSD14
 
-    pipe = open_pipe(model, ours, device=device)
-    engine = pipe.engines["unet_grounded"]
+    engine = open_graph(model, ours, "unet_grounded", device)
     parts = RandomSD14().without_weights() if model == SD14 else components_of(model)
     flops = count_module(parts.graph("unet_grounded"), engine.spec, 2).flops
     drawn = random_inputs(engine.spec, 2, torch.Generator().manual_seed(0))
     inputs = {key: value.to(device) for key, value in drawn.items()}
-    figures: dict[str, float] = {}
+    rates: list[float] = []
+    peaks: list[float] = []
 
     @torch.no_grad()
     def generate() -> NDArray[np.float32]:
         started = time.perf_counter()
         for _ in range(calls):
-            found = next(iter(engine(inputs).values()))
-        noise: NDArray[np.float32] = found.float().cpu().numpy()
-        figures["gflops"] = flops * calls / (time.perf_counter() - started) / 1e9
+            found = engine(inputs)["noise_pred"]
+        noise: NDArray[np.float32] = found.cpu().numpy()
+        rates.append(flops * calls / (time.perf_counter() - started) / 1e9)
         return noise
 
     def tell() -> dict[str, float]:
-        peak = matmul_rate(getattr(torch, ours.precision), device) / 1e9
-        return {**figures, "matmul_gflops": peak, "share_of_matmul": figures["gflops"] / peak}
+        peaks.append(matmul_rate(getattr(torch, ours.precision), device) / 1e9)
+        rate, peak = (float(np.median(found[1:] or found)) for found in (rates, peaks))
+        return {"gflops": rate, "matmul_gflops": peak, "share_of_matmul": rate / peak}
 
-    return Contestant(generate, pipe.preset, pipe.weights_hash, device, figures=tell)
+    return Contestant(generate, *weights_hash_of(model), device, figures=tell)
 
 
 def with_aligner(model: str) -> Components:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import pickle
 from functools import partial
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from hcma_fast.bench.bootstrap import median_ratio
 from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
+from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder, ladder_png
 from hcma_fast.bench.machine import describe_machine
@@ -33,6 +35,7 @@ from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.errors import BackendError, HcmaError, InputError, UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.models.weights import load_components
 
 MACHINE = describe_machine()
 PNG = b"\x89PNG\r\n"
@@ -170,18 +173,20 @@ def test_the_unet_alone_agrees_with_torch_and_tells_its_rate(
     random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("hcma_fast.bench.contestants._folder", lambda model, target: random_engine)
+    monkeypatch.setattr("hcma_fast.bench.rates.matmul_rate", lambda *_: 4e9)
     runs = {
-        name: load_unet(str(random_checkpoint), Ours(name), 1, "cpu")
+        name: load_unet(str(random_checkpoint), Ours(name), 2, "cpu")
         for name in ("eager", "onnxruntime")
     }
+    # a second between any two looks at the clock
+    monkeypatch.setattr("time.perf_counter", partial(next, itertools.count()))
     found = {name: run.generate() for name, run in runs.items()}
     assert np.allclose(found["onnxruntime"], found["eager"], rtol=1e-3, atol=1e-4)
+    parts = load_components(random_checkpoint)
+    flops = count_module(parts.graph("unet_grounded"), parts.specs()["unet_grounded"], 2).flops
     figures = runs["onnxruntime"].figures()
-    assert (
-        0
-        < figures["gflops"]
-        == pytest.approx(figures["share_of_matmul"] * figures["matmul_gflops"])
-    )
+    assert figures["gflops"] == pytest.approx(2 * flops / 1e9)
+    assert figures["share_of_matmul"] == pytest.approx(2 * flops / 4e9)
 
 
 def scaling_rows(exponent: float, noise: float) -> list[Row]:
@@ -216,22 +221,27 @@ def test_a_single_size_has_no_fit() -> None:
     assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
 
 
-def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
+@pytest.mark.parametrize("rounds", [True, False])
+def test_a_ladder_climbs_on_the_backends_that_are_chosen(
+    rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To bfloat16 only on a processor that has it."""
+    monkeypatch.setattr("hcma_fast.bench.ladder.openvino_rounds", lambda device: rounds)
+    last = ["bfloat16 inside, OpenVINO"] if rounds else []
+
     def rungs(*backends: str) -> list[str]:
         (group,) = ladder(Plan("tiny", backends=backends))
         return [case.name for case in group.cases][3:]
 
     whole = ["text encoder, grounding and VAE too", "a whole evaluation in one graph"]
-    ours = ["UNet on OpenVINO", "gradient on OpenVINO", *whole, "bfloat16 inside, OpenVINO"]
+    ours = ["UNet on OpenVINO", "gradient on OpenVINO", *whole, *last]
     assert rungs("openvino") == ours
     assert rungs("eager", "onnxruntime") == [
         *("UNet on ONNX Runtime", "gradient on ONNX Runtime"),
         *whole,
     ]
-    assert rungs("onnxruntime", "openvino")[-2:] == [
-        "all graphs on OpenVINO instead, evaluation by parts",
-        "bfloat16 inside, OpenVINO",
-    ]
+    both = rungs("onnxruntime", "openvino")
+    assert both[4:] == ["all graphs on OpenVINO instead, evaluation by parts", *last]
 
 
 def test_ladder_plot_leaves_void_rows_out() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,22 +21,39 @@ from hcma_fast.bench.training import (
     write_random_cache,
 )
 from hcma_fast.models.weights import load_components
+from hcma_fast.train import aligner
 from hcma_fast.train.cache import LatentCache
 from hcma_fast.train.encoders import Encoders
 from hcma_fast.train.views import crop_image
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_training_is_timed_with_the_loops_own_rate(random_checkpoint: Path, cached: bool) -> None:
+def test_training_is_timed_with_the_loops_own_rate(
+    random_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, cached: bool
+) -> None:
+    steps: list[int] = []
+    train = aligner.train_aligner
+
+    def spy(*args: Any, progress: Callable[..., None], **kwargs: Any) -> Path:
+        def both(done: int, *rest: Any) -> None:
+            steps.append(done)
+            progress(done, *rest)
+
+        return train(*args, progress=both, **kwargs)
+
+    monkeypatch.setattr(aligner, "train_aligner", spy)
+    monkeypatch.setattr("hcma_fast.bench.training.matmul_rate", lambda *_: 2e12)
     contestant = load_training(str(random_checkpoint), 2, 8, False, "cpu", cached=cached)
     contestant.generate()
     first = contestant.figures()
-    assert first["loop_samples_per_second"] > 0
-    assert 0 < first["share_of_matmul"] == pytest.approx(first["gflops"] / first["matmul_gflops"])
     assert 0 <= first["data_wait_share"] < 1
-    # a second run is a run of its own, not a continuation
+    if cached:
+        rate, flops = first["loop_samples_per_second"], first["gflops"] * 1e9
+        assert flops / rate == pytest.approx(2.96e6, rel=0.01)  # as counted below
+        assert first["share_of_matmul"] == flops / 2e12
+    # a second run is a run of its own, not a continuation that finds nothing to do
     contestant.generate()
-    assert contestant.figures()["loop_samples_per_second"] != first["loop_samples_per_second"]
+    assert steps == [1, 2, 1, 2]
 
 
 def test_a_loop_without_a_cache_encodes_what_a_cache_holds(
