@@ -29,7 +29,7 @@ from hcma_fast.export.manifest import (
     sync_folder,
 )
 from hcma_fast.export.onnx_graph import OPSET
-from hcma_fast.export.precision import Precision, at_precision
+from hcma_fast.export.precision import Precision, at_precision, graph_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
 from hcma_fast.export.validate import MANY_WEIGHTS, TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
@@ -187,7 +187,7 @@ def _export_one(
     _free_memory()
     progress(name, "validate")
     error = compare(spec, expected, open_graph(file, spec, target))
-    tolerance = TOLERANCES[target.precision]
+    tolerance = TOLERANCES[graph_precision(name, target.precision)]
     if not error <= tolerance:
         raise EngineError(
             f"the compiled graph {name} does not agree with torch",

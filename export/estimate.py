@@ -9,9 +9,10 @@ from pathlib import Path
 import psutil
 
 from hcma_fast.errors import DeviceMemoryError, InputError
+from hcma_fast.export.precision import graph_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.models.weights import ModelSource
-from hcma_fast.specs import STEP_NAMES
+from hcma_fast.specs import STEP_NAMES, GraphName
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _HELD = {
@@ -28,8 +29,6 @@ _READ = {"grounding": 0.28, "vae_decoder": 0.63}
 """Share of its modules' weights that a graph reads, where that is not all: the greater one of
 `tiny` and `sd14`. `grounding` takes keys and values out of attention layers that it holds whole;
 the VAE's encoder is in no graph."""
-_FLOAT32 = "grounding"
-"""stays in float32 in any precision"""
 _LIBRARIES_BYTES = 1_000_000_000
 """torch, the exporter and the backend themselves, and graphs without their weights"""
 
@@ -46,11 +45,12 @@ class Estimate:
     """at the peak"""
 
 
-def graph_weights(source: ModelSource, target: Target) -> dict[str, int]:
+def graph_weights(source: ModelSource, target: Target) -> dict[GraphName, int]:
     """How many weights each graph of ``target`` has."""
-    counts = {str(name): count for name, count in source.parameter_counts().items()}
-    for name in set(target.graph_names) & set(STEP_NAMES):
-        counts[name] = counts["align"] + counts[name.replace("step", "unet")]
+    counts = dict(source.parameter_counts())
+    if target.fuse == "step":
+        counts["step_grounded"] = counts["align"] + counts["unet_grounded"]
+        counts["step_plain"] = counts["align"] + counts["unet_plain"]
     return counts
 
 
@@ -59,7 +59,8 @@ def estimate(source: ModelSource, target: Target) -> Estimate:
     counts = graph_weights(source, target)
     size = 4 if target.backend == "openvino" else _BYTES[target.precision]
     written = {
-        name: round(count * _READ.get(name, 1)) * (4 if name == _FLOAT32 else size)
+        name: round(count * _READ.get(name, 1))
+        * max(size, _BYTES[graph_precision(name, target.precision)])
         for name, count in counts.items()
     }
     # graphs share their weights in ONNX; a compiled engine holds its own

@@ -81,6 +81,12 @@ class Target:
                 value=self.precision,
                 remedy=f"Use one of {', '.join(possible)}.",
             )
+        if self.fuse == "step" and (self.backend, self.precision) == ("openvino", "bfloat16"):
+            raise UsageError(
+                "OpenVINO rounds timesteps and the update of the latent to bfloat16 in step graphs",
+                value="fuse=step",
+                remedy="Use float32, or fuse=none.",
+            )
         if self.backend in TRT_LIBRARIES:
             self.trt_options()
         elif self.architectures or self.strip_weights or self.workspace_mib is not None:

@@ -34,7 +34,9 @@ class HcmaError(Exception):
 
     def at(self, where: str) -> Self:
         """The same error, which says where: "line 3"."""
-        return type(self)(f"{where}: {self.what}", value=self.value, remedy=self.remedy)
+        found = type(self)(f"{where}: {self.what}", value=self.value, remedy=self.remedy)
+        found.request = self.request
+        return found
 
     def of_request(self, number: int) -> Self:
         """The same error, which says to which of many requests it belongs."""

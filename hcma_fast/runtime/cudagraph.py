@@ -177,10 +177,13 @@ class ReplaySampler:
                 self._drop()
             with memory_errors():
                 given = (self.engines, conditioning, tuple(z.shape[1:]))
+                captured = self._capture is not no_capture
                 found = (
-                    FusedTrajectory(*given, self.device)
+                    FusedTrajectory(*given, self.device, captured=captured)
                     if fused
-                    else Trajectory(*given, halves, self.device, getattr(torch, dtypes[0]))
+                    else Trajectory(
+                        *given, halves, self.device, getattr(torch, dtypes[0]), captured=captured
+                    )
                 )
         self._shapes[key] = found
         self._shapes.move_to_end(key)

@@ -27,8 +27,8 @@ class Engine(Protocol):
 class Stateful(Engine, Protocol):
     """An engine that holds state for the shape it runs, as TensorRT's context does."""
 
-    def fork(self) -> Engine:
-        """The same engine with state of its own."""
+    def fork(self, captured: bool = True) -> Engine:
+        """The same engine with state of its own; ``captured``: fit for a CUDA graph."""
         ...
 
     def check_capturable(self) -> None:

@@ -42,7 +42,8 @@ class Buffers(ABC):
     """What every trajectory has: a latent, a counter, losses, and engines of its own.
 
     Args:
-        shape: (B, C, h, w); dtype: of the latent between evaluations.
+        shape: (B, C, h, w); dtype: of the latent between evaluations; captured: CUDA graphs will
+            hold what the engines do.
     """
 
     def __init__(
@@ -51,7 +52,10 @@ class Buffers(ABC):
         shape: tuple[int, ...],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
+        *,
+        captured: bool = True,
     ) -> None:
+        self._fit_for_graphs = captured
         self._engines, self._forks = engines, dict[tuple[GraphName, bool], Engine]()
         self.batch = batch = shape[0]
         self.z = torch.zeros(shape, dtype=dtype, device=device)
@@ -103,7 +107,7 @@ class Buffers(ABC):
         found = self._forks.get((name, guided))
         if found is None:
             engine = self._engines[name]
-            found = engine.fork() if isinstance(engine, Stateful) else engine
+            found = engine.fork(self._fit_for_graphs) if isinstance(engine, Stateful) else engine
             self._forks[name, guided] = found
         return found
 
@@ -124,9 +128,11 @@ class Trajectory(Buffers):
         halves: int,
         device: torch.device,
         narrow: torch.dtype = torch.float32,
+        *,
+        captured: bool = True,
     ) -> None:
         batch = len(like.caption_embedding)
-        super().__init__(engines, (batch, *latent), device, narrow)
+        super().__init__(engines, (batch, *latent), device, narrow, captured=captured)
         self.stored = torch.zeros_like(self.z)
         self.history = torch.zeros(RING, *self.z.shape, dtype=narrow, device=device)
         # what the engines read; the latent itself where that is as wide
@@ -240,9 +246,11 @@ class FusedTrajectory(Buffers):
         like: Conditioning,
         latent: tuple[int, ...],
         device: torch.device,
+        *,
+        captured: bool = True,
     ) -> None:
         batch = len(like.caption_embedding)
-        super().__init__(engines, (batch, *latent), device)
+        super().__init__(engines, (batch, *latent), device, captured=captured)
         self.stored = torch.zeros_like(self.z)
         self.history = torch.zeros(batch, HISTORY, *latent, device=device)
         self.plan = torch.zeros(PLAN_ROWS, PLAN_COLUMNS, device=device)

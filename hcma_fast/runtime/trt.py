@@ -62,7 +62,7 @@ class TRTEngine:
         *,
         weights_onnx: Path | None = None,
         runtime_cache: Path | None = None,
-        user_allocation: bool = True,
+        user_allocation: bool = False,
     ) -> None:
         if runtime_cache is not None and library != "tensorrt-rtx":
             raise UsageError(
@@ -105,6 +105,7 @@ class TRTEngine:
             InputError: an input is missing, or of another shape, dtype or device than the spec's.
             DeviceMemoryError: the GPU has no memory left.
             EngineError: TensorRT could not run.
+            UsageError: another batch size than a captured :meth:`fork` had before.
         """
         names = [name for name in self.spec.input_names if name in inputs]
         given = {name: inputs[name].contiguous() for name in names}
@@ -120,8 +121,8 @@ class TRTEngine:
             self.context.keep_kernels()
         return outputs
 
-    def fork(self) -> TRTEngine:
-        """The same engine with a context of its own, fit for a CUDA graph, for one batch size.
+    def fork(self, captured: bool = True) -> TRTEngine:
+        """The same engine with a context of its own, for one batch size if ``captured``.
 
         A graph that captured a context needs it as it was then: its shapes and scratch memory.
 
@@ -130,7 +131,7 @@ class TRTEngine:
         """
         twin = copy.copy(self)
         twin._bound, twin._warm = (), False
-        twin.context = twin._start(captured=True)
+        twin.context = twin._start(captured=captured)
         return twin
 
     def check_capturable(self) -> None:

@@ -398,7 +398,7 @@ def test_a_shape_has_forks_of_engines_that_hold_state(
             assert self.forks, "the engine of all shapes was run"
             return super().__call__(inputs)
 
-        def fork(self) -> Context:
+        def fork(self, captured: bool = True) -> Context:
             self.forks += 1
             twin = Context(self)
             twin.forks = 1

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from hcma_fast.export import openvino_model
 from hcma_fast.export.graphs import random_inputs
 from hcma_fast.export.onnx_graph import export_onnx
 from hcma_fast.export.openvino_model import open_model
+from hcma_fast.export.precision import openvino_precision
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.models.weights import Components, load_components
@@ -105,14 +107,14 @@ def test_a_square_weight_and_its_transpose_are_not_mixed_up(tmp_path: Path) -> N
     torch.testing.assert_close(found["other"], z @ weight.T, rtol=1e-5, atol=1e-5)
 
 
-def sinusoids(path: Path) -> IOSpec:
+def sinusoids(path: Path, factors: Sequence[str]) -> IOSpec:
     """Sines and cosines of a timestep at four frequencies, as every UNet makes them."""
     frequencies = numpy_helper.from_array(np.float32([1, 0.7, 0.1, 1e-4]), "frequencies")
     one = numpy_helper.from_array(np.int64([1]), "one")
     nodes = [
         helper.make_node("Unsqueeze", ["timestep", "one"], ["column"]),
         helper.make_node("Cast", ["column"], ["steps"], to=TensorProto.FLOAT),
-        helper.make_node("Mul", ["steps", "frequencies"], ["angles"]),
+        helper.make_node("Mul", factors, ["angles"]),
         helper.make_node("Cos", ["angles"], ["image"]),
         helper.make_node("Sin", ["angles"], ["other"]),
     ]
@@ -128,13 +130,14 @@ def sinusoids(path: Path) -> IOSpec:
     return IOSpec("vae_decoder", (given,), made)
 
 
-def test_sinusoids_of_timesteps_are_looked_up(tmp_path: Path) -> None:
+@pytest.mark.parametrize("factors", [("steps", "frequencies"), ("frequencies", "steps")])
+def test_sinusoids_of_timesteps_are_looked_up(tmp_path: Path, factors: tuple[str, str]) -> None:
     """In bfloat16 their angles would be rounded: to the next multiple of 4 at 796."""
     import openvino
 
-    spec = sinusoids(tmp_path / "x.onnx")
+    spec = sinusoids(tmp_path / "x.onnx", factors)
     model = _read(tmp_path / "x.onnx")
-    openvino_model._look_up_sinusoids(openvino, model)
+    openvino_model.look_up_sinusoids(openvino, model)
     assert not {"Sin", "Cos"} & {node.get_type_name() for node in model.get_ops()}
     compiled = openvino_model.shared_core().compile_model(
         model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
@@ -144,6 +147,28 @@ def test_sinusoids_of_timesteps_are_looked_up(tmp_path: Path) -> None:
     angles = timestep[:, None].float() * torch.tensor([1, 0.7, 0.1, 1e-4])
     torch.testing.assert_close(found["image"], angles.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(found["other"], angles.sin(), rtol=0, atol=1e-6)
+
+
+def test_sinusoids_that_would_be_rounded_are_refused(tmp_path: Path) -> None:
+    import openvino
+
+    sinusoids(tmp_path / "x.onnx", ("steps", "steps"))
+    with pytest.raises(EngineError, match="round the angles"):
+        openvino_model.look_up_sinusoids(openvino, _read(tmp_path / "x.onnx"))
+
+
+@pytest.mark.parametrize("name", GRAPH_NAMES)
+def test_every_graph_is_opened_in_bfloat16_without_sinusoids_or_in_float32(
+    random_engine: Path, name: GraphName
+) -> None:
+    import openvino
+
+    model = _read(random_engine / f"{name}.onnx")
+    if openvino_precision(name, "bfloat16") == "float32":
+        assert name == "grounding"
+        return
+    openvino_model.look_up_sinusoids(openvino, model)
+    assert not {"Sin", "Cos"} & {node.get_type_name() for node in model.get_ops()}
 
 
 def _read(path: Path) -> Any:
@@ -224,7 +249,7 @@ def test_bfloat16_is_refused_where_it_would_be_float32(
     lies = Lies(openvino_model._openvino(), claimed, actual)
     monkeypatch.setattr(openvino_model, "_openvino", lambda: lies)
     with pytest.raises(BackendError, match="bfloat16"):
-        open_model(random_engine / "grounding.onnx", precision="bfloat16")
+        open_model(random_engine / "text_encoder.onnx", precision="bfloat16")
 
 
 _SIGNAL = """

@@ -165,7 +165,7 @@ def test_callback_follows_the_steps_and_may_replace_latents(pipe: HCMAPipeline) 
         ({"negative_prompt": "y" * 200}, InputError, "negative prompt has 202"),
         ({"layout": Layout(["z" * 90], [[0, 0, 1, 1]])}, InputError, "phrase has 92"),
         ({"negative_prompt": ["a", "b"]}, InputError, "2 negative prompts"),
-        ({"seed": [1, 2]}, InputError, "seeds must be 1"),
+        ({"seed": [1, 2]}, InputError, "there must be one seed"),
         ({"seed": -1}, InputError, "not negative"),
         ({"seed": 2**63}, InputError, "seeds"),
         ({"seed": True}, InputError, "seeds"),

@@ -122,7 +122,7 @@ class InPlace:
     def spec(self) -> IOSpec:
         return self.engine.spec
 
-    def fork(self) -> InPlace:
+    def fork(self, captured: bool = True) -> InPlace:
         return InPlace(self.engine)
 
     def check_capturable(self) -> None:
@@ -441,7 +441,7 @@ def test_captured_kinds_of_a_shape_are_bounded(
 class Uncapturable(InPlace):
     """An engine as TensorRT-RTX's that was built without what a capture needs."""
 
-    def fork(self) -> Uncapturable:
+    def fork(self, captured: bool = True) -> Uncapturable:
         return Uncapturable(self.engine)
 
     def check_capturable(self) -> None:
