@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from hcma_fast.bench.workers import Contestant, worker
 from hcma_fast.config import BACKENDS, MAX_OBJECTS
-from hcma_fast.errors import UsageError
+from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.specs import BatchRange, GraphName
 
@@ -108,6 +108,31 @@ class Ours:
     fuse: bool = False
     """a whole evaluation in one graph"""
     cuda_graphs: bool = False
+
+    @classmethod
+    def named(cls, text: str) -> Ours:
+        """From ``backend`` or ``backend:precision``.
+
+        Raises:
+            BackendError: no such backend, or not in this precision.
+        """
+        backend, _, precision = text.partition(":")
+        if backend not in BACKENDS:
+            raise BackendError(
+                "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
+            )
+        found = cls(backend, precision=precision or "float32")
+        if backend == "eager" and found.precision != "float32":
+            raise BackendError(
+                "eager computes in float32", value=text, remedy="Use another backend."
+            )
+        found.target(None)
+        return found
+
+    @property
+    def label(self) -> str:
+        """Backend, and the precision where that is not float32."""
+        return self.backend + ("" if self.precision == "float32" else f" {self.precision}")
 
     def target(self, side: int | None) -> Target | None:
         """What must be built for it; None for eager."""

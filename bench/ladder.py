@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from hcma_fast.bench.contestants import SD14, Ours
 from hcma_fast.bench.harness import Group
-from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
+from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
 from hcma_fast.specs import GraphName
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from hcma_fast.bench.report import Row
 
 _UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
-_LABELS = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 
 def ladder(plan: Plan) -> list[Group]:
@@ -37,21 +37,18 @@ def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
         ("our sampler and graphs, torch eager", Ours("eager")),
         ("gradient by torch.compile", Ours("eager", grad_backend="compile")),
     ]
-    for place, backend in enumerate(name for name in plan.chosen if name != "eager"):
-        label = _LABELS.get(backend, backend)
+    for place, ours in enumerate(ours for ours in plan.chosen if ours.backend != "eager"):
         if place:
-            name = f"all graphs on {label} instead, evaluation by parts"
-            rungs.append((name, Ours(backend)))
+            rungs.append((f"all graphs on {ours.label} instead, evaluation by parts", ours))
             continue
         rungs += [
-            (f"UNet on {label}", Ours(backend, graphs=_UNETS, grad_backend="compile")),
-            (f"gradient on {label}", Ours(backend, graphs=(*_UNETS, "align"))),
-            ("text encoder, grounding and VAE too", Ours(backend)),
+            (f"UNet on {ours.label}", replace(ours, graphs=_UNETS, grad_backend="compile")),
+            (f"gradient on {ours.label}", replace(ours, graphs=(*_UNETS, "align"))),
+            ("text encoder, grounding and VAE too", ours),
         ]
-        if plan.model != SD14:
-            rungs.append(("a whole evaluation in one graph", Ours(backend, fuse=True)))
-    if "openvino" in plan.chosen and openvino_rounds(plan.device):
-        rungs.append(("bfloat16 inside, OpenVINO", Ours("openvino", precision="bfloat16")))
+        # OpenVINO has no step graphs in bfloat16
+        if plan.model != SD14 and ours.precision == "float32":
+            rungs.append(("a whole evaluation in one graph", replace(ours, fuse=True)))
     return rungs
 
 

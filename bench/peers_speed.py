@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from hcma_fast.bench.contestants import (
     PROMPT,
     SD14,
-    Ours,
     Work,
     components_of,
     plain_contestant,
@@ -57,7 +56,7 @@ def peers(plan: Plan) -> list[Group]:
     load = partial(load_gligen, plan.model, work, plan.device)
     gligen = Case("diffusers' GLIGEN pipeline", load, work.labels, work.batch)
     cases = [plain_case(plan.model, work, plan.device), gligen]
-    cases += [ours_case(plan.model, Ours(name), work, plan.device) for name in plan.chosen[:1]]
+    cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.chosen[:1]]
     return groups + side_by_side(plan, "without alignment", cases)
 
 
@@ -66,16 +65,13 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
     cases.append(Case("plain loop, torch.compile", load, work.labels, work.batch))
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
-    rounds = openvino_rounds(plan.device)
-    for runtime in () if plan.on_gpu else exported if rounds else exported[:2]:
+    some = exported if openvino_rounds(plan.device) else exported[:2]
+    for runtime in () if plan.on_gpu else some:
         load = partial(load_exported, plan.model, work, runtime)
         most = HALF_ERROR if "bfloat16" in runtime else MAX_ERROR
         name = f"plain loop, UNet on {runtime}"
         cases.append(Case(name, load, work.labels, work.batch, most))
-    cases += [ours_case(plan.model, Ours(name), work, plan.device) for name in plan.chosen]
-    if "openvino" in plan.chosen and rounds:
-        cases.append(ours_case(plan.model, Ours("openvino", precision="bfloat16"), work))
-    return cases
+    return cases + [ours_case(plan.model, ours, work, plan.device) for ours in plan.chosen]
 
 
 def load_compiled(model: str, work: Work, device: str = "cpu") -> Contestant:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 
-from hcma_fast.bench.contestants import SD14, Work
+from hcma_fast.bench.contestants import SD14, Ours, Work
 from hcma_fast.bench.harness import Case, Group
 
 
@@ -18,7 +18,7 @@ class Plan:
     """preset, folder, or sd14: full size, random weights, one denoising evaluation"""
     device: str = "cpu"
     backends: tuple[str, ...] = ()
-    """of our pipeline; none for those that are here"""
+    """of our pipeline, as ``backend`` or ``backend:precision``; none for those that are here"""
     rounds: int | None = None
     """None for the suite's own number"""
     quick: bool = False
@@ -29,9 +29,13 @@ class Plan:
         return self.device.startswith("cuda")
 
     @property
-    def chosen(self) -> tuple[str, ...]:
-        """Backends of our pipeline."""
-        return self.backends or installed_backends(self.device)
+    def chosen(self) -> tuple[Ours, ...]:
+        """Backends of our pipeline.
+
+        Raises:
+            BackendError: an unknown one, or not in the precision that is asked for.
+        """
+        return tuple(map(Ours.named, self.backends)) or installed_backends(self.device)
 
     def work(self, batch: int = 1, **changes: int) -> Work:
         """50 steps, few when it must be quick, one evaluation at full size."""
@@ -40,20 +44,24 @@ class Plan:
         return Work(steps, batch, evaluations=None if whole else 1, **changes)
 
 
-def installed_backends(device: str) -> tuple[str, ...]:
+def installed_backends(device: str) -> tuple[Ours, ...]:
     """Compiled backends that can be measured on this device, eager last."""
     if not device.startswith("cuda"):
-        found = [name for name in ("onnxruntime", "openvino") if find_spec(name)]
-        return (*found, "eager")
+        found = [Ours(name) for name in ("onnxruntime", "openvino") if find_spec(name)]
+        if openvino_rounds(device):
+            found.append(Ours("openvino", precision="bfloat16"))
+        return (*found, Ours("eager"))
     from hcma_fast.export.session import CUDA
 
-    found = ["tensorrt"] if find_spec("tensorrt") else []
+    found = []
+    if find_spec("tensorrt"):
+        found += [Ours("tensorrt"), Ours("tensorrt", precision="float16")]
     if find_spec("onnxruntime"):
         import onnxruntime
 
         if CUDA[0] in onnxruntime.get_available_providers():
-            found.append("onnxruntime")
-    return (*found, "eager")
+            found.append(Ours("onnxruntime"))
+    return (*found, Ours("eager"))
 
 
 def openvino_rounds(device: str) -> bool:

@@ -52,8 +52,8 @@ def scaling(plan: Plan) -> list[Group]:
 def _case(plan: Plan, axis: str, value: int, work: Work) -> Case:
     size = value * value if axis == "pixels" else value
     # engines of a size are built in minutes on a card, so there torch tells of the pixels
-    backend = "eager" if axis == "pixels" and plan.on_gpu else plan.chosen[0]
-    case = ours_case(plan.model, Ours(backend), work, plan.device, f"{axis} {size}")
+    ours = Ours("eager") if axis == "pixels" and plan.on_gpu else plan.chosen[0]
+    case = ours_case(plan.model, ours, work, plan.device, f"{axis} {size}")
     # other sizes give other images: nothing to compare
     return replace(case, max_error=None, labels={**case.labels, axis: size})
 

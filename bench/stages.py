@@ -23,7 +23,7 @@ from hcma_fast.bench.contestants import (
 )
 from hcma_fast.bench.harness import MAX_ERROR, Case, Group
 from hcma_fast.bench.memory import peak_rss_mib
-from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
+from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.speed import HALF_ERROR
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
@@ -94,11 +94,7 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
 
 def unet(plan: Plan) -> list[Group]:
     """The grounded UNet alone, for one image with guidance: its rate, and that of a product."""
-    kinds = [Ours(name) for name in plan.chosen if name != "eager"]
-    if "openvino" in plan.chosen and openvino_rounds(plan.device):
-        kinds.append(Ours("openvino", precision="bfloat16"))
-    if "tensorrt" in plan.chosen:
-        kinds.append(Ours("tensorrt", precision="float16"))
+    kinds = [ours for ours in plan.chosen if ours.backend != "eager"]
     calls = 2 if plan.quick or plan.model == SD14 else _CALLS
     cases = [
         Case(
@@ -170,31 +166,31 @@ def with_aligner(model: str) -> Components:
 
 def build(plan: Plan) -> list[Group]:
     """``hcma-fast build`` into an empty folder, once per backend: seconds, MiB, peak memory."""
-    names = list(plan.backends)
-    if not names:
-        names = ["onnxruntime"] if plan.quick else [*plan.chosen, "torch-compile"]
-    names = [name for name in names if name != "eager"]
+    every = plan.chosen
+    if not plan.backends:
+        every = (Ours("onnxruntime"),) if plan.quick else (*every, Ours("torch-compile"))
     cases = [
         Case(
-            name,
-            partial(load_build, plan.model, name),
-            {"backend": name},
+            ours.label,
+            partial(load_build, plan.model, ours),
+            {"backend": ours.backend, "precision": ours.precision},
             max_error=None,
             warm_up=False,
         )
-        for name in names
+        for ours in every
+        if ours.backend != "eager"
     ]
     return [Group("build", cases)]
 
 
-def build_command(model: str, backend: str, out: str) -> list[str]:
+def build_command(model: str, ours: Ours, out: str) -> list[str]:
     """``hcma-fast build`` as a command of this interpreter."""
     command = [sys.executable, "-m", "hcma_fast.cli.app", "build", "--model", model]
-    command += ["--backend", backend, "--out", out]
+    command += ["--backend", ours.backend, "--precision", ours.precision, "--out", out]
     return command + (["--random-weights"] if model == SD14 else [])
 
 
-def load_build(model: str, backend: str) -> Contestant:
+def load_build(model: str, ours: Ours) -> Contestant:
     """A build from nothing, inductor's cache included.
 
     Raises:
@@ -206,7 +202,7 @@ def load_build(model: str, backend: str) -> Contestant:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
             out = Path(folder) / "engine"
-            figures["build_peak_mib"] = peak_rss_mib(build_command(model, backend, str(out)))
+            figures["build_peak_mib"] = peak_rss_mib(build_command(model, ours, str(out)))
             sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
             figures["engine_mib"] = sum(sizes) / 2**20
         return np.zeros(1, np.float32)

@@ -35,7 +35,9 @@ def run(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="Of our pipeline; repeat it.", show_default="those that are here"
+            metavar="NAME[:PRECISION]",
+            help="Of our pipeline, such as openvino:bfloat16; repeat it.",
+            show_default="those that are here",
         ),
     ] = None,
     rounds: Annotated[

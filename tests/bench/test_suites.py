@@ -29,7 +29,7 @@ from hcma_fast.bench.report import Report, Results, Row, read_results, report_ma
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
 from hcma_fast.bench.stages import load_gradient, load_unet
-from hcma_fast.bench.suites import SUITES
+from hcma_fast.bench.suites import SUITES, check_suites
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
@@ -221,27 +221,42 @@ def test_a_single_size_has_no_fit() -> None:
     assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
 
 
-@pytest.mark.parametrize("rounds", [True, False])
-def test_a_ladder_climbs_on_the_backends_that_are_chosen(
-    rounds: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To bfloat16 only on a processor that has it."""
-    monkeypatch.setattr("hcma_fast.bench.ladder.openvino_rounds", lambda device: rounds)
-    last = ["bfloat16 inside, OpenVINO"] if rounds else []
-
+def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
     def rungs(*backends: str) -> list[str]:
         (group,) = ladder(Plan("tiny", backends=backends))
         return [case.name for case in group.cases][3:]
 
     whole = ["text encoder, grounding and VAE too", "a whole evaluation in one graph"]
-    ours = ["UNet on OpenVINO", "gradient on OpenVINO", *whole, *last]
-    assert rungs("openvino") == ours
+    assert rungs("openvino") == ["UNet on openvino", "gradient on openvino", *whole]
+    half = ["UNet on openvino bfloat16", "gradient on openvino bfloat16", whole[0]]
+    assert rungs("openvino:bfloat16") == half
     assert rungs("eager", "onnxruntime") == [
-        *("UNet on ONNX Runtime", "gradient on ONNX Runtime"),
+        *("UNet on onnxruntime", "gradient on onnxruntime"),
         *whole,
     ]
     both = rungs("onnxruntime", "openvino")
-    assert both[4:] == ["all graphs on OpenVINO instead, evaluation by parts", *last]
+    assert both[4:] == ["all graphs on openvino instead, evaluation by parts"]
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_bfloat16_is_measured_where_the_processor_has_it(
+    rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openvino")
+    monkeypatch.setattr("hcma_fast.bench.plan.openvino_rounds", lambda device: rounds)
+    found = [ours.label for ours in Plan().chosen]
+    assert found == [
+        *("onnxruntime", "openvino", *(["openvino bfloat16"] if rounds else [])),
+        "eager",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing", "eager:bfloat16", "onnxruntime:bfloat16", "openvino:x"]
+)
+def test_backends_and_precisions_that_are_not_there_are_refused(name: str) -> None:
+    with pytest.raises(BackendError):
+        check_suites(["latency"], Plan(backends=(name,)))
 
 
 def test_ladder_plot_leaves_void_rows_out() -> None:
