@@ -79,9 +79,9 @@ def spread_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     seeds = list(first) if isinstance(first, Sequence) else [first + i for i in range(count)]
     whole = all(type(value) is int and 0 <= value < 2**63 for value in seeds)
     if len(seeds) != count or not whole or isinstance(first, bool):
-        one = "there must be one seed, an integer that is not negative"
+        wanted = "one seed" if count == 1 else f"{count} seeds"
         raise InputError(
-            one if count == 1 else f"there must be {count} seeds, integers that are not negative",
+            f"there must be {wanted}, whole numbers from 0 to 2**63 - 1",
             value=seed,
             remedy="Give one integer for the batch, or one per image.",
         )
