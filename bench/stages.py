@@ -30,18 +30,20 @@ from hcma_fast.config import GRAD_BACKENDS
 
 if TYPE_CHECKING:
     from hcma_fast.models.weights import Components
+    from hcma_fast.runtime.engine import Engine
 
 _CALLS = 10
 """Of the gradient in a run: one alone is too short for a clock"""
 
 
 def align(plan: Plan) -> list[Group]:
-    """What can compute the alignment gradient (runtime.gradient); a run is 10 calls of it."""
-    names = [
-        name
-        for name in GRAD_BACKENDS
-        if plan.on_gpu or name != "triton"  # which needs a GPU
-    ]
+    """What can compute the alignment gradient: the gradient backends (runtime.gradient), and the
+    pipeline's own engines; a run is 10 calls of it."""
+    # triton needs a GPU; onnx is the engine of ONNX Runtime in float32
+    onnx = Ours("onnxruntime")
+    left_out = [*([] if plan.on_gpu else ["triton"]), *([] if onnx in plan.chosen else ["onnx"])]
+    names = [name for name in GRAD_BACKENDS if name not in left_out]
+    engines = [ours for ours in plan.chosen if ours not in (Ours("eager"), onnx)]
     calls = 2 if plan.quick else _CALLS
     return [
         Group(
@@ -57,6 +59,17 @@ def align(plan: Plan) -> list[Group]:
                     ),
                 )
                 for name in names
+            ]
+            + [
+                Case(
+                    ours.label,
+                    partial(load_align, plan.model, ours, batch, calls, plan.device),
+                    {"batch": batch, "calls": calls},
+                    batch * calls,
+                    MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
+                    prepare=partial(build_missing, plan.model, ours, None),
+                )
+                for ours in engines
             ],
         )
         for batch in ((1,) if plan.quick else (1, 8))
@@ -70,14 +83,28 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
         WeightsError: no such model.
         BackendError: the gradient backend cannot run here.
     """
-    import torch
-
-    from hcma_fast.export.graphs import random_inputs
     from hcma_fast.runtime.gradient import gradient_engine
 
     parts = with_aligner(model)
-    spec = parts.specs()["align"]
-    engine = gradient_engine(name, parts, spec, device)
+    engine = gradient_engine(name, parts, parts.specs()["align"], device)
+    return _align_calls(engine, model, batch, calls, device)
+
+
+def load_align(model: str, ours: Ours, batch: int, calls: int, device: str) -> Contestant:
+    """As :func:`load_gradient`, by a compiled engine.
+
+    Raises:
+        WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
+    """
+    return _align_calls(open_graph(model, ours, "align", device), model, batch, calls, device)
+
+
+def _align_calls(engine: Engine, model: str, batch: int, calls: int, device: str) -> Contestant:
+    import torch
+
+    from hcma_fast.export.graphs import random_inputs
+
+    spec = engine.spec
     drawn = random_inputs(spec, batch, torch.Generator().manual_seed(0))
     inputs = {key: value.to(device) for key, value in drawn.items()}
     # the rate is 1, not random: the step is what is compared
@@ -89,7 +116,7 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
         step: NDArray[np.float32] = (found - inputs["z"]).cpu().numpy()
         return step
 
-    return Contestant(generate, parts.preset, parts.weights_hash, device)
+    return Contestant(generate, *weights_hash_of(model), device)
 
 
 def unet(plan: Plan) -> list[Group]:
