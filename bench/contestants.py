@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -322,8 +322,13 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
     return found
 
 
-def components_of(model: str | Path, device: str = "cpu") -> Components:
-    """All parts in memory, on ``device``.
+EVERY_PART = ("text", "unet", "vae", "aligner")
+
+
+def components_of(
+    model: str | Path, device: str = "cpu", drawn: Sequence[str] = EVERY_PART
+) -> Components:
+    """All parts in memory, on ``device``; of sd14 only those that are ``drawn`` have weights.
 
     Raises:
         WeightsError: as in ``load_components``.
@@ -331,10 +336,10 @@ def components_of(model: str | Path, device: str = "cpu") -> Components:
     from hcma_fast.models.random_sd14 import RandomSD14
     from hcma_fast.models.weights import load_components
 
-    every = ("text", "unet", "vae", "aligner")
-    parts = RandomSD14().drawn(*every) if model == SD14 else load_components(model)
+    parts = RandomSD14().drawn(*drawn) if model == SD14 else load_components(model)
     for module in (parts.text_encoder, parts.unet, parts.vae, parts.aligner):
-        module.to(device)
+        if not next(module.parameters()).is_meta:
+            module.to(device)
     return parts
 
 

@@ -68,9 +68,9 @@ def openvino_rounds(device: str) -> bool:
     """Whether OpenVINO is here and computes in bfloat16 on this processor."""
     if device.startswith("cuda") or not find_spec("openvino"):
         return False
-    from hcma_fast.export.openvino_model import shared_core
+    from hcma_fast.export.openvino_model import computes
 
-    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return computes("bfloat16")
 
 
 def side_by_side(plan: Plan, name: str, cases: Sequence[Case]) -> list[Group]:

@@ -29,7 +29,6 @@ from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
 
 if TYPE_CHECKING:
-    from hcma_fast.models.weights import Components
     from hcma_fast.runtime.engine import Engine
 
 _CALLS = 10
@@ -85,7 +84,7 @@ def load_gradient(model: str, name: str, batch: int, calls: int, device: str) ->
     """
     from hcma_fast.runtime.gradient import gradient_engine
 
-    parts = with_aligner(model)
+    parts = components_of(model, drawn=("aligner",))
     engine = gradient_engine(name, parts, parts.specs()["align"], device)
     return _align_calls(engine, model, batch, calls, device)
 
@@ -176,19 +175,6 @@ def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
         return {"gflops": rate, "matmul_gflops": peak, "share_of_matmul": rate / peak}
 
     return Contestant(generate, *weights_hash_of(model), device, figures=tell)
-
-
-def with_aligner(model: str) -> Components:
-    """The parts, of which at full size only the aligner has weights.
-
-    Raises:
-        WeightsError: no such model.
-    """
-    if model != SD14:
-        return components_of(model)
-    from hcma_fast.models.random_sd14 import RandomSD14
-
-    return RandomSD14().drawn("aligner")
 
 
 def build(plan: Plan) -> list[Group]:

@@ -117,7 +117,7 @@ def load_training(
     from hcma_fast.train.aligner import train_aligner
     from hcma_fast.train.aligner_settings import AlignerTraining
 
-    parts = _parts(model, ("aligner",) if cached else ("aligner", "text", "vae"))
+    parts = components_of(model, drawn=("aligner", *(() if cached else ("text", "vae"))))
     training = AlignerTraining(
         batch=batch,
         micro_batch=batch,
@@ -143,7 +143,7 @@ def load_training(
         cache = Uncached(place, encoders, write_images(place, parts.image_size), _CAPTIONS)
     for parameter in parts.aligner.parameters():
         parameter.requires_grad_()
-    flops = training_flops(parts, LatentCache(place))
+    flops = training_flops(parts, cache) if cached else 0.0
     figures: dict[str, float] = {}
 
     def progress(done: int, total: int, record: dict[str, object] | None) -> None:
@@ -195,14 +195,6 @@ def write_images(folder: Path, side: int) -> list[Path]:
         image.save(path, quality=90)
         files.append(path)
     return files
-
-
-def _parts(model: str, names: Sequence[str]) -> Components:
-    if model != SD14:
-        return components_of(model)
-    from hcma_fast.models.random_sd14 import RandomSD14
-
-    return RandomSD14().drawn(*names)
 
 
 def write_random_cache(folder: Path, parts: Components, count: int) -> None:

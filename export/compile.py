@@ -11,7 +11,6 @@ from hcma_fast.errors import EngineError
 from hcma_fast.export import aoti, openvino_model
 from hcma_fast.export import session as ort
 from hcma_fast.export.onnx_graph import export_onnx
-from hcma_fast.export.precision import openvino_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.trt_engine import TRTReport, build_trt
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
@@ -56,7 +55,7 @@ def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
     if target.backend == "torch-compile":
         return aoti.runner(file, spec)
     if target.backend == "openvino":
-        precision = openvino_precision(spec.graph, target.precision)
+        precision = openvino_model.precision_of(spec.graph, target.precision)
         return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
     session = ort.open_session(file)
     _check_names(spec, session)

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError
+from hcma_fast.export.precision import graph_precision
 from hcma_fast.schedule import TRAIN_STEPS
-from hcma_fast.specs import IOSpec
+from hcma_fast.specs import GraphName, IOSpec
 
 OpenVINOPrecision = Literal["float32", "bfloat16"]
 #: ours -> how a device lists it, how a compiled model reports it
@@ -28,6 +29,23 @@ def openvino_version() -> str:
         BackendError: it is not installed.
     """
     return str(_openvino().__version__)
+
+
+def computes(precision: OpenVINOPrecision) -> bool:
+    """Whether this CPU has the instructions for it.
+
+    Raises:
+        BackendError: OpenVINO is not installed.
+    """
+    return _PRECISIONS[precision][0] in shared_core().get_property(
+        "CPU", "OPTIMIZATION_CAPABILITIES"
+    )
+
+
+def precision_of(name: GraphName, precision: str) -> OpenVINOPrecision:
+    """What a graph is opened in; ``precision`` is float32 or bfloat16 (``export.target``)."""
+    halves = precision == graph_precision(name, "bfloat16") == "bfloat16"
+    return "bfloat16" if halves else "float32"
 
 
 def open_model(
@@ -46,8 +64,8 @@ def open_model(
     """
     openvino = _openvino()
     core = shared_core()
-    listed, hint = _PRECISIONS[precision]
-    if listed not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    hint = _PRECISIONS[precision][1]
+    if not computes(precision):
         raise _no_precision(precision)
     options: dict[str, Any] = {
         "INFERENCE_PRECISION_HINT": hint,

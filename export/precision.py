@@ -26,12 +26,6 @@ def graph_precision(name: GraphName, precision: Precision) -> Precision:
     return "float32" if name in _FLOAT32_GRAPHS else precision
 
 
-def openvino_precision(name: GraphName, precision: str) -> Literal["float32", "bfloat16"]:
-    """What OpenVINO opens a graph in; ``precision`` is float32 or bfloat16 (``export.target``)."""
-    wanted = graph_precision(name, "bfloat16" if precision == "bfloat16" else "float32")
-    return "bfloat16" if wanted == "bfloat16" else "float32"
-
-
 def at_precision(name: GraphName, module: nn.Module, precision: Precision) -> nn.Module:
     """``module`` itself for float32, else a copy with weights and products in half precision.
 

@@ -12,7 +12,7 @@ from hcma_fast.config import devices_of
 from hcma_fast.errors import BackendError, EngineError, UsageError
 from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
-from hcma_fast.export.precision import openvino_precision
+from hcma_fast.export.openvino_model import precision_of
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
 from hcma_fast.export.validate import cases_for, measure
 from hcma_fast.models.weights import ModelSource
@@ -104,7 +104,7 @@ def open_engine(folder: Path, manifest: Manifest, name: GraphName, device: str) 
         kept = kernel_folder(file, record.sha256)
         return OrtEngine(file, record.spec, device=device, tensorrt=kept)
     if backend == "openvino":
-        precision = openvino_precision(name, manifest.precision)
+        precision = precision_of(name, manifest.precision)
         return OpenVINOEngine(file, record.spec, precision=precision)
     return CompiledEngine(file, record.spec)
 

@@ -24,7 +24,6 @@ from hcma_fast.export import openvino_model
 from hcma_fast.export.graphs import random_inputs
 from hcma_fast.export.onnx_graph import export_onnx
 from hcma_fast.export.openvino_model import open_model
-from hcma_fast.export.precision import openvino_precision
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.models.weights import Components, load_components
@@ -164,7 +163,7 @@ def test_every_graph_is_opened_in_bfloat16_without_sinusoids_or_in_float32(
     import openvino
 
     model = _read(random_engine / f"{name}.onnx")
-    if openvino_precision(name, "bfloat16") == "float32":
+    if openvino_model.precision_of(name, "bfloat16") == "float32":
         assert name == "grounding"
         return
     openvino_model.look_up_sinusoids(openvino, model)
