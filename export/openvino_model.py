@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -51,7 +52,7 @@ def precision_of(name: GraphName, precision: str) -> OpenVINOPrecision:
 def open_model(
     path: Path, *, precision: OpenVINOPrecision = "float32", threads: int | None = None
 ) -> Any:
-    """An ``openvino.CompiledModel`` of the ONNX file at ``path``, tuned for latency.
+    """An ``openvino.CompiledModel`` of the ONNX file at ``path`` for all its batch sizes.
 
     Args:
         precision: of the products inside; inputs and outputs keep the file's dtypes.
@@ -62,24 +63,74 @@ def open_model(
         EngineError: the file cannot be read as a graph.
         DeviceMemoryError: the host has no memory left.
     """
+    model = read_model(path, precision=precision)
+    return compile_model(model, path, precision=precision, threads=threads)
+
+
+def read_model(path: Path, *, precision: OpenVINOPrecision = "float32") -> Any:
+    """The ``openvino.Model`` of the ONNX file at ``path``, fit to be compiled in ``precision``.
+
+    Raises:
+        BackendError: OpenVINO is missing, or this CPU lacks the precision.
+        EngineError: the file cannot be read as a graph.
+        DeviceMemoryError: the host has no memory left.
+    """
     openvino = _openvino()
-    core = shared_core()
-    hint = _PRECISIONS[precision][1]
     if not computes(precision):
         raise _no_precision(precision)
-    options: dict[str, Any] = {
-        "INFERENCE_PRECISION_HINT": hint,
-        "PERFORMANCE_HINT": "LATENCY",
-        **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
-    }
-    try:
+    with _errors_named(path):
         # by name: read_model would try every format that it knows on a file that is none
         frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
         model = frontend.convert(frontend.load(str(path)))
         _part_shared_weights(openvino, model)
         if precision == "bfloat16":
             look_up_sinusoids(openvino, model)
-        compiled = core.compile_model(model, "CPU", options)
+    return model
+
+
+def compile_model(
+    model: Any,
+    path: Path,
+    *,
+    precision: OpenVINOPrecision = "float32",
+    threads: int | None = None,
+    streams: int = 1,
+) -> Any:
+    """Compile what :func:`read_model` returned; ``model`` stays as it is.
+
+    Args:
+        path: for messages.
+        threads: of all streams together; default: all cores.
+        streams: requests that run side by side, each on its share of the threads.
+
+    Raises:
+        BackendError: OpenVINO would compute in another precision.
+        EngineError: OpenVINO cannot compile it.
+        DeviceMemoryError: the host has no memory left.
+    """
+    hint = _PRECISIONS[precision][1]
+    options: dict[str, Any] = {
+        "INFERENCE_PRECISION_HINT": hint,
+        **({"PERFORMANCE_HINT": "LATENCY"} if streams == 1 else {"NUM_STREAMS": streams}),
+        **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
+    }
+    with _errors_named(path):
+        compiled = shared_core().compile_model(model, "CPU", options)
+    if compiled.get_property("INFERENCE_PRECISION_HINT").to_string() != hint:
+        raise _no_precision(precision)
+    return compiled
+
+
+def weight_bytes(model: Any) -> int:
+    """Bytes of the constants of an ``openvino.Model``."""
+    constants = (node for node in model.get_ops() if node.get_type_name() == "Constant")
+    return sum(node.get_byte_size() for node in constants)
+
+
+@contextmanager
+def _errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except EngineError:
         raise
     except Exception as error:  # OpenVINO raises plain RuntimeError for most, not for all
@@ -94,9 +145,6 @@ def open_model(
             value=str(path),
             remedy="Build it again: hcma-fast build --force.",
         ) from error
-    if compiled.get_property("INFERENCE_PRECISION_HINT").to_string() != hint:
-        raise _no_precision(precision)
-    return compiled
 
 
 def runner(compiled: Any, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:

@@ -24,7 +24,8 @@ from hcma_fast.export.session import (
     runner,
     tensorrt_options,
 )
-from hcma_fast.specs import BATCH, IOSpec
+from hcma_fast.runtime.parts import cut, join, rows_of
+from hcma_fast.specs import IOSpec
 
 _Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -98,28 +99,14 @@ class OrtEngine:
     def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if self._cuda is not None:
             return self._cuda(inputs)
-        batch = len(inputs[self.spec.inputs[0].name])
+        batch = rows_of(inputs, self.spec)
         if not splits(batch, self._threads, self.spec):
             return self._session(self._threads)(inputs)
-        run, parts = self._session(1), self._split(inputs)
+        share, more = divmod(batch, self._threads)
+        sizes = [share + (k < more) for k in range(self._threads)]
+        run, parts = self._session(1), cut(inputs, self.spec, sizes)
         pending = [_workers().submit(run, part) for part in parts[1:]]
-        found = [run(parts[0]), *(future.result() for future in pending)]
-        return {
-            tensor.name: torch.cat([part[tensor.name] for part in found])
-            if BATCH in tensor.shape
-            else found[0][tensor.name]
-            for tensor in self.spec.outputs
-        }
-
-    def _split(self, inputs: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        parts: list[dict[str, Tensor]] = [{} for _ in range(self._threads)]
-        for tensor in self.spec.inputs:
-            value = inputs[tensor.name]
-            batched = BATCH in tensor.shape
-            shares = value.tensor_split(len(parts)) if batched else [value] * len(parts)
-            for part, share in zip(parts, shares, strict=True):
-                part[tensor.name] = share
-        return parts
+        return join([run(parts[0]), *(future.result() for future in pending)], self.spec)
 
     def _session(self, threads: int) -> _Run:
         with self._opening:
