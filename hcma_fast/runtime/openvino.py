@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +73,9 @@ class OpenVINOEngine:
         # a request serves one call at a time, and a model is one shape at a time
         self._lock = threading.Lock()
         self._requests: dict[tuple[int, int], list[Any]] = {}
+        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._run_parts
         if spec.graph in _OFTEN and spec.batch.min == 1 and weight_bytes(model) <= _MOST_WEIGHTS:
             self._model = model
-            self._run = self._run_parts
         else:
             compiled = compile_model(model, path, precision=precision, threads=self._threads)
             self._run = runner(compiled, spec)
