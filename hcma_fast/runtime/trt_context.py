@@ -189,9 +189,9 @@ class TRTContext:
     def _memory(self, size: int) -> Tensor:
         """At least ``size`` bytes; what there was before, if that will do."""
         if self._scratch is None or self._scratch.numel() < size:
-            if self._scratch is not None and self.device.type == "cuda":
+            if self._scratch is not None:
                 # a run on another stream than this one may still use it
-                torch.cuda.synchronize(self.device)
+                torch.get_device_module(self.device).synchronize(self.device)
             self._scratch = None
             with out_of_memory(self._spec):
                 self._scratch = torch.empty(size, dtype=torch.uint8, device=self.device)

@@ -16,20 +16,8 @@ from torch import Tensor
 from hcma_fast.export.trt_engine import trt_log, trt_module
 from hcma_fast.runtime import trt as runtime
 from hcma_fast.runtime.trt import TRTEngine
-from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
 
-WIDTH = 256
-SPEC = IOSpec(
-    "align",
-    (
-        TensorSpec("z", ("batch", WIDTH)),
-        TensorSpec("timestep", ("batch",), "int64"),
-        TensorSpec("lambdas", (2,)),
-    ),
-    (TensorSpec("z_aligned", ("batch", WIDTH)), TensorSpec("loss", ("batch",))),
-    BatchRange(1, 2, 4),
-)
-WEIGHT = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype("float32") / 16
+from trt_graph import SPEC, expected
 
 
 @dataclass
@@ -54,22 +42,6 @@ class StandIn:
     kernels: bytes = b""
 
     spec = SPEC
-
-    @staticmethod
-    def expected(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What the graph computes, in float64."""
-        z = inputs["z"].cpu().double() @ torch.from_numpy(WEIGHT).double()
-        z = z * inputs["lambdas"][0].cpu() + inputs["timestep"].cpu()[:, None]
-        return {"z_aligned": z.float(), "loss": z.amax(1).float()}
-
-    @staticmethod
-    def inputs(batch: int, seed: int = 0) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return {
-            "z": torch.randn(batch, WIDTH, generator=generator),
-            "timestep": torch.randint(0, 1000, (batch,), generator=generator),
-            "lambdas": torch.rand(2, generator=generator),
-        }
 
     @staticmethod
     def start(
@@ -165,7 +137,7 @@ class StandIn:
         address, size = self.scratch
         assert size >= self.needs * self.batch
         ctypes.memset(address, 0xFF, self.needs * self.batch)
-        for name, tensor in self.expected({n: self._view(n) for n in SPEC.input_names}).items():
+        for name, tensor in expected({n: self._view(n) for n in SPEC.input_names}).items():
             self._view(name).copy_(tensor)
         return not self.fails
 

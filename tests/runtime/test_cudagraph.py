@@ -6,77 +6,29 @@ Without a GPU the captured function is called instead of replayed.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from copy import deepcopy
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, UsageError
-from hcma_fast.layout import Layout
 from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode, check_capturable, no_capture
-from hcma_fast.runtime.conditioning import condition
+from hcma_fast.runtime.capture import CaptureMode, check_capturable
 from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.eager import EagerEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.sampler import Conditioning, Schedule, sample
-from hcma_fast.runtime.savings import EXACT, Savings
-from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.runtime.sampler import Schedule, sample
+from hcma_fast.runtime.savings import Savings
 from hcma_fast.specs import GraphName
 
-STEPS = 6
-LAYOUTS = [
-    Layout(phrases=["a", "b"], boxes=[[0.1, 0.1, 0.5, 0.6], [0.4, 0.5, 0.9, 1.0]]),
-    Layout(phrases=[], boxes=[]),
-    Layout(phrases=["c"], boxes=[[0.0, 0.0, 0.3, 0.3]]),
-]
+from captures import LAYOUTS, STEPS, Counted, conditioned, make_engines, noise, plan, relative
 
 
 @pytest.fixture(scope="module")
 def engines(random_components: Components) -> dict[GraphName, Engine]:
-    specs = random_components.specs()
-    return {n: EagerEngine(m, specs[n]) for n, m in random_components.graphs().items()}
-
-
-def conditioned(
-    parts: Components, engines: Mapping[GraphName, Engine], images: list[int], guided: bool = True
-) -> Conditioning:
-    texts = ["ab", "c", "xyz"]
-    return condition(
-        engines,
-        parts.tokenizer,
-        [texts[i] for i in images],
-        [""] * len(images) if guided else None,
-        [LAYOUTS[i] for i in images],
-    )
-
-
-def noise(images: list[int]) -> Tensor:
-    return torch.cat(
-        [torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(i)) for i in images]
-    )
-
-
-def plan(
-    steps: int = STEPS,
-    eta0: float = 2.0,
-    guidance: float = 3.0,
-    beta: float = 1.0,
-    window: tuple[float, float] = (0.0, 1.0),
-    savings: Savings = EXACT,
-) -> Schedule:
-    settings = AlignmentSettings(eta0=eta0, window=window)
-    etas = eta_table(steps, settings)
-    return Schedule(plms_table(steps), etas, (1.0, 0.5), guidance, beta, savings)
-
-
-def relative(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
+    return make_engines(random_components)
 
 
 @pytest.mark.parametrize("mode", ["step", "trajectory"])
@@ -185,28 +137,6 @@ def test_images_of_one_batch_may_have_settings_of_their_own(
                 rtol=1e-4,
                 atol=1e-5,
             )
-
-
-class Counted:
-    """A capture that warms up, and counts captures and replays."""
-
-    def __init__(self) -> None:
-        self.captures, self.replays = 0, 0
-
-    def __call__(
-        self, function: Callable[[], None], warm_up: Callable[[], None]
-    ) -> Callable[[], None]:
-        self.captures += 1
-        # as on a GPU
-        for _ in range(3):
-            warm_up()
-        replay = no_capture(function, warm_up)
-
-        def counted() -> None:
-            self.replays += 1
-            replay()
-
-        return counted
 
 
 def test_one_captured_step_replays_for_the_whole_trajectory(
@@ -421,21 +351,10 @@ def test_cuda_graphs_equal_the_plain_sampler(
 ) -> None:
     """Nobody has run this yet."""
     torch.backends.cudnn.allow_tf32 = False
-    specs = random_components.specs()
-    engines: dict[GraphName, Engine] = {
-        name: EagerEngine(deepcopy(module).cuda(), specs[name])
-        for name, module in random_components.graphs().items()
-    }
+    engines = make_engines(random_components, "cuda")
     sampler = ReplaySampler(engines, "cuda", mode=mode)
     for images in ([0, 1], [2], [1, 0]):
-        given = condition(
-            engines,
-            random_components.tokenizer,
-            ["ab"] * len(images),
-            [""] * len(images),
-            [LAYOUTS[i] for i in images],
-            "cuda",
-        )
+        given = conditioned(random_components, engines, images, device="cuda")
         schedule = plan(steps=20, beta=0.5, window=(0.0, 0.8))
         expected, _ = sample(engines, noise(images).cuda(), given, schedule)
         found, _ = sampler(noise(images).cuda(), given, schedule)

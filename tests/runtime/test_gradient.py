@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
+from hcma_fast.bench.contestants import SD14, components_of
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.export.graphs import example_inputs, random_inputs, trace_gradient
 from hcma_fast.export.precision import at_precision
@@ -69,6 +70,19 @@ def test_agrees_with_float64_autograd(tiny: Components, name: str) -> None:
         gradient = (z.double() - found["z_aligned"].double()) / rate
         assert _error(gradient, _gradient64(tiny, inputs)) <= 1e-5
         torch.testing.assert_close(inputs["z"], z, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["eager", "compile"])
+def test_agrees_with_float64_autograd_at_full_size(name: str) -> None:
+    """Random weights have small gradients, which a latent's rounding hides at a rate of 1."""
+    drawn = components_of(SD14, drawn=("aligner",))
+    engine = gradient_engine(name, drawn, drawn.specs()["align"], "cpu")
+    for batch, boxes in ((1, 3), (2, 30)):
+        inputs, rate = _inputs(drawn, batch, boxes), 1e6
+        found = engine({**inputs, "eta": torch.full((batch,), rate)})
+        gradient = (inputs["z"].double() - found["z_aligned"].double()) / rate
+        assert _error(gradient, _gradient64(drawn, inputs)) <= 1e-5
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -15,8 +15,8 @@ from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, Input
 from hcma_fast.runtime.trt import TRTEngine
 from hcma_fast.specs import IOSpec
 
-WIDTH = 256
-"""Of the stand-in's z"""
+from trt_graph import WIDTH, expected, make_inputs
+
 SPEC = IOSpec("align", (), ())
 
 
@@ -24,12 +24,12 @@ def test_a_call_gives_fresh_outputs_and_copies_only_what_is_scattered(stand_in: 
     engine = stand_in.start()
     kept = []
     for batch in (3, 1, 4):
-        inputs = stand_in.inputs(batch, seed=batch)
+        inputs = make_inputs(batch, seed=batch)
         scattered = inputs["z"].T.contiguous().T
         found = engine({**inputs, "z": scattered, "unknown": torch.zeros(1)})
-        torch.testing.assert_close(found, stand_in.expected(inputs))
+        torch.testing.assert_close(found, expected(inputs))
         assert stand_in.addresses["timestep"] == inputs["timestep"].data_ptr()
-        kept.append((found, stand_in.expected(inputs)))
+        kept.append((found, expected(inputs)))
     # no later call wrote into an earlier one's outputs
     torch.testing.assert_close(*zip(*kept, strict=True))
     with pytest.raises(UsageError, match="no tensors are bound"):
@@ -38,14 +38,14 @@ def test_a_call_gives_fresh_outputs_and_copies_only_what_is_scattered(stand_in: 
 
 def test_bound_buffers_are_read_and_written_in_place(stand_in: Any) -> None:
     engine = stand_in.start()
-    inputs, outputs = stand_in.inputs(2), engine.allocate(2)
+    inputs, outputs = make_inputs(2), engine.allocate(2)
     before = {name: tensor.data_ptr() for name, tensor in outputs.items()}
     engine.bind(inputs, outputs)
     for seed in (1, 2):
-        [inputs[name].copy_(tensor) for name, tensor in stand_in.inputs(2, seed=seed).items()]
+        [inputs[name].copy_(tensor) for name, tensor in make_inputs(2, seed=seed).items()]
         engine.enqueue()
         assert stand_in.stream == 5
-        torch.testing.assert_close(outputs, stand_in.expected(stand_in.inputs(2, seed=seed)))
+        torch.testing.assert_close(outputs, expected(make_inputs(2, seed=seed)))
     engine.enqueue(SimpleNamespace(cuda_stream=9))  # type: ignore[arg-type]
     assert stand_in.stream == 9
     assert {name: tensor.data_ptr() for name, tensor in outputs.items()} == before
@@ -70,7 +70,7 @@ def test_wrong_inputs_never_reach_the_library(
     stand_in: Any, change: dict[str, Any], words: str
 ) -> None:
     engine = stand_in.start()
-    inputs = {name: t for name, t in {**stand_in.inputs(2), **change}.items() if t is not None}
+    inputs = {name: t for name, t in {**make_inputs(2), **change}.items() if t is not None}
     with pytest.raises(InputError, match=words):
         engine(inputs)
     assert stand_in.addresses == {}
@@ -78,7 +78,7 @@ def test_wrong_inputs_never_reach_the_library(
 
 def test_buffers_that_cannot_be_bound_are_refused(stand_in: Any) -> None:
     engine = stand_in.start()
-    inputs, outputs = stand_in.inputs(2), engine.allocate(2)
+    inputs, outputs = make_inputs(2), engine.allocate(2)
     with pytest.raises(InputError, match="not contiguous"):
         engine.bind({**inputs, "z": inputs["z"].T.contiguous().T}, outputs)
     with pytest.raises(InputError, match="another batch size"):
@@ -109,11 +109,11 @@ def test_a_run_that_fails_is_typed_and_unbinds(
     engine = stand_in.start()
     stand_in.fails = fails
     with pytest.raises(kind):
-        engine(stand_in.inputs(2))
+        engine(make_inputs(2))
     stand_in.fails = False
     with pytest.raises(UsageError):
         engine.enqueue()
-    assert len(engine(stand_in.inputs(2))) == 2
+    assert len(engine(make_inputs(2))) == 2
 
 
 @pytest.mark.parametrize(

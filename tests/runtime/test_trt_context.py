@@ -16,28 +16,30 @@ from hcma_fast.export.trt_engine import TRTReport, trt_module
 from hcma_fast.runtime.capture import check_capturable
 from hcma_fast.runtime.open import open_engine
 
+from trt_graph import expected, make_inputs
+
 
 def test_scratch_memory_is_torchs_and_moves_for_a_larger_batch_only(stand_in: Any) -> None:
     engine = stand_in.start()
     strategies = trt_module("tensorrt-rtx").ExecutionContextAllocationStrategy
     assert stand_in.strategy == strategies.USER_MANAGED
     assert stand_in.scratch == (0, 0), "none before the batch is known"
-    engine(stand_in.inputs(2))
+    engine(make_inputs(2))
     first = stand_in.scratch
     assert first[1] == 2000
     for batch in (1, 2, 2):
-        engine(stand_in.inputs(batch))
+        engine(make_inputs(batch))
         assert stand_in.scratch == first
-    engine(stand_in.inputs(4))
+    engine(make_inputs(4))
     assert stand_in.scratch[1] == 4000
     # a fork has memory of its own, at one address, and shapes that are set once
     twin = stand_in.on_cpu(engine.fork())
     held = stand_in.scratch
-    twin(stand_in.inputs(2))
+    twin(make_inputs(2))
     assert stand_in.scratch[1] == 2000 and stand_in.scratch[0] != held[0]
     held, shapes_set = stand_in.scratch, stand_in.shapes_set
     for _ in range(3):
-        twin(stand_in.inputs(2))
+        twin(make_inputs(2))
     assert (stand_in.scratch, stand_in.shapes_set) == (held, shapes_set)
 
 
@@ -46,10 +48,10 @@ def test_an_engine_that_needs_scratch_for_some_batch_is_given_some_for_every(
 ) -> None:
     monkeypatch.setattr(stand_in, "update_device_memory_size_for_shapes", lambda: 0)
     stand_in.needs = 10
-    stand_in.start()(stand_in.inputs(2))
+    stand_in.start()(make_inputs(2))
     assert stand_in.scratch[1] == 256
     stand_in.needs, stand_in.scratch, stand_in.batch = 0, (0, 0), 0
-    stand_in.start()(stand_in.inputs(2))
+    stand_in.start()(make_inputs(2))
     assert stand_in.scratch == (0, 0)
 
 
@@ -59,10 +61,10 @@ def test_scratch_that_is_refused_or_lacking_is_typed_and_tried_again(
     engine = stand_in.start()
     stand_in.refuses_scratch = True
     with pytest.raises(EngineError, match="refuses its scratch memory: too little device memory"):
-        engine(stand_in.inputs(2))
+        engine(make_inputs(2))
     stand_in.refuses_scratch = False
-    assert len(engine(stand_in.inputs(2))) == 2
-    inputs, outputs = stand_in.inputs(4), engine.allocate(4)
+    assert len(engine(make_inputs(2))) == 2
+    inputs, outputs = make_inputs(4), engine.allocate(4)
 
     def lacking(*sizes: object, **options: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -73,16 +75,16 @@ def test_scratch_that_is_refused_or_lacking_is_typed_and_tried_again(
             engine.bind(inputs, outputs)
     engine.bind(inputs, outputs)
     engine.enqueue()
-    torch.testing.assert_close(outputs, stand_in.expected(inputs))
+    torch.testing.assert_close(outputs, expected(inputs))
 
 
 def test_no_capture_meets_an_allocation(stand_in: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twin = stand_in.on_cpu(stand_in.start().fork())
-    twin(stand_in.inputs(2))
+    twin(make_inputs(2))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    twin(stand_in.inputs(2))
+    twin(make_inputs(2))
     with pytest.raises(UsageError, match=r"align: 2 to 3.*Run it once"):
-        twin(stand_in.inputs(3))
+        twin(make_inputs(3))
 
 
 def test_a_fork_is_made_for_a_cuda_graph(stand_in: Any) -> None:
@@ -108,11 +110,11 @@ def test_an_engine_says_whether_a_cuda_graph_can_hold_it(stand_in: Any) -> None:
         stand_in.start(user_allocation=False).check_capturable()
     engine = stand_in.start()
     stand_in.capturable = False
-    engine(stand_in.inputs(2))
+    engine(make_inputs(2))
     engine.check_capturable()  # it is a fork that is captured, on a stream of its own
     twin = stand_in.on_cpu(engine.fork())
     twin.check_capturable()  # nothing ran yet
-    twin(stand_in.inputs(2))
+    twin(make_inputs(2))
     with pytest.raises(BackendError, match="says that no CUDA graph can hold this engine"):
         twin.check_capturable()
     stand_in.capturable = True
@@ -164,10 +166,10 @@ def test_the_runtime_cache_is_read_if_it_is_good_and_written_after_the_first_cal
     engine = stand_in.start(path)
     assert stand_in.kernels == (b"old:" if kept == "whole" else b"")
     assert (str(path) in caplog.text) == (kept not in ("whole", "empty"))
-    engine(stand_in.inputs(1))
+    engine(make_inputs(1))
     compiled = b"old:k" if kept == "whole" else b"k"
     assert path.read_bytes() == _with_hash(compiled)
-    engine(stand_in.inputs(1))
+    engine(make_inputs(1))
     assert path.read_bytes() == _with_hash(compiled)
     engine.save_runtime_cache()
     assert path.read_bytes() == _with_hash(compiled + b"k")
@@ -177,5 +179,5 @@ def test_kernels_that_cannot_be_kept_do_not_stop_an_image(
     stand_in: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = stand_in.start(tmp_path / "missing" / "kernels")
-    engine(stand_in.inputs(1))
+    engine(make_inputs(1))
     assert "are not kept" in caplog.text

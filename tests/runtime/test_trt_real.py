@@ -6,12 +6,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import onnx.parser
 import pytest
 import torch
 from onnx import numpy_helper
-from torch import Tensor
 
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export.build import build
@@ -21,39 +19,13 @@ from hcma_fast.models.weights import Components
 from hcma_fast.runtime.capture import CaptureMode
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.trt import TRTEngine
-from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
+from hcma_fast.specs import BatchRange
 
-WIDTH = 256
-SPEC = IOSpec(
-    "align",
-    (
-        TensorSpec("z", ("batch", WIDTH)),
-        TensorSpec("timestep", ("batch",), "int64"),
-        TensorSpec("lambdas", (2,)),
-    ),
-    (TensorSpec("z_aligned", ("batch", WIDTH)), TensorSpec("loss", ("batch",))),
-    BatchRange(1, 2, 4),
-)
+from trt_graph import SPEC, WEIGHT, WIDTH, expected, make_inputs
+
 needs_rtx = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="no tensorrt_rtx")
 #: for results on a GPU, whose sums run in another order
 CLOSE = {"rtol": 1e-4, "atol": 1e-4, "check_device": False}
-WEIGHT = np.random.default_rng(0).standard_normal((WIDTH, WIDTH)).astype("float32") / 16
-
-
-def expected(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What the graph computes, in float64."""
-    z = inputs["z"].cpu().double() @ torch.from_numpy(WEIGHT).double()
-    z = z * inputs["lambdas"][0].cpu() + inputs["timestep"].cpu()[:, None]
-    return {"z_aligned": z.float(), "loss": z.amax(1).float()}
-
-
-def make_inputs(batch: int, device: str = "cpu", seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "z": torch.randn(batch, WIDTH, generator=generator).to(device),
-        "timestep": torch.randint(0, 1000, (batch,), generator=generator).to(device),
-        "lambdas": torch.rand(2, generator=generator).to(device),
-    }
 
 
 def write_onnx(path: Path) -> Path:
