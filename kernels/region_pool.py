@@ -236,7 +236,8 @@ region_pool_backward_op.register_kernel("cuda")(region_pool_backward_cuda)
 
 @region_pool_backward_op.register_fake
 def _(grad: Tensor, regions: Tensor, total: Tensor) -> Tensor:
-    return grad.new_empty(len(grad), regions.shape[2], grad.shape[2])
+    # len() would fix the batch in a trace
+    return grad.new_empty(grad.shape[0], regions.shape[2], grad.shape[2])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:

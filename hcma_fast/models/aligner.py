@@ -18,7 +18,7 @@ from hcma_fast.errors import WeightsError
 from hcma_fast.kernels.cosine_loss import Outputs as LossesAndSlopes
 from hcma_fast.kernels.cosine_loss import cosine_loss_reference
 from hcma_fast.losses import global_loss, local_loss
-from hcma_fast.models.heads import CaptionHead, RegionHead
+from hcma_fast.models.heads import CaptionHead, Pool, RegionHead
 from hcma_fast.models.vit import LatentViT
 
 _NORM_FLOOR = 1e-12
@@ -43,11 +43,19 @@ class Aligner(nn.Module):
         return self.region_head.region_map(boxes, mask, grid)
 
     def features(
-        self, z: Tensor, regions: Tensor, timestep: Tensor | None = None
+        self,
+        z: Tensor,
+        regions: Tensor,
+        timestep: Tensor | None = None,
+        pool: Pool | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """z (B, C, h, w), regions (B, M, N) -> f^G (B, d_t), f^L (B, M, d_l)."""
+        """z (B, C, h, w), regions (B, M, N) -> f^G (B, d_t), f^L (B, M, d_l).
+
+        Args:
+            pool: see :meth:`RegionHead.forward`.
+        """
         image, cells = self.vit(z, timestep)
-        return self.caption_head(image), self.region_head(cells, regions)
+        return self.caption_head(image), self.region_head(cells, regions, pool)
 
     def losses(
         self,
@@ -116,6 +124,8 @@ class AlignStep(nn.Module):
     Args:
         losses: both losses and their gradient with respect to the features, in plain torch, or
             ``kernels.cosine_loss.cosine_loss_op``, which is one launch on a GPU.
+        pool: of the features over the boxes, see :meth:`RegionHead.forward`; the kernel's is
+            ``kernels.region_pool.region_pool_op``.
     """
 
     def __init__(
@@ -124,11 +134,13 @@ class AlignStep(nn.Module):
         *,
         normalized: bool = False,
         losses: Callable[..., LossesAndSlopes] = cosine_loss_reference,
+        pool: Pool | None = None,
     ) -> None:
         super().__init__()
         self.aligner = aligner
         self.normalized = normalized
         self.losses = losses
+        self.pool = pool
 
     def forward(
         self,
@@ -149,7 +161,7 @@ class AlignStep(nn.Module):
         # autograd rather than torch.func.grad: functorch fixes the batch size when it is traced
         with torch.enable_grad():
             leaf = z.detach().requires_grad_()
-            features = aligner.features(leaf, regions, timestep)
+            features = aligner.features(leaf, regions, timestep, self.pool)
             # the losses' own gradient in closed form: autograd would take four times the nodes.
             # Of the sum over the batch, so that each image's gradient is its own.
             _, loss_global, loss_local, *slopes = self.losses(

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hcma_fast.config import AlignerConfig
 from hcma_fast.models.regions import FOURIER_WIDTH, cell_coverage, fourier_embed
+
+Pool = Callable[[Tensor, Tensor], Tensor]
 
 
 class CaptionHead(nn.Sequential):
@@ -70,9 +74,18 @@ class RegionHead(nn.Module):
             weights = weights * gate
         return weights * mask.unsqueeze(-1)
 
-    def forward(self, local: Tensor, regions: Tensor) -> Tensor:
-        """local (B, N, d_v), regions (B, M, N) -> f^L (B, M, d_l)."""
-        total = regions.sum(-1, keepdim=True)
-        # an empty row stays zero: its weight is 0 and its denominator 1
-        weights = regions / torch.where(total > 0, total, torch.ones_like(total))
-        return self.project(weights.to(local.dtype) @ local)  # type: ignore[no-any-return]
+    def forward(self, local: Tensor, regions: Tensor, pool: Pool | None = None) -> Tensor:
+        """local (B, N, d_v), regions (B, M, N) -> f^L (B, M, d_l).
+
+        Args:
+            pool: what computes the means (B, M, d_v); None for :func:`mean_over_boxes`.
+        """
+        return self.project((pool or mean_over_boxes)(local, regions))  # type: ignore[no-any-return]
+
+
+def mean_over_boxes(local: Tensor, regions: Tensor) -> Tensor:
+    """sum_n B_i(n) Z_n / sum_n B_i(n): (B, N, d_v), (B, M, N) -> (B, M, d_v) (section 3.3.2)."""
+    total = regions.sum(-1, keepdim=True)
+    # an empty row stays zero: its weight is 0 and its denominator 1
+    weights = regions / torch.where(total > 0, total, torch.ones_like(total))
+    return weights.to(local.dtype) @ local

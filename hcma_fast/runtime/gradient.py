@@ -6,7 +6,8 @@ from importlib.util import find_spec
 
 from hcma_fast.config import GRAD_BACKENDS
 from hcma_fast.errors import BackendError
-from hcma_fast.kernels.cosine_loss import cosine_loss_op, cosine_loss_reference
+from hcma_fast.kernels.cosine_loss import cosine_loss_op
+from hcma_fast.kernels.region_pool import region_pool
 from hcma_fast.models.aligner import AlignStep
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.eager import EagerEngine
@@ -28,7 +29,7 @@ def check_grad_backend(name: str, device: str) -> None:
         )
     if name == "triton" and not (device.startswith("cuda") and find_spec("triton")):
         raise BackendError(
-            "the fused loss kernel needs Triton and an NVIDIA GPU",
+            "the fused kernels need Triton and an NVIDIA GPU",
             value=device,
             remedy='Use "compile", or the device cuda with pip install "hcma-fast[gpu]".',
         )
@@ -41,7 +42,8 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
         name: one of ``config.GRAD_BACKENDS``. ``eager``: autograd. ``compile``: forward and
             backward traced as one graph, and compiled by torch.compile at the first call, for any
             batch. ``triton``: the same, with both losses and their gradient in one launch of
-            ``kernels.cosine_loss``. ``onnx``: the exported graph, by ONNX Runtime, from the cache.
+            ``kernels.cosine_loss``, and the pooling over boxes by ``kernels.region_pool``.
+            ``onnx``: the exported graph, by ONNX Runtime, from the cache.
         spec: of the graph that is replaced.
 
     Raises:
@@ -50,9 +52,10 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
     check_grad_backend(name, device)
     if name == "onnx":
         return _onnx_engine(components, device)
-    losses = cosine_loss_op if name == "triton" else cosine_loss_reference
     normalized = components.settings.normalized
-    step = AlignStep(components.aligner, normalized=normalized, losses=losses).to(device)
+    step = AlignStep(components.aligner, normalized=normalized).to(device)
+    if name == "triton":
+        step.losses, step.pool = cosine_loss_op, region_pool
     if name == "eager":
         return EagerEngine(step, spec)
     from hcma_fast.export.graphs import example_inputs, trace_gradient

@@ -261,20 +261,41 @@ def test_gradient_through_torch_func(build: Callable[..., Any], how: str) -> Non
     torch.testing.assert_close(gradient(local), expected)
 
 
-def test_export_keeps_the_ops_and_a_free_batch() -> None:
+def _updated(z: Tensor, gradient: Tensor, table: Tensor, step: Tensor) -> Tensor:
+    return align_update(z, gradient, table, step, False)  # type: ignore[no-any-return]
+
+
+def _drawn(op: str, batch: int) -> list[Tensor]:
+    seeds = range(batch, batch + 4)
+    if op == "align_update":
+        latents = [normal(batch, 2, 4, 3, seed=seed) for seed in seeds[:2]]
+        return [*latents, update_inputs()[2][:1], STEP[:1]]
+    if op == "region_pool":
+        return [normal(batch, 9, 6, seed=seeds[0]), normal(batch, 5, 9, seed=seeds[1]).relu()]
+    texts = [normal(batch, 10, seed=seed) for seed in seeds[:2]]
+    boxes = [normal(batch, 4, 10, seed=seed) for seed in seeds[2:]]
+    return [*texts, *boxes, torch.ones(batch, 4, dtype=DOUBLE), torch.tensor([0.7, 1.3])]
+
+
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("align_update", _updated),
+        ("region_pool", region_pool_op),
+        ("cosine_loss", cosine_loss_op),
+    ],
+)
+def test_export_keeps_the_ops_and_a_free_batch(op: str, function: Callable[..., Any]) -> None:
     class Step(torch.nn.Module):
-        def forward(self, z: Tensor, gradient: Tensor, table: Tensor, step: Tensor) -> Tensor:
-            return align_update(z, gradient, table, step, False)  # type: ignore[no-any-return]
+        def forward(self, *inputs: Tensor) -> Any:
+            return function(*inputs)
 
     batch = torch.export.Dim("batch", max=64)
-    z, gradient, table, _ = update_inputs()
-    inputs = (z, gradient, table[:1], STEP[:1])
-    program = torch.export.export(
-        Step(), inputs, dynamic_shapes=({0: batch}, {0: batch}, None, None)
-    )
-    assert any("hcma_fast.align_update" in str(node.target) for node in program.graph.nodes)
-    larger = (normal(5, 2, 4, 3), normal(5, 2, 4, 3, seed=1), *inputs[2:])
-    torch.testing.assert_close(program.module()(*larger), Step()(*larger))
+    few, many = _drawn(op, 3), _drawn(op, 5)
+    free = [{0: batch} if len(one) != len(other) else None for one, other in zip(few, many)]
+    program = torch.export.export(Step(), tuple(few), dynamic_shapes=(tuple(free),))
+    assert any(f"hcma_fast.{op}" in str(node.target) for node in program.graph.nodes)
+    torch.testing.assert_close(program.module()(*many), Step()(*many))
 
 
 def test_compiled_updates_write_in_place() -> None:

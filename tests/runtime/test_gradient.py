@@ -14,6 +14,7 @@ from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.export.graphs import example_inputs, random_inputs, trace_gradient
 from hcma_fast.export.precision import at_precision
 from hcma_fast.kernels.cosine_loss import cosine_loss_op
+from hcma_fast.kernels.region_pool import region_pool
 from hcma_fast.losses import local_mean
 from hcma_fast.models.aligner import AlignStep
 from hcma_fast.models.weights import Components, load_components
@@ -87,17 +88,19 @@ def test_agrees_with_float64_autograd_at_full_size(name: str) -> None:
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_op_of_the_fused_losses_takes_its_place(
+def test_the_ops_of_the_fused_kernels_take_their_places(
     tiny: Components, dtype: str, compiled: bool
 ) -> None:
-    """On a CPU the op runs its reference; on a GPU the Triton kernel."""
+    """On a CPU the ops run their references; on a GPU the Triton kernels."""
     if compiled and dtype != "float32":
         pytest.skip("inductor's code for halves on a CPU is not what a GPU runs")
     step = at_precision("align", AlignStep(tiny.aligner), dtype)
-    step.losses = cosine_loss_op
+    step.losses, step.pool = cosine_loss_op, region_pool
     spec = tiny.specs()["align"]
     run = trace_gradient(step, example_inputs(spec))
-    assert any("cosine_loss" in str(node.target) for node in run.graph.nodes)
+    targets = " ".join(str(node.target) for node in run.graph.nodes)
+    for op in ("cosine_loss", "region_pool", "region_pool_backward"):
+        assert f"hcma_fast.{op}.default" in targets
     function = torch.compile(run, dynamic=True) if compiled else run
     inputs = _inputs(tiny, 2)
     inputs["eta"] *= 1e3
@@ -120,7 +123,7 @@ def test_the_pipeline_takes_it_in_place_of_the_backend(tiny: Components) -> None
 
 
 def test_what_cannot_run_is_refused_first(random_engine: object) -> None:
-    with pytest.raises(BackendError, match="fused loss kernel"):
+    with pytest.raises(BackendError, match="fused kernels"):
         HCMAPipeline.from_pretrained("tiny", grad_backend="triton")
     with pytest.raises(BackendError, match="unknown backend of the gradient"):
         HCMAPipeline.from_pretrained("tiny", grad_backend="jax")

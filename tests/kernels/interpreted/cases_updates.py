@@ -67,6 +67,34 @@ def test_denoise_update_over_all_evaluations(
     assert torch.isfinite(kernel[1]).all() and torch.isfinite(kernel[2]).all()
 
 
+def check_denoise(shape: tuple[int, ...], dtype: torch.dtype, k: int, guided: bool) -> None:
+    """One evaluation, from a state drawn at random."""
+    generator = torch.Generator().manual_seed(5)
+    z, stored, *ring = (torch.randn(shape, generator=generator) for _ in range(5))
+    state = [z, torch.stack(ring), stored]
+    (eps,) = predictions(shape, dtype, 1)
+    table, step = denoise_table(plms_table(50), 7.5), torch.tensor([k])
+    given = (eps[0] if guided else None, eps[1])
+    wide = tuple(None if e is None else e.double() for e in given)
+    peer = denoise_update_reference(*(v.clone() for v in state), *given, table.float(), step)
+    exact = denoise_update_reference(*double(state), *wide, table, step)
+    denoise_update_cuda(*state, *given, table.float(), step)
+    check(state, peer, exact)
+
+
+# a program has 1024 elements: one, some of one, whole ones, and a rest
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 4, 9, 7), (2, 4, 64, 64), (2, 4, 72, 61)])
+@pytest.mark.parametrize("k", [0, 1, 2, 4, 50])
+def test_denoise_update_over_several_programs(shape: tuple[int, ...], k: int) -> None:
+    check_denoise(shape, torch.float16, k, guided=True)
+
+
+@EXAMPLES
+@given(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.integers(0, 50), st.booleans())
+def test_denoise_update_shapes(batch: int, height: int, width: int, k: int, guided: bool) -> None:
+    check_denoise((batch, 4, height, width), DTYPES[height % 3], k, guided)
+
+
 @pytest.mark.parametrize("step", [-1, 51, 10**12])
 def test_updates_outside_the_table_change_nothing(step: int) -> None:
     table, counter = denoise_table(plms_table(50), 7.5).float(), torch.tensor([step])
