@@ -292,7 +292,8 @@ def test_export_keeps_the_ops_and_a_free_batch(op: str, function: Callable[..., 
 
     batch = torch.export.Dim("batch", max=64)
     few, many = _drawn(op, 3), _drawn(op, 5)
-    free = [{0: batch} if len(one) != len(other) else None for one, other in zip(few, many)]
+    pairs = zip(few, many, strict=True)
+    free = [{0: batch} if len(one) != len(other) else None for one, other in pairs]
     program = torch.export.export(Step(), tuple(few), dynamic_shapes=(tuple(free),))
     assert any(f"hcma_fast.{op}" in str(node.target) for node in program.graph.nodes)
     torch.testing.assert_close(program.module()(*many), Step()(*many))
