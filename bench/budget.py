@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hcma_fast.bench.counting import count_module
-from hcma_fast.bench.overhead import NoOpEngine, no_op_conditioning, zeros
+from hcma_fast.bench.overhead import NoOpEngine, no_op_conditioning, no_op_engines, zeros
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.runtime.cudagraph import ReplaySampler
@@ -65,9 +65,7 @@ def count_tiny() -> Counts:
             "io_bytes": counts.io_bytes,
             "unfused_bytes": sum(operation.bytes for operation in counts.operations),
         }
-    engines: dict[GraphName, Engine] = {
-        name: NoOpEngine(specs[name], 2 if name.startswith("unet") else 1) for name in GRAPH_NAMES
-    }
+    engines: dict[GraphName, Engine] = dict(no_op_engines(specs, GRAPH_NAMES))
     replay = ReplaySampler(engines, "cpu")
     samplers: Mapping[str, Callable[..., object]] = {
         "sampler": lambda *given: sample(engines, *given),

@@ -20,6 +20,7 @@ from hcma_fast.specs import BatchRange, GraphName
 if TYPE_CHECKING:
     from hcma_fast.export.target import Target
     from hcma_fast.models.weights import Components
+    from hcma_fast.runtime.capture import CaptureMode
     from hcma_fast.runtime.engine import Engine
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
@@ -28,24 +29,11 @@ LAYOUT = Layout(["dog", "pizza"], [(0.05, 0.3, 0.45, 0.9), (0.5, 0.5, 0.95, 0.9)
 SEED = 0
 SD14 = "sd14"
 """The full-size preset, with random weights: nothing is downloaded"""
-_THINGS = (
-    *(
-        "dog",
-        "pizza",
-        "cat",
-        "car",
-        "bird",
-        "boat",
-        "bus",
-        "horse",
-        "sheep",
-        "cow",
-        "bear",
-        "zebra",
-    ),
-    *("kite", "cup", "fork", "knife", "spoon", "apple", "cake", "chair", "bed", "book", "clock"),
-    *("vase", "train", "truck", "bench", "sofa", "tie", "ball"),
+_WORDS = (
+    "dog pizza cat car bird boat bus horse sheep cow bear zebra kite cup fork knife "
+    "spoon apple cake chair bed book clock vase train truck bench sofa tie ball"
 )
+_THINGS = tuple(_WORDS.split())
 
 
 @dataclass(frozen=True)
@@ -107,7 +95,7 @@ class Ours:
     precision: str = "float32"
     fuse: bool = False
     """a whole evaluation in one graph"""
-    cuda_graphs: bool = False
+    cuda_graphs: CaptureMode | None = None
 
     @classmethod
     def named(cls, text: str) -> Ours:
@@ -256,7 +244,7 @@ def open_pipe(
         )
         pipe.grad_backend = ours.grad_backend
     if ours.cuda_graphs:
-        pipe.enable_cuda_graphs()
+        pipe.enable_cuda_graphs(ours.cuda_graphs)
     return pipe
 
 
@@ -337,9 +325,9 @@ def components_of(
     from hcma_fast.models.weights import load_components
 
     parts = RandomSD14().drawn(*drawn) if model == SD14 else load_components(model)
-    for module in (parts.text_encoder, parts.unet, parts.vae, parts.aligner):
-        if not next(module.parameters()).is_meta:
-            module.to(device)
+    modules = (parts.text_encoder, parts.unet, parts.vae, parts.aligner)
+    for module in (one for one in modules if not next(one.parameters()).is_meta):
+        module.to(device)
     return parts
 
 

@@ -12,6 +12,7 @@ from hcma_fast.bench.harness import Group
 from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
+from hcma_fast.export.target import TRT_LIBRARIES
 from hcma_fast.specs import GraphName
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ _UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
 def ladder(plan: Plan) -> list[Group]:
     """Each rung has what those before it have, but for what its name says."""
     work = plan.work()
-    rungs = _gpu_rungs() if plan.on_gpu else _cpu_rungs(plan)
+    rungs = _gpu_rungs(plan) if plan.on_gpu else _cpu_rungs(plan)
     cases = [
         ours_case(plan.model, ours, work, plan.device, name)
         for name, ours in (rungs[:2] if plan.quick else rungs)
@@ -39,33 +40,39 @@ def _cpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
     ]
     for place, ours in enumerate(ours for ours in plan.chosen if ours.backend != "eager"):
         if place:
-            rungs.append((f"all graphs on {ours.label} instead, evaluation by parts", ours))
+            rungs.append((f"all graphs on {ours.label} instead", ours))
             continue
         rungs += [
             (f"UNet on {ours.label}", replace(ours, graphs=_UNETS, grad_backend="compile")),
             (f"gradient on {ours.label}", replace(ours, graphs=(*_UNETS, "align"))),
             ("text encoder, grounding and VAE too", ours),
         ]
-        # OpenVINO has no step graphs in bfloat16
-        if plan.model != SD14 and ours.precision == "float32":
-            rungs.append(("a whole evaluation in one graph", replace(ours, fuse=True)))
     return rungs
 
 
-def _gpu_rungs() -> list[tuple[str, Ours]]:
+def _gpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
+    fused = find_spec("triton") is not None
+    best = Ours("eager", grad_backend="triton" if fused else "compile")
     rungs = [
         ("our sampler and graphs, torch eager", Ours("eager")),
-        ("CUDA graphs", Ours("eager", cuda_graphs=True)),
-        ("gradient by torch.compile, no CUDA graphs", Ours("eager", grad_backend="compile")),
+        ("gradient by torch.compile", Ours("eager", grad_backend="compile")),
     ]
-    if find_spec("triton"):
-        rungs.append(("losses by one Triton kernel", Ours("eager", grad_backend="triton")))
-    if find_spec("tensorrt"):
+    if fused:
+        rungs.append(("its losses and pooling by Triton kernels", best))
+    rungs += [
+        ("a CUDA graph per evaluation", replace(best, cuda_graphs="step")),
+        ("one CUDA graph for all evaluations", replace(best, cuda_graphs="trajectory")),
+    ]
+    for library in (name for name in TRT_LIBRARIES if find_spec(name.replace("-", "_"))):
+        ours = Ours(library, cuda_graphs="trajectory")
+        half = replace(ours, precision="float16")
         rungs += [
-            ("all graphs on TensorRT", Ours("tensorrt")),
-            ("CUDA graphs", Ours("tensorrt", cuda_graphs=True)),
-            ("float16", Ours("tensorrt", precision="float16", cuda_graphs=True)),
+            (f"all graphs on {library} instead of torch", ours),
+            (f"{library} in float16", half),
         ]
+        # tiny leaves steps unaligned, where step graphs would not be used
+        if plan.model == SD14:
+            rungs.append((f"{library}, a whole evaluation as one engine", replace(half, fuse=True)))
     # names are keys
     return [(f"{place}. {name}", ours) for place, (name, ours) in enumerate(rungs, 1)]
 

@@ -6,27 +6,36 @@ Left are the loop, its look-ups, and the few elementwise operators of guidance, 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from time import perf_counter
+from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from hcma_fast.bench.machine import Machine, describe_machine
+from hcma_fast.bench.contestants import SD14, weights_hash_of
+from hcma_fast.bench.harness import Case, Group
+from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import UsageError
-from hcma_fast.models.random_sd14 import RandomSD14
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.sampler import Conditioning, Schedule, sample, sample_fused
-from hcma_fast.specs import BATCH, MAX_BATCH, GraphName, IOSpec, TensorSpec
+from hcma_fast.specs import BATCH, GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec, TensorSpec
+
+if TYPE_CHECKING:
+    from hcma_fast.models.weights import Components
+    from hcma_fast.runtime.engine import Engine
+    from hcma_fast.runtime.sampler import Conditioning
 
 GOAL_MS = 0.3
 """Per step."""
-_SAMPLERS: dict[str, tuple[Callable[..., object], tuple[GraphName, ...]]] = {
-    "sampler": (sample, ("align", "unet_grounded", "unet_plain")),
-    "fused sampler": (sample_fused, ("step_grounded", "step_plain")),
+_TRAJECTORIES = 20
+"""In a run: one alone is too short for a clock"""
+_SAMPLERS: dict[str, tuple[GraphName, ...]] = {
+    "sampler": GRAPH_NAMES,
+    "sampler with step graphs": STEP_NAMES,
+    # on a GPU it is captured and replayed; on a CPU the same code is called
+    "captured sampler": GRAPH_NAMES,
+    "captured sampler with step graphs": (*GRAPH_NAMES, *STEP_NAMES),
 }
 
 
@@ -37,10 +46,10 @@ class NoOpEngine:
         batch: what the graph gets; outputs are zeros, made once.
     """
 
-    def __init__(self, spec: IOSpec, batch: int) -> None:
+    def __init__(self, spec: IOSpec, batch: int, device: str = "cpu") -> None:
         self.spec = spec
         self.calls = 0
-        self._outputs = {tensor.name: zeros(tensor, batch) for tensor in spec.outputs}
+        self._outputs = {tensor.name: zeros(tensor, batch, device) for tensor in spec.outputs}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Nothing is computed, and no input is looked at."""
@@ -48,98 +57,105 @@ class NoOpEngine:
         return self._outputs
 
 
-def zeros(tensor: TensorSpec, batch: int) -> Tensor:
+def zeros(tensor: TensorSpec, batch: int, device: str = "cpu") -> Tensor:
     """A tensor as the spec has it."""
     sizes = [batch if size == BATCH else int(size) for size in tensor.shape]
-    return torch.zeros(sizes, dtype=getattr(torch, tensor.dtype))
+    return torch.zeros(sizes, dtype=getattr(torch, tensor.dtype), device=device)
 
 
-class OverheadRow(BaseModel):
-    """One sampler; milliseconds per PLMS step, over the runs."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    median_ms: float
-    p10_ms: float
-    p90_ms: float
-    calls: dict[str, int]
-    """of each engine in one run"""
-
-
-class OverheadReport(BaseModel):
-    """What :func:`measure_overhead` found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    preset: str
-    batch: int
-    num_inference_steps: int
-    rounds: int
-    goal_ms: float = GOAL_MS
-    rows: tuple[OverheadRow, ...]
-    machine: Machine
+def no_op_engines(
+    specs: Mapping[GraphName, IOSpec],
+    names: tuple[GraphName, ...],
+    batch: int = 1,
+    device: str = "cpu",
+) -> dict[GraphName, NoOpEngine]:
+    """Of these graphs, for a batch of images with guidance."""
+    return {
+        name: NoOpEngine(specs[name], 2 * batch if name.startswith("unet") else batch, device)
+        for name in names
+    }
 
 
-def measure_overhead(
-    model: str = "tiny", *, batch: int = 1, num_inference_steps: int = 50, rounds: int = 30
-) -> OverheadReport:
-    """Run the samplers in turns on engines that do nothing, guided and aligned at every step.
+def overhead(plan: Plan) -> list[Group]:
+    """The samplers in turns, with guidance and an alignment at every step; figure: ms per step."""
+    steps, trajectories = (4, 1) if plan.quick else (50, _TRAJECTORIES)
+    return [
+        Group(
+            f"sampler alone, the goal is {GOAL_MS} ms per step",
+            [
+                Case(
+                    name,
+                    partial(load_sampler, plan.model, name, steps, trajectories, plan.device),
+                    {"batch": 1, "steps": steps, "trajectories": trajectories},
+                    trajectories,
+                    max_error=None,  # zeros in, zeros out
+                )
+                for name in _SAMPLERS
+            ],
+        )
+    ]
+
+
+def load_sampler(
+    model: str, name: str, steps: int, trajectories: int, device: str = "cpu"
+) -> Contestant:
+    """A sampler on engines of the model's shapes that do nothing; its figure is ms per step.
 
     Args:
-        model: whose shapes are taken: ``sd14`` (no weights needed), a preset, a folder or hub id.
-        batch: images at once.
-        rounds: timed runs of each, after one that is not.
+        name: of the cases of :func:`overhead`.
 
     Raises:
-        UsageError: a number out of its range.
         WeightsError: no such model.
     """
-    for what, value, most in (("batch", batch, MAX_BATCH // 2), ("rounds", rounds, 100_000)):
-        if not 1 <= value <= most:
-            remedy = f"Use 1 to {most}."
-            raise UsageError(f"{what} is out of its range", value=value, remedy=remedy)
-    schedule = Schedule.of(num_inference_steps, AlignmentSettings())
-    parts = RandomSD14().without_weights() if model == "sd14" else load_components(model)
-    conditioning = no_op_conditioning(parts, batch)
+    from time import perf_counter
+
+    from hcma_fast.models.random_sd14 import RandomSD14
+    from hcma_fast.models.weights import load_components
+    from hcma_fast.runtime.sampler import Schedule
+
+    parts = RandomSD14().without_weights() if model == SD14 else load_components(model)
     specs = parts.specs()
-    z = zeros(specs["align"].inputs[0], batch)
-    seconds: dict[str, list[float]] = {name: [] for name in _SAMPLERS}
-    calls: dict[str, dict[str, int]] = {}
-    with torch.no_grad():
-        for _ in range(rounds + 1):
-            for name, (run, graphs) in _SAMPLERS.items():
-                engines = {
-                    graph: NoOpEngine(specs[graph], 2 * batch if graph[:4] == "unet" else batch)
-                    for graph in graphs
-                }
-                start = perf_counter()
-                run(engines, z, conditioning, schedule)
-                seconds[name].append(perf_counter() - start)
-                calls[name] = {graph: engine.calls for graph, engine in engines.items()}
-    return OverheadReport(
-        preset=parts.preset,
-        batch=batch,
-        num_inference_steps=num_inference_steps,
-        rounds=rounds,
-        rows=tuple(
-            # the first run is the warm-up
-            _row(name, np.array(taken[1:]) * 1e3 / num_inference_steps, calls[name])
-            for name, taken in seconds.items()
-        ),
-        machine=describe_machine(),
-    )
+    engines = no_op_engines(specs, _SAMPLERS[name], device=device)
+    schedule = Schedule.of(steps, AlignmentSettings())
+    conditioning = no_op_conditioning(parts, 1, device)
+    z = zeros(specs["align"].inputs[0], 1, device)
+    run = _sampler(name, dict(engines), device)
+    taken = [0.0]
+
+    def generate() -> NDArray[np.float32]:
+        start = perf_counter()
+        with torch.no_grad():
+            for _ in range(trajectories):
+                found, _ = run(z, conditioning, schedule)
+            result: NDArray[np.float32] = found.cpu().numpy()  # waits for a GPU
+        taken[0] = perf_counter() - start
+        return result
+
+    def figures() -> dict[str, float]:
+        return {"ms_per_step": taken[0] * 1e3 / (trajectories * steps)}
+
+    return Contestant(generate, *weights_hash_of(model), device, figures)
 
 
-def _row(name: str, taken_ms: NDArray[np.float64], calls: dict[str, int]) -> OverheadRow:
-    p10, median, p90 = (float(value) for value in np.percentile(taken_ms, [10, 50, 90]))
-    return OverheadRow(name=name, median_ms=median, p10_ms=p10, p90_ms=p90, calls=calls)
+def _sampler(
+    name: str, engines: Mapping[GraphName, Engine], device: str
+) -> Callable[..., tuple[Tensor, object]]:
+    from hcma_fast.runtime.cudagraph import ReplaySampler
+    from hcma_fast.runtime.sampler import sample, sample_fused
+
+    if name.startswith("captured"):
+        return ReplaySampler(engines, device)
+    return partial(sample_fused if "step graphs" in name else sample, engines)
 
 
-def no_op_conditioning(parts: Components, batch: int) -> Conditioning:
+def no_op_conditioning(parts: Components, batch: int, device: str = "cpu") -> Conditioning:
     """Zeros: nothing looks at them."""
+    from hcma_fast.runtime.sampler import Conditioning
+
     specs = parts.specs()
     fixed = {t.name: t for name in ("align", "unet_grounded") for t in specs[name].inputs}
     both = {"text_context": 2 * batch, "grounding_context": 2 * batch}
     names = Conditioning.__dataclass_fields__
-    return Conditioning(**{name: zeros(fixed[name], both.get(name, batch)) for name in names})
+    return Conditioning(
+        **{name: zeros(fixed[name], both.get(name, batch), device) for name in names}
+    )

@@ -52,10 +52,12 @@ def installed_backends(device: str) -> tuple[Ours, ...]:
             found.append(Ours("openvino", precision="bfloat16"))
         return (*found, Ours("eager"))
     from hcma_fast.export.session import CUDA
+    from hcma_fast.export.target import TRT_LIBRARIES
 
     found = []
-    if find_spec("tensorrt"):
-        found += [Ours("tensorrt"), Ours("tensorrt", precision="float16")]
+    for library in TRT_LIBRARIES:
+        if find_spec(library.replace("-", "_")):
+            found += [Ours(library), Ours(library, precision="float16")]
     if find_spec("onnxruntime"):
         import onnxruntime
 

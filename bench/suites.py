@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 from hcma_fast.bench.contestants import SD14, weights_hash_of
 from hcma_fast.bench.harness import Group, run_group
+from hcma_fast.bench.kernel_times import kernels
 from hcma_fast.bench.ladder import ladder
 from hcma_fast.bench.machine import describe_machine
+from hcma_fast.bench.overhead import overhead
 from hcma_fast.bench.peers_speed import peers
 from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.report import Report
@@ -15,7 +17,7 @@ from hcma_fast.bench.scaling import fit_scaling, scaling
 from hcma_fast.bench.speed import ours_case, plain_case
 from hcma_fast.bench.stages import align, build, unet
 from hcma_fast.bench.training import train
-from hcma_fast.errors import UsageError
+from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.runtime.requests import check_device
 
 
@@ -58,7 +60,11 @@ SUITES: dict[str, tuple[Callable[[Plan], list[Group]], int]] = {
     "unet": (unet, 5),
     "build": (build, 1),
     "train": (train, 3),
+    "overhead": (overhead, 10),
+    "kernels": (kernels, 5),
 }
+ON_GPU = ("kernels",)
+"""Suites that a CPU cannot run"""
 
 
 def check_suites(names: Sequence[str], plan: Plan) -> None:
@@ -66,13 +72,20 @@ def check_suites(names: Sequence[str], plan: Plan) -> None:
 
     Raises:
         UsageError: an unknown suite, or one twice, or an unknown device.
-        BackendError: an unknown backend, one not in this precision, or no such device.
+        BackendError: an unknown backend, one not in this precision, no such device, or a suite
+            that this device cannot run.
         WeightsError: no such model.
     """
     for name in names:
         if name not in SUITES:
             remedy = f"Suites: {', '.join(SUITES)}; or all."
             raise UsageError("unknown suite", value=name, remedy=remedy)
+        if name in ON_GPU and not plan.on_gpu:
+            raise BackendError(
+                "this suite needs an NVIDIA GPU",
+                value=name,
+                remedy="Use --device cuda; hcma-fast bench kernels --offline counts without one.",
+            )
     if len(set(names)) < len(names):
         raise UsageError("a suite is named twice", value=list(names), remedy="Name it once.")
     _ = plan.chosen  # refuses unknown ones

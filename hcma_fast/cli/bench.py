@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from hcma_fast.cli.bench_limits import overhead, roofline
+from hcma_fast.cli.bench_limits import roofline
 from hcma_fast.cli.bench_savings import savings
 from hcma_fast.cli.bench_suites import compare, run, soak
 from hcma_fast.cli.options import PLAIN_HELP
@@ -35,7 +35,6 @@ bench_app = typer.Typer(
     rich_markup_mode=PLAIN_HELP,
 )
 bench_app.command(short_help="Estimate the least time on a GPU, by peak rates.")(roofline)
-bench_app.command()(overhead)
 bench_app.command(short_help="Run suites of cases side by side, each in its own process.")(run)
 bench_app.command(short_help="Compare two results of run, row by row.")(compare)
 bench_app.command(short_help="Mixed requests for a long time, with faults among them.")(soak)
@@ -233,7 +232,9 @@ def kernels(
 
     if not offline:
         raise UsageError(
-            "kernels are not timed yet", value="no --offline", remedy="Add --offline to count."
+            "kernels are counted here, and timed by a suite",
+            value="no --offline",
+            remedy="Add --offline, or run hcma-fast bench run kernels --device cuda.",
         )
     with redirect_stdout(stderr.file):
         report = offline_table(progress=print_note)

@@ -1,4 +1,4 @@
-"""``hcma-fast bench roofline`` and ``overhead``: what is left if all else were perfect."""
+"""``hcma-fast bench roofline``: what is left if all else were perfect."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hcma_fast.config import MAX_OBJECTS
 
 if TYPE_CHECKING:
     from hcma_fast.bench.gpus import GPU
-    from hcma_fast.bench.overhead import OverheadReport
     from hcma_fast.bench.roofline import BatchTime, RooflineReport
 
 
@@ -138,43 +137,3 @@ def _ms(seconds: float) -> str:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def overhead(
-    model: Annotated[
-        str, typer.Option(help="Whose shapes: sd14 (no weights needed), tiny, or a folder.")
-    ] = "tiny",
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 30,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
-) -> None:
-    """Time the sampler's own loop, with engines that do nothing."""
-    from hcma_fast.bench.overhead import measure_overhead
-
-    report = measure_overhead(model, batch=batch, num_inference_steps=steps, rounds=rounds)
-    if json_:
-        print_json(report.model_dump(mode="json"))
-    else:
-        typer.echo(overhead_table(report))
-
-
-def overhead_table(report: OverheadReport) -> str:
-    """The report in Markdown."""
-    return "\n".join(
-        [
-            f"Shapes of {report.preset}, batch {report.batch}, {report.num_inference_steps} steps "
-            f"with guidance, {report.rounds} rounds, engines that do nothing; milliseconds per "
-            f"step, the goal is {report.goal_ms:g}",
-            "",
-            "| | median | p10 | p90 | engine calls |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {row.name} | {row.median_ms:.3f} | {row.p10_ms:.3f} | {row.p90_ms:.3f} "
-                f"| {', '.join(f'{graph} {n}' for graph, n in row.calls.items() if n)} |"
-                for row in report.rows
-            ),
-            "",
-            f"{report.machine.line()}.",
-        ]
-    )

@@ -24,7 +24,8 @@ def run(
         list[str],
         typer.Argument(
             metavar="SUITE",
-            help="latency, throughput, peers, ladder, scaling, align, unet, build, train, or all.",
+            help="latency, throughput, peers, ladder, scaling, align, unet, build, train, "
+            "overhead, kernels (on a GPU), or all.",
         ),
     ],
     model: Annotated[
@@ -62,12 +63,13 @@ def run(
     from hcma_fast.bench.plan import Plan
     from hcma_fast.bench.plots import check_installed
     from hcma_fast.bench.report import Results, report_markdown, rows_csv
-    from hcma_fast.bench.suites import SUITES, check_suites, run_suite
+    from hcma_fast.bench.suites import ON_GPU, SUITES, check_suites, run_suite
 
     if json_ and csv:
         raise UsageError("--json and --csv exclude each other", remedy="Use one of them.")
-    names = list(SUITES) if suites == ["all"] else suites
     plan = Plan(model, device, tuple(backend or ()), rounds, quick)
+    every = [name for name in SUITES if plan.on_gpu or name not in ON_GPU]
+    names = every if suites == ["all"] else suites
     check_suites(names, plan)
     reports: list[Report] = []
 

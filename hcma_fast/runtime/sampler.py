@@ -193,14 +193,16 @@ def _rounded(z: Tensor) -> Tensor:
 def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) -> bool:
     """Whether the step graphs are there, and can run images with these schedules as one batch.
 
-    They guide and align always, know of no approximation, and have one table for all images.
+    They guide and align always, know of no approximation, and have one table for all images. Where
+    a window leaves steps unaligned, the separate graphs save those alignments, which cost more than
+    a call (docs/decisions.md).
     """
     first = schedules[0]
     able = first.guidance_scale > 1 and not first.savings.approximate
     return (
         "step_grounded" in engines
         and able
-        and bool((first.etas > 0).any())
+        and bool((first.etas[first.table.aligns] > 0).all())
         and all(other is first or _same_but_lambdas(first, other) for other in schedules)
     )
 

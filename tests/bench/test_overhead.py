@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hcma_fast.bench.overhead import NoOpEngine, OverheadReport, measure_overhead
+from hcma_fast.bench import overhead as module
+from hcma_fast.bench.overhead import NoOpEngine, load_sampler, overhead
+from hcma_fast.bench.plan import Plan
 from hcma_fast.cli.app import main
-from hcma_fast.cli.bench_limits import overhead_table
-from hcma_fast.errors import UsageError
 from hcma_fast.models.weights import Components
 from hcma_fast.specs import BATCH
 
@@ -43,39 +44,49 @@ def test_engines_do_no_work(random_components: Components) -> None:
             assert first[tensor.name].dtype == getattr(torch, tensor.dtype)
 
 
-@pytest.fixture(scope="module")
-def report() -> OverheadReport:
-    return measure_overhead("tiny", batch=2, num_inference_steps=50, rounds=3)
+CALLS = {
+    "sampler": {"align": 50, "unet_grounded": 51},
+    "sampler with step graphs": {"step_grounded": 51},
+    "captured sampler": {"align": 50, "unet_grounded": 51},
+    "captured sampler with step graphs": {"step_grounded": 51},
+}
 
 
-def test_fifty_steps_are_51_evaluations_and_50_alignments(report: OverheadReport) -> None:
-    calls = {row.name: row.calls for row in report.rows}
-    assert calls["sampler"] == {"align": 50, "unet_grounded": 51, "unet_plain": 0}
-    assert calls["fused sampler"] == {"step_grounded": 51, "step_plain": 0}
+def test_every_sampler_is_a_case_of_the_suite() -> None:
+    (group,) = overhead(Plan("tiny"))
+    assert [case.name for case in group.cases] == list(CALLS)
+    assert all(case.labels["steps"] == 50 and case.max_error is None for case in group.cases)
 
 
-def test_percentiles_are_in_order(report: OverheadReport) -> None:
-    for row in report.rows:
-        assert 0 < row.p10_ms <= row.median_ms <= row.p90_ms
-    assert (report.preset, report.goal_ms) == ("tiny", 0.3)
+@pytest.mark.parametrize("name", CALLS)
+def test_fifty_steps_are_51_evaluations_and_50_alignments(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[NoOpEngine] = []
+
+    class Counted(NoOpEngine):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            made.append(self)
+
+    monkeypatch.setattr(module, "NoOpEngine", Counted)
+    contestant = load_sampler("tiny", name, 50, 2)
+    contestant.generate()
+    before = {engine.spec.graph: engine.calls for engine in made}
+    z = contestant.generate()
+    calls = {engine.spec.graph: engine.calls - before[engine.spec.graph] for engine in made}
+    assert {graph: n for graph, n in calls.items() if n} == {
+        graph: 2 * n for graph, n in CALLS[name].items()
+    }
+    assert z.shape == (1, 4, 16, 16)
+    figures = contestant.figures()
+    assert 0 < figures["ms_per_step"] < 100
 
 
-@pytest.mark.parametrize(
-    "options", [{"batch": 0}, {"batch": 513}, {"rounds": 0}, {"num_inference_steps": 1}]
-)
-def test_bad_options(options: dict[str, int]) -> None:
-    with pytest.raises(UsageError):
-        measure_overhead("tiny", **options)  # type: ignore[arg-type]
-
-
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["bench", "overhead", "--model", "sd14", "--steps", "4", "--rounds", "2"]
-    assert main([*command, "--json"]) == 0
-    found = OverheadReport.model_validate(json.loads(capsys.readouterr().out))
-    assert found.rows[0].calls == {"align": 4, "unet_grounded": 5, "unet_plain": 0}
+def test_the_suite_runs_at_full_size_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["bench", "run", "overhead", "--model", "sd14", "--quick", "--json"]
     assert main(command) == 0
-    shown = capsys.readouterr().out
-    assert "align 4, unet_grounded 5" in shown
-    assert found.machine.cpu in shown
-    assert overhead_table(found).endswith(f"{found.machine.line()}.")
-    assert main(["bench", "overhead", "--model", "no-such-model"]) == 3
+    (report,) = json.loads(capsys.readouterr().out)["reports"]
+    assert [row["name"] for row in report["rows"]] == list(CALLS)
+    assert all(row["figures"]["ms_per_step"] > 0 and not row["void"] for row in report["rows"])
+    assert main(["bench", "run", "overhead", "--model", "no-such-model"]) == 3

@@ -21,7 +21,7 @@ from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
 from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.ladder import ladder, ladder_png
+from hcma_fast.bench.ladder import ladder_png
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
 from hcma_fast.bench.plan import Plan
@@ -230,23 +230,6 @@ def test_a_power_law_is_fitted_exactly_and_plotted() -> None:
 
 def test_a_single_size_has_no_fit() -> None:
     assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
-
-
-def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
-    def rungs(*backends: str) -> list[str]:
-        (group,) = ladder(Plan("tiny", backends=backends))
-        return [case.name for case in group.cases][3:]
-
-    whole = ["text encoder, grounding and VAE too", "a whole evaluation in one graph"]
-    assert rungs("openvino") == ["UNet on openvino", "gradient on openvino", *whole]
-    half = ["UNet on openvino bfloat16", "gradient on openvino bfloat16", whole[0]]
-    assert rungs("openvino:bfloat16") == half
-    assert rungs("eager", "onnxruntime") == [
-        *("UNet on onnxruntime", "gradient on onnxruntime"),
-        *whole,
-    ]
-    both = rungs("onnxruntime", "openvino")
-    assert both[4:] == ["all graphs on openvino instead, evaluation by parts"]
 
 
 def test_the_gradient_is_measured_on_the_backends_that_are_chosen() -> None:

@@ -13,6 +13,8 @@ from interpreter_rules import DTYPES, EXAMPLES, check, double, rows_of
 from torch import Tensor
 from triton.runtime import interpreter
 
+from hcma_fast.bench.harness import relative_error
+from hcma_fast.bench.kernel_times import ERRORS, KERNELS, TORCH, TRITON, load_kernel
 from hcma_fast.bench.kernels import CASES
 from hcma_fast.kernels.align_update import (
     align_update_cuda,
@@ -214,3 +216,10 @@ def test_bytes_of_the_offline_table_are_those_that_the_kernel_asks_for(
     monkeypatch.setattr(builder, "create_masked_store", counting_store)
     replace(launch, arguments=arguments).run()
     assert asked == traffic.moved
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_timed_suite_compares_a_kernel_with_its_reference(kernel: str, dtype: str) -> None:
+    found, expected = (load_kernel(kernel, dtype, kind, 1, "cpu") for kind in (TRITON, TORCH))
+    assert relative_error(found.generate(), expected.generate()) <= ERRORS[dtype]
