@@ -276,6 +276,74 @@ def test_a_cached_engine_gives_what_the_engine_gives(batches: list[list[int]], r
         assert cached.misses == len({value for batch in batches for value in batch})
 
 
+def test_the_rows_that_were_used_last_are_kept() -> None:
+    cached = CachedEngine(Doubler(), max_bytes=3 * 8)
+
+    def computed(*values: int) -> int:
+        before = cached.misses
+        cached({"x": torch.tensor(values).float()[:, None].expand(-1, 2)})
+        return cached.misses - before
+
+    assert [computed(1), computed(2), computed(3)] == [1, 1, 1]
+    # 1 is used again, so that 2 goes for 4
+    assert [computed(1), computed(4), computed(1), computed(3), computed(2)] == [0, 1, 0, 0, 1]
+
+
+class Deferred:
+    """A generator as on a GPU: a batch is handed out when it is waited for.
+
+    Args:
+        fails_at: which batches find no memory, counted from 1.
+    """
+
+    def __init__(self, generator: BatchGenerator, fails_at: tuple[int, ...]) -> None:
+        self.events: list[str] = []
+        self.started, self.fails_at = 0, fails_at
+        self.sampler, self.pipe = generator._sampler, generator.pipe
+        own: Any = generator
+        own._sampler, own._decode, own._decoder = self, self.wait_later, object()
+
+    def __call__(self, z: Tensor, *given: Any) -> Any:
+        self.started += 1
+        self.events.append(f"start {len(z)}")
+        if self.started in self.fails_at:
+            raise DeviceMemoryError("out of memory", remedy="Generate fewer images at once.")
+        return self.sampler(z, *given)
+
+    def clear(self) -> None:
+        self.sampler.clear()
+
+    def wait_later(self, z: Tensor) -> Any:
+        finite = z.isfinite().flatten(1).all(1)
+        return self.pipe.decode(z), finite, lambda: self.events.append(f"wait {len(z)}")
+
+
+@pytest.mark.parametrize("fails_at", [(), (2,), (2, 3)])
+def test_a_batch_is_waited_for_when_the_next_one_has_started(
+    pipe: HCMAPipeline, fails_at: tuple[int, ...]
+) -> None:
+    """On a GPU; and where the next finds no memory, it is tried again once this one is done."""
+    requests = [Request("a cat", CAT, seed, num_inference_steps=3) for seed in range(4)]
+    generator = BatchGenerator(pipe, max_batch=2)
+    deferred = Deferred(generator, fails_at)
+    results = list(generator.generate(requests))
+    assert [result.index for result in results] == [0, 1, 2, 3]
+    expected = {
+        (): ["start 2", "start 2", "wait 2", "wait 2"],
+        # alone with the memory, at the same size
+        (2,): ["start 2", "start 2", "wait 2", "start 2", "wait 2"],
+        # and only then by halves
+        (2, 3): [
+            *("start 2", "start 2", "wait 2", "start 2"),
+            *("start 1", "start 1", "wait 1", "wait 1"),
+        ],
+    }
+    assert deferred.events == expected[fails_at]
+    assert generator.max_batch == (1 if fails_at == (2, 3) else 2)
+    for result, request in zip(results, requests, strict=True):
+        assert relative(result.latent, alone(pipe, request).latents[0]) < 1e-5
+
+
 @pytest.mark.gpu
 def test_batches_on_a_gpu_with_graphs(random_components: Components) -> None:
     """Nobody has run this yet."""
