@@ -93,6 +93,8 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
 
 def scaling_png(fits: Sequence[Fit]) -> bytes:
     """Seconds against each quantity, in log-log, with the fitted lines, as a PNG."""
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
+
     figure = new_figure(3.6 * len(fits), 3.4)
     for axes, fit in zip(figure.subplots(1, len(fits), squeeze=False)[0], fits, strict=True):
         sizes, seconds = np.array(fit.sizes), np.array(fit.median_s)
@@ -101,6 +103,14 @@ def scaling_png(fits: Sequence[Fit]) -> bytes:
         axes.loglog(sizes, seconds, "o", color="tab:blue")
         axes.loglog(sizes, start * sizes**slope, color="tab:orange", label=f"exponent {slope:.2f}")
         axes.set_xlabel(fit.axis)
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes])
+        axes.xaxis.set_minor_locator(NullLocator())
+        # what hardly changes must not fill the axis
+        low, high = seconds.min() / 1.5, seconds.max() * 1.5
+        axes.set_ylim(low, high)
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend()
     figure.axes[0].set_ylabel("seconds per run, median")
     return figure_png(figure)
