@@ -321,8 +321,25 @@ def test_what_cannot_run_is_told_and_the_others_go_on(fakes: Fakes) -> None:
     assert [row.name for row in rows] == ["plain", "b"]
     assert set(failed) == {"g: refused", "g: failing"} and "Plug it in" in failed["g: failing"]
     assert fakes.alive() == set()
-    # without its yardstick a group says nothing
+    # without its yardstick nothing is known of what is compared with it, which is told
+    failed.clear()
     assert run_group(Group("g", [cases[1], cases[3]]), 1, failed=failed) == ()
+    assert set(failed) == {"g: refused", "g: b"} and "refused, which it is" in failed["g: b"]
+
+
+@pytest.mark.parametrize("fails", ["refused", "failing"])
+def test_what_is_not_compared_needs_no_yardstick(fakes: Fakes, fails: str) -> None:
+    module = importlib.import_module("fake_contestants")
+    cases = [
+        Case(n, partial(module.load_ours, "-", Ours(n), Work()), max_error=most)
+        for n, most in ((fails, None), ("b", None), ("c", 1e-3), ("d", None))
+    ]
+    failed: dict[str, str] = {}
+    rows = run_group(Group("g", cases), 2, failed=failed)
+    assert [row.name for row in rows] == ["b", "d"]
+    assert set(failed) == {f"g: {fails}", "g: c"}
+    for row in rows:
+        assert len(row.seconds) == 2 and not row.void and row.speedup is None
 
 
 def test_a_missing_engine_is_built_in_a_process_of_its_own_before_any_loads(
