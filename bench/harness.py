@@ -185,6 +185,7 @@ def _row(
         peak_rss_mib=timed[-1].peak_rss_mib,
         device_peak_mib=timed[-1].device_peak_mib,
         figures=timed[-1].figures,
+        clocks=timed[-1].clocks,
         relative_error=error if math.isfinite(error) else None,
         max_error=case.max_error,
         void=void,

@@ -10,6 +10,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.bench.bootstrap import Estimate
+from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.machine import Machine
 from hcma_fast.errors import InputError
 from hcma_fast.models.checkpoint import first_line
@@ -49,6 +50,8 @@ class Row(_Frozen):
     """of torch's allocator on the GPU; None on a CPU"""
     figures: dict[str, float]
     """what else was found, by the last run"""
+    clocks: Clocks = Clocks()
+    """right after the last run, in its process; empty in older results"""
     relative_error: float | None
     """of the result to that of the group's first case, the worst run; None where nothing was
     compared, or it is not finite"""
@@ -145,7 +148,23 @@ def report_markdown(report: Report) -> str:
         lines += ["", *(f"Could not run: {name}: {why}" for name, why in report.failed.items())]
     hashes = {row.weights_hash[:16] for row in report.rows}
     lines += ["", f"{report.machine.line()}; weights {', '.join(sorted(hashes))}."]
+    if clocks := _clock_ranges(report.rows):
+        lines += ["", f"Right after the last run of each row: {clocks}."]
     return "\n".join(lines)
+
+
+def _clock_ranges(rows: Sequence[Row]) -> str:
+    """Of each clock its values over the rows: a range of numbers, or the words."""
+    found = []
+    for name in Clocks.model_fields:
+        values = {getattr(row.clocks, name) for row in rows} - {None}
+        numbers = [value for value in values if isinstance(value, float)]
+        if numbers:
+            low, high = min(numbers), max(numbers)
+            found.append(f"{name} {low:g}" + (f" to {high:g}" if high > low else ""))
+        elif values:
+            found.append(f"{name} {', '.join(sorted(values))}")
+    return ", ".join(found)
 
 
 def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
@@ -190,7 +209,7 @@ def rows_csv(reports: Sequence[Report]) -> str:
     rows = [(report, row) for report in reports for row in report.rows]
     labels = list(dict.fromkeys(name for _, row in rows for name in row.labels))
     figures = list(dict.fromkeys(name for _, row in rows for name in row.figures))
-    plain = [name for name in Row.model_fields if name not in ("labels", "figures")]
+    plain = [name for name in Row.model_fields if name not in ("labels", "figures", "clocks")]
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["suite", "model", "device", *plain, *labels, *figures])

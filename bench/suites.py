@@ -100,5 +100,5 @@ def run_suite(name: str, plan: Plan, progress: Callable[[str], None] = lambda li
         rows=tuple(rows),
         failed=failed,
         fits=fit_scaling(rows) if name == "scaling" else (),
-        machine=describe_machine(),
+        machine=describe_machine(clocks=False),
     )

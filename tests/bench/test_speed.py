@@ -20,13 +20,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.contestants import LAYOUT, Ours, Work, load_ours, load_plain
 from hcma_fast.bench.harness import Case, Group, group_rows, run_group, take_turns
-from hcma_fast.bench.machine import Clocks, Machine, describe_machine
 from hcma_fast.bench.memory import own_peak_rss_mib, peak_rss_mib
 from hcma_fast.bench.report import Row, report_markdown
 from hcma_fast.bench.speed import PLAIN, generate_command, measure_speed
@@ -237,6 +236,9 @@ def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes)
         # what the contestant measured, a sleep of 0.02 s, and its own memory
         assert len(row.seconds) == 2 and min(row.seconds) >= 0.02
         assert 5 < row.peak_rss_mib < own_peak_rss_mib()
+        assert row.clocks.load_average is not None
+    # each row has its own: the machine's would be those of an idle one
+    assert report.machine.clocks == Clocks()
 
 
 @pytest.mark.parametrize(
@@ -422,17 +424,6 @@ def test_the_measured_command_runs(random_checkpoint: Path, tmp_path: Path) -> N
     command = generate_command(random_checkpoint, "eager", 2, str(tmp_path))
     assert main(command[command.index("generate") :]) == 0
     assert len(list(tmp_path.glob("*.png"))) == 1
-
-
-def test_machine_is_described() -> None:
-    machine = describe_machine()
-    assert machine.cpu and machine.cores >= 1 and machine.memory_gib > 0
-    assert machine.versions["torch"] == torch.__version__
-    assert machine.clocks.load_average is not None
-    assert machine.cpu in machine.line() and str(machine.commit) in machine.line()
-    # an older report has no clocks
-    old = machine.model_dump(exclude={"gpu", "driver", "clocks"})
-    assert Machine.model_validate(old).clocks == Clocks()
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"rounds": 0}, {"num_inference_steps": 1}])

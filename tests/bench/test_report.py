@@ -1,0 +1,57 @@
+"""What the speed suites report: tables, CSV, and what a row says of the machine and its clocks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from itertools import pairwise
+from pathlib import Path
+
+from hcma_fast.bench.clocks import Clocks
+from hcma_fast.bench.report import read_results, report_markdown, rows_csv
+
+from bench_rows import make_row, results
+
+
+def test_csv_has_a_column_for_each_label_and_figure() -> None:
+    rows = (
+        make_row("a", figures={"engine_mib": 3.5}),
+        make_row("b, c", labels={"backend": "x"}, relative_error=None),
+    )
+    found = list(csv.DictReader(io.StringIO(rows_csv(results(*rows).reports))))
+    assert [row["name"] for row in found] == ["a", "b, c"]
+    assert found[0]["seconds"] == "2.0 2.0 2.0" and found[0]["engine_mib"] == "3.5"
+    assert found[1]["backend"] == "x" and found[1]["batch"] == found[1]["relative_error"] == ""
+
+
+def test_the_tables_have_the_range_of_the_clocks() -> None:
+    clocks = [
+        Clocks(cpu_mhz=mhz, gpu_sm_mhz=1980.0, cpu_governor="performance") for mhz in (2e3, 3e3)
+    ]
+    rows = [make_row(name, clocks=found) for name, found in zip("ab", clocks, strict=True)]
+    page = report_markdown(results(*rows).reports[0])
+    assert "cpu_governor performance, cpu_mhz 2000 to 3000, gpu_sm_mhz 1980." in page
+    # an older result's rows have none
+    assert "Right after" not in report_markdown(results(make_row()).reports[0])
+
+
+def test_results_from_before_rows_had_clocks_can_be_read(tmp_path: Path) -> None:
+    written = results(make_row()).model_dump(mode="json")
+    del written["reports"][0]["rows"][0]["clocks"]
+    (tmp_path / "old.json").write_text(json.dumps(written))
+    assert read_results(tmp_path / "old.json") == results(make_row())
+
+
+def test_tables_are_even_and_name_what_could_not_run() -> None:
+    rows = (
+        make_row("a", labels={"batch": 1, "steps": 4}, device_peak_mib=7.0),
+        make_row("b", labels={"batch": 2, "steps": 4}, figures={"x": 1.0}),
+        make_row("c", "h", relative_error=None, max_error=None, speedup=None),
+    )
+    page = report_markdown(results(*rows, failed={"g: d": "no such thing"}).reports[0])
+    tables = [line for line in page.splitlines() if line.startswith("|")]
+    for first, second in pairwise(tables[:4]):
+        assert first.count("|") == second.count("|")
+    assert "g (steps 4)" in page and "GPU peak, MiB" in page
+    assert "Could not run: g: d: no such thing" in page
