@@ -205,19 +205,29 @@ def _interval(interval: tuple[float, float] | None, form: str) -> str:
 
 
 def rows_csv(reports: Sequence[Report]) -> str:
-    """All rows as CSV with a header; a column per label and figure, empty where a row has none."""
+    """All rows as CSV with a header, each with the machine, versions, commit and clocks.
+
+    A column per label, figure, clock and package, empty where a row has none.
+    """
     rows = [(report, row) for report in reports for row in report.rows]
     labels = list(dict.fromkeys(name for _, row in rows for name in row.labels))
     figures = list(dict.fromkeys(name for _, row in rows for name in row.figures))
     plain = [name for name in Row.model_fields if name not in ("labels", "figures", "clocks")]
+    # the machine's clocks are not those of the row
+    where = [name for name in Machine.model_fields if name not in ("versions", "clocks")]
+    packages = list(dict.fromkeys(name for report in reports for name in report.machine.versions))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["suite", "model", "device", *plain, *labels, *figures])
+    heads = ["suite", "model", "device", "quick", *plain, *labels, *figures, *Clocks.model_fields]
+    writer.writerow([*heads, *where, *(f"version {name}" for name in packages)])
     for report, row in rows:
         values = [getattr(row, name) for name in plain]
         # a list in a cell: its numbers with spaces between
         cells = [" ".join(map(str, v)) if isinstance(v, tuple) else v for v in values]
         cells += [row.labels.get(name) for name in labels]
         cells += [row.figures.get(name) for name in figures]
-        writer.writerow([report.suite, report.model, report.device, *cells])
+        cells += [getattr(row.clocks, name) for name in Clocks.model_fields]
+        cells += [getattr(report.machine, name) for name in where]
+        cells += [report.machine.versions.get(name) for name in packages]
+        writer.writerow([report.suite, report.model, report.device, report.quick, *cells])
     return text.getvalue()

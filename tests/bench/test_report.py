@@ -11,7 +11,7 @@ from pathlib import Path
 from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.report import read_results, report_markdown, rows_csv
 
-from bench_rows import make_row, results
+from bench_rows import MACHINE, make_row, results
 
 
 def test_csv_has_a_column_for_each_label_and_figure() -> None:
@@ -23,6 +23,30 @@ def test_csv_has_a_column_for_each_label_and_figure() -> None:
     assert [row["name"] for row in found] == ["a", "b, c"]
     assert found[0]["seconds"] == "2.0 2.0 2.0" and found[0]["engine_mib"] == "3.5"
     assert found[1]["backend"] == "x" and found[1]["batch"] == found[1]["relative_error"] == ""
+
+
+def test_each_line_of_the_csv_says_where_it_was_measured() -> None:
+    machine = MACHINE.model_copy(
+        update={"gpu": "A card", "driver": "570.1", "commit": "abc+changes", "clocks": Clocks()}
+    )
+    rows = (
+        make_row("a", clocks=Clocks(cpu_mhz=2000.5, gpu_sm_mhz=1980.0)),
+        make_row("b", weights_hash="1" * 64, clocks=Clocks(gpu_sm_mhz=210.0)),
+    )
+    text = rows_csv(results(*rows, machine=machine, quick=True).reports)
+    heads = next(csv.reader(io.StringIO(text)))
+    assert len(set(heads)) == len(heads)
+    first, second = csv.DictReader(io.StringIO(text))
+    for row in (first, second):
+        assert (row["gpu"], row["driver"], row["commit"]) == ("A card", "570.1", "abc+changes")
+        assert (row["cpu"], row["python"], row["date"]) == (
+            *(machine.cpu, machine.python, machine.date),
+        )
+        assert row["version torch"] == machine.versions["torch"]
+        assert (row["quick"], row["cores"]) == ("True", str(machine.cores))
+    assert (first["weights_hash"], second["weights_hash"]) == ("0" * 64, "1" * 64)
+    assert (first["gpu_sm_mhz"], second["gpu_sm_mhz"]) == ("1980.0", "210.0")
+    assert (first["cpu_mhz"], second["cpu_mhz"]) == ("2000.5", "")
 
 
 def test_the_tables_have_the_range_of_the_clocks() -> None:
