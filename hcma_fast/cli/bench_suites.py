@@ -128,7 +128,8 @@ def compare(
 ) -> None:
     """Compare two results row by row, with intervals; ends with an error if a row became slower.
 
-    Slower is: above the threshold, and not by chance (the 95% interval is above 1).
+    Slower is: above the threshold, and not by chance (the 95% interval is above 1). A row that is
+    missing in the new results, while its suite is there, is an error too.
     """
     from hcma_fast.bench.compare import compare_results, comparison_markdown
     from hcma_fast.bench.report import read_results
@@ -140,9 +141,10 @@ def compare(
         typer.echo(comparison_markdown(found))
     if found.failures:
         raise HcmaError(
-            f"{len(found.failures)} rows became slower than {threshold:g} times, or void",
+            f"{len(found.failures)} rows became slower than {threshold:g} times, or void, or are "
+            "missing",
             value="; ".join(found.failures),
-            remedy="If the machine was busy, measure both again in one go.",
+            remedy="If the machine was busy, measure both again in one go, with the same backends.",
         )
 
 

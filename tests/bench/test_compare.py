@@ -48,9 +48,9 @@ def test_slower_rows_are_found(old: Any, new: Any, threshold: float, slower: boo
     )
     (change,) = found.changes
     assert change.ratio.value == pytest.approx(np.median(new) / np.median(old))
-    assert change.slower == slower and found.failures == (
-        ["latency tiny cpu g a batch=1"] if slower else []
-    )
+    assert change.slower == slower
+    ratio = f"{change.ratio.value:.3f} times as long"
+    assert found.failures == ([f"latency tiny cpu g a batch=1: {ratio}"] if slower else [])
 
 
 def test_rows_are_matched_by_all_that_names_them() -> None:
@@ -58,28 +58,70 @@ def test_rows_are_matched_by_all_that_names_them() -> None:
     new = results(make_row("c"), make_row("b", void=True), make_row("a"))
     found = compare_results(old, new)
     assert len(found.changes) == 2
-    assert found.failures == ["latency tiny cpu g b batch=1"]
-    assert found.only_old == ("latency tiny cpu g a batch=2",)
+    gone = "it was not run, with this suite among the new results"
+    assert found.failures == [
+        "latency tiny cpu g b batch=1: void",
+        f"latency tiny cpu g a batch=2: {gone}",
+    ]
+    assert found.only_old == ()
     assert found.only_new == ("latency tiny cpu g c batch=1",)
     assert found.notes == ()
     page = comparison_markdown(found)
-    assert page.count("| void |") == 1 and "Only in the old results: latency tiny" in page
+    assert page.count("| void |") == 1 and f"Missing: latency tiny cpu g a batch=2: {gone}" in page
+
+
+def test_a_row_that_fails_now_is_a_regression_and_says_why() -> None:
+    old = results(make_row("a"), make_row("b"))
+    new = results(make_row("a"), failed={"g: b": "the process of b died (got -9)"})
+    why = "latency tiny cpu g b batch=1: it could not run: the process of b died (got -9)"
+    assert compare_results(old, new).failures == [why]
+    # nor does it help that nothing runs any more
+    none = results(failed={"g: a": "x", "g: b": "y"})
+    assert len(compare_results(old, none).failures) == 2
+    # what could not run before is no loss
+    assert compare_results(new, old).failures == []
+
+
+def test_the_seconds_of_a_void_row_are_no_measure() -> None:
+    old = results(make_row(void=True), make_row("b"))
+    found = compare_results(old, results(make_row(seconds=(9.0,)), make_row("b")))
+    assert found.failures == []
+    assert found.notes == ("latency tiny cpu g a batch=1: void, now not, so that it is not judged",)
+
+
+@pytest.mark.parametrize("change", [{"suite": "peers"}, {"model": "other"}, {"device": "cuda"}])
+def test_suites_that_were_not_run_again_are_told_and_no_failure(change: dict[str, str]) -> None:
+    old, other = results(make_row()), results(make_row("b"), **change)
+    both = old.model_copy(update={"reports": (*old.reports, *other.reports)})
+    found = compare_results(both, old)
+    assert found.failures == [] and len(found.only_old) == 1
+    assert "Only in the old results: " in comparison_markdown(found)
 
 
 def test_other_machines_are_told() -> None:
     other = MACHINE.model_copy(update={"cpu": "other", "versions": {"torch": "1"}})
-    old = results(make_row())
-    old = old.model_copy(
-        update={"reports": (old.reports[0].model_copy(update={"machine": other}),)}
-    )
+    old = results(make_row(), machine=other)
     notes = compare_results(old, results(make_row())).notes
     assert any(note.startswith("cpu: other, now") for note in notes)
     assert any(note.startswith("torch: 1, now") for note in notes)
 
 
+def test_other_weights_of_a_preset_are_told_once() -> None:
+    old = results(*(make_row(name, weights_hash="1" * 64) for name in "ab"))
+    found = compare_results(old, results(make_row("a"), make_row("b")))
+    note = f"weights of fake: {'1' * 16}, now {'0' * 16}"
+    assert found.notes == (note,) and found.failures == []
+    assert f"The results differ in {note}." in comparison_markdown(found)
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no row in common"):
         compare_results(results(make_row()), results(make_row(), suite="peers"))
+    with pytest.raises(InputError, match=r"another preset.*fake, now other"):
+        compare_results(results(make_row()), results(make_row(preset="other")))
+    for quick in (True, False):
+        with pytest.raises(InputError, match="quick sizes"):
+            compare_results(results(make_row(), quick=quick), results(make_row(), quick=not quick))
     with pytest.raises(InputError, match="twice"):
         compare_results(results(make_row(), make_row()), results(make_row()))
     with pytest.raises(UsageError, match="threshold"):
@@ -104,5 +146,9 @@ def test_compare_command_ends_with_an_error_when_a_row_is_slower(
     assert main(["bench", "compare", old, new, "--json"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["changes"][0]["ratio"]["value"] == pytest.approx(1.3)
-    assert "latency tiny cpu g a batch=1" in captured.err
+    assert "latency tiny cpu g a batch=1: 1.300 times as long" in captured.err
+    empty = results(failed={"g: a": "no memory"}).model_dump_json()
+    (tmp_path / "empty.json").write_text(empty)
+    assert main(["bench", "compare", old, str(tmp_path / "empty.json")]) == 1
+    assert "batch=1: it could not run: no memory" in capsys.readouterr().err
     assert main(["bench", "compare", old, str(tmp_path)]) == 3
