@@ -43,7 +43,7 @@ class Row(_Frozen):
     p99_s: float
     """of few runs, nearly the longest"""
     images_per_second: float
-    """by the median"""
+    """by the median; of latents that are not finished where the labels have ``evaluations``"""
     peak_rss_mib: float
     """of its process, by its end"""
     device_peak_mib: float | None
@@ -172,7 +172,9 @@ def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
     own = list(dict.fromkeys(k for row in rows for k in row.labels if k not in common))
     extra = list(dict.fromkeys(name for row in rows for name in row.figures))
     shared = ", ".join(f"{name} {value}" for name, value in common.items())
-    heads = ["", *own, "median, s", "p10", "p90", "p99", "images/s", "speed-up", "p10 to p90"]
+    # a run of some evaluations makes no image
+    rate = "latents/s" if any("evaluations" in row.labels for row in rows) else "images/s"
+    heads = ["", *own, "median, s", "p10", "p90", "p99", rate, "speed-up", "p10 to p90"]
     heads += ["error", "load, s", "first run, s", "peak, MiB"]
     on_gpu = any(row.device_peak_mib is not None for row in rows)
     heads += (["GPU peak, MiB"] if on_gpu else []) + extra

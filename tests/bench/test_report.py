@@ -79,3 +79,10 @@ def test_tables_are_even_and_name_what_could_not_run() -> None:
         assert first.count("|") == second.count("|")
     assert "g (steps 4)" in page and "GPU peak, MiB" in page
     assert "Could not run: g: d: no such thing" in page
+
+
+def test_runs_of_some_evaluations_make_no_images() -> None:
+    some = make_row(labels={"steps": 50, "evaluations": 1})
+    assert "| latents/s |" in report_markdown(results(some).reports[0])
+    page = report_markdown(results(make_row(labels={"steps": 50})).reports[0])
+    assert "| images/s |" in page and "latents/s" not in page

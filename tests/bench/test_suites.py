@@ -17,7 +17,7 @@ from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder, ladder_png
 from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
-from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.plan import Plan, extent
 from hcma_fast.bench.report import Results, Row, read_results, report_markdown
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
@@ -53,6 +53,26 @@ def test_suites_are_whole(suite: str, quick: bool, model: str) -> None:
     if suite == "throughput" and not quick and model == "tiny":
         sizes = {tuple(group.cases[0].labels.values()) for group in groups}
         assert {(b, s, 2) for b in (1, 2, 4, 8, 16, 32) for s in (20, 50)} < sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("tiny", {"batch 1, 50 steps, 2 boxes", "batch 8, 20 steps, 30 boxes"}),
+        (SD14, {"batch 4, the first evaluation of 50 steps, 2 boxes: hcma-fast eager"}),
+    ],
+)
+def test_groups_say_how_far_their_runs_go(model: str, names: set[str]) -> None:
+    groups = SUITES["throughput"][0](Plan(model, backends=("eager",)))
+    assert names <= {group.name for group in groups}
+    for group in groups:
+        for case in group.cases:
+            # one evaluation is not called 50 steps
+            assert ("evaluation" in group.name) == ("evaluations" in case.labels)
+
+
+def test_an_extent_counts_evaluations() -> None:
+    assert extent(Work(50, evaluations=3)) == "the first 3 evaluations of 50 steps"
 
 
 def test_suites_of_a_gpu_are_whole() -> None:
