@@ -158,7 +158,8 @@ def soak(
 ) -> None:
     """Mixed requests for a long time, with bad ones, a full disk and a killed process among them.
 
-    Ends with an error if memory grows, latency drifts, or an image changes.
+    Ends with an error if memory grows, latency drifts, or an image changes. Too short a soak says
+    that memory and latency were not judged.
     """
     from hcma_fast.bench.soak import soak as run_soak
 
@@ -171,6 +172,8 @@ def soak(
         print_json(report.model_dump(mode="json"))
     else:
         typer.echo(soak_text(report))
+    if report.not_judged is not None:
+        print_note(report.not_judged)
     if report.problems:
         raise HcmaError(
             "it did not stay as it was", value="; ".join(report.problems), remedy="Report it."
@@ -183,13 +186,13 @@ def soak_text(report: SoakReport) -> str:
     lines = [
         f"Soak of {report.model} on {report.backend}, {report.minutes:g} minutes: {report.rounds} "
         f"rounds, {report.images} mixed images.",
-        f"Faults: {report.refused} bad requests refused, {report.full_disks} full disks, "
-        f"{report.kills} process killed and replaced.",
+        f"Faults: {sum(report.refused.values())} bad requests of {len(report.refused)} kinds "
+        f"refused, {report.full_disks} full disks, {report.kills} process killed and replaced.",
         f"Reference images {'the same' if report.same_image else 'NOT the same'} in all rounds and "
         f"both processes (sha256 {report.image_sha256[:16]}).",
     ]
     if slope is None or drift is None:
-        lines.append("Too few rounds to judge memory and latency.")
+        lines.append(f"{report.not_judged}.")
     else:
         low, high = slope.interval or (slope.value,) * 2
         lines.append(
