@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.report import Label, Row
+from hcma_fast.bench.report import Label, Row, within_rounds
 from hcma_fast.bench.workers import Contestant, Loaded, Run, Worker, worker
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -163,10 +163,9 @@ def _row(
     ratio: float | None = None
     interval: tuple[float, float] | None = None
     if compared and not void:
-        of = np.array([run.seconds for run in yardstick[first.warm_up :]])
-        ratios = (of / first.images) / (seconds / case.images)
-        low, ratio, high = np.percentile(ratios, [10, 50, 90]).tolist()
-        interval = (low, high)
+        of = [run.seconds for run in yardstick[first.warm_up :]]
+        ratio, *width = within_rounds(seconds.tolist(), case.images, of, first.images)
+        interval = (width[0], width[1])
     return Row(
         group=group.name,
         name=case.name,

@@ -7,6 +7,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.bench.bootstrap import Estimate
@@ -16,6 +17,8 @@ from hcma_fast.errors import InputError
 from hcma_fast.models.checkpoint import first_line
 
 Label = int | float | str
+COMPILED = "plain loop, torch.compile"
+"""The row that others are compared with besides their group's first, where a group has it"""
 
 
 class _Frozen(BaseModel):
@@ -69,6 +72,33 @@ class Row(_Frozen):
     def key(self) -> tuple[str, ...]:
         """What the same case has in another report."""
         return (self.group, self.name, *(f"{k}={v}" for k, v in sorted(self.labels.items())))
+
+
+def speedup_over(row: Row, other: Row) -> tuple[float, float, float] | None:
+    """How often ``row`` is as fast as another of its group, per image, within a round.
+
+    Returns:
+        the median over the rounds, their 10th and 90th percentile; None if one of both is void or
+        was not compared with their group's first, or their rounds are not the same.
+    """
+    for one in (row, other):
+        if one.void or one.max_error is None:
+            return None
+    if row.group != other.group or len(row.seconds) != len(other.seconds):
+        return None
+    return within_rounds(row.seconds, row.images, other.seconds, other.images)
+
+
+def within_rounds(
+    seconds: Sequence[float], images: int, other: Sequence[float], other_images: int
+) -> tuple[float, float, float]:
+    """How often as fast as another, per image: median, 10th and 90th percentile over the rounds.
+
+    Both ran each round in the same minutes, so that the i-th seconds of both belong together.
+    """
+    ratios = (np.array(other) / other_images) / (np.array(seconds) / images)
+    low, median, high = np.percentile(ratios, [10, 50, 90]).tolist()
+    return median, low, high
 
 
 class Fit(_Frozen):
@@ -125,13 +155,19 @@ def read_results(path: Path) -> Results:
         ) from error
 
 
-def report_markdown(report: Report) -> str:
-    """A table per group, then fits and machine."""
+def report_markdown(report: Report, against: str = COMPILED) -> str:
+    """A table per group, then fits and machine.
+
+    Args:
+        against: name of a row that the others of its group are compared with too, in two more
+            columns; groups that do not have it have no such columns.
+    """
     lines = [f"{report.suite}: {report.model} on {report.device}, {report.rounds} rounds"]
     lines[0] += ", quick sizes" if report.quick else ""
     groups = dict.fromkeys(row.group for row in report.rows)
     for group in groups:
-        lines += ["", *_group_lines(group, [row for row in report.rows if row.group == group])]
+        rows = [row for row in report.rows if row.group == group]
+        lines += ["", *_group_lines(group, rows, against)]
     if report.fits:
         lines += [
             "",
@@ -167,7 +203,7 @@ def _clock_ranges(rows: Sequence[Row]) -> str:
     return ", ".join(found)
 
 
-def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
+def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
     common = {k: v for k, v in rows[0].labels.items() if all(r.labels.get(k) == v for r in rows)}
     own = list(dict.fromkeys(k for row in rows for k in row.labels if k not in common))
     extra = list(dict.fromkeys(name for row in rows for name in row.figures))
@@ -175,6 +211,8 @@ def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
     # a run of some evaluations makes no image
     rate = "latents/s" if any("evaluations" in row.labels for row in rows) else "images/s"
     heads = ["", *own, "median, s", "p10", "p90", "p99", rate, "speed-up", "p10 to p90"]
+    other = next((row for row in rows[1:] if row.name == against), None)
+    heads += [] if other is None else [f"against {against}", "p10 to p90"]
     heads += ["error", "load, s", "first run, s", "peak, MiB"]
     on_gpu = any(row.device_peak_mib is not None for row in rows)
     heads += (["GPU peak, MiB"] if on_gpu else []) + extra
@@ -188,7 +226,11 @@ def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
         error = error if row.relative_error is None else f"{row.relative_error:.1e}"
         cells = [row.name, *(str(row.labels.get(name, "")) for name in own)]
         cells += [_short(s) for s in (row.median_s, row.p10_s, row.p90_s, row.p99_s)]
-        cells += [f"{row.images_per_second:.3g}", ratio, interval, error, f"{row.load_s:.1f}"]
+        cells += [f"{row.images_per_second:.3g}", ratio, interval]
+        if other is not None:
+            found = speedup_over(row, other)
+            cells += ["", ""] if found is None else [f"{found[0]:.2f}", _interval(found[1:], ".2f")]
+        cells += [error, f"{row.load_s:.1f}"]
         cells += ["" if row.warm_up_s is None else _short(row.warm_up_s)]
         cells += [f"{row.peak_rss_mib:.0f}"]
         if on_gpu:

@@ -118,6 +118,30 @@ def _write(folder: Path, report: Report) -> None:
         write_file(folder / "scaling.png", scaling_png(report.fits))
 
 
+def show(
+    results: Annotated[Path, typer.Argument(help="JSON of bench run.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW",
+            help="Compare the rows of each group with this one too.",
+            show_default="the loop under torch.compile, where it is",
+        ),
+    ] = None,
+) -> None:
+    """Show the tables of finished results again; nothing is measured.
+
+    Speed-ups against another row are ratios within a round, as those against the first one.
+    """
+    from hcma_fast.bench.report import COMPILED, read_results, report_markdown
+
+    reports = read_results(results).reports
+    names = list(dict.fromkeys(row.name for report in reports for row in report.rows))
+    if against is not None and against not in names:
+        raise UsageError("no such row", value=against, remedy=f"Rows: {'; '.join(names)}.")
+    typer.echo("\n\n".join(report_markdown(report, against or COMPILED) for report in reports))
+
+
 def compare(
     old: Annotated[Path, typer.Argument(help="JSON of bench run.")],
     new: Annotated[Path, typer.Argument(help="JSON of bench run.")],

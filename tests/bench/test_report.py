@@ -7,9 +7,20 @@ import io
 import json
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from hcma_fast.bench.clocks import Clocks
-from hcma_fast.bench.report import read_results, report_markdown, rows_csv
+from hcma_fast.bench.report import (
+    COMPILED,
+    Row,
+    read_results,
+    report_markdown,
+    rows_csv,
+    speedup_over,
+)
+from hcma_fast.cli.app import main
 
 from bench_rows import MACHINE, make_row, results
 
@@ -86,3 +97,65 @@ def test_runs_of_some_evaluations_make_no_images() -> None:
     assert "| latents/s |" in report_markdown(results(some).reports[0])
     page = report_markdown(results(make_row(labels={"steps": 50})).reports[0])
     assert "| images/s |" in page and "latents/s" not in page
+
+
+def peers(**changes: Any) -> list[Row]:
+    """A plain loop, the compiled one and ours, of three rounds in which the machine drifts."""
+    return [
+        make_row("plain", seconds=(4.0, 8.0, 12.0)),
+        make_row(COMPILED, seconds=(2.0, 6.0, 8.0)),
+        make_row("ours", **{"seconds": (1.0, 2.0, 4.0), **changes}),
+    ]
+
+
+def test_ratios_to_the_compiled_loop_are_within_a_round() -> None:
+    plain, compiled, ours = peers()
+    found = speedup_over(ours, compiled)
+    assert found == pytest.approx((2, 2, 2.8))  # of 2, 3 and 2
+    assert speedup_over(compiled, compiled) == (1, 1, 1)
+    # per image
+    assert speedup_over(ours.model_copy(update={"images": 4}), compiled) == pytest.approx(
+        (8, 8, 11.2)
+    )
+    page = report_markdown(results(plain, compiled, ours).reports[0])
+    heads = next(line for line in page.splitlines() if COMPILED in line)
+    assert f"| against {COMPILED} | p10 to p90 |" in heads
+    (line,) = [line for line in page.splitlines() if line.startswith("| ours |")]
+    assert "| 2.00 | 2.00 to 2.80 |" in line and line.count("|") == heads.count("|")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"void": True, "speedup": None, "speedup_interval": None},
+        {"max_error": None, "speedup": None, "speedup_interval": None},
+        {"group": "other"},
+        {"seconds": (1.0,)},
+    ],
+)
+def test_what_has_no_ratio_has_an_empty_cell(changes: dict[str, Any]) -> None:
+    plain, compiled, ours = peers(**changes)
+    assert speedup_over(ours, compiled) is None and speedup_over(compiled, ours) is None
+    page = report_markdown(results(plain, compiled, ours).reports[0])
+    (line,) = [line for line in page.splitlines() if line.startswith("| ours |")]
+    assert ("|  |  |" in line) == (ours.group == "g")
+
+
+def test_groups_without_that_row_have_no_such_columns() -> None:
+    assert "against" not in report_markdown(results(make_row("plain"), make_row()).reports[0])
+
+
+def test_finished_results_are_shown_against_any_row(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = results(*peers())
+    path = str(tmp_path / "bench.json")
+    Path(path).write_text(found.model_dump_json())
+    assert main(["bench", "show", path]) == 0
+    assert capsys.readouterr().out == report_markdown(found.reports[0]) + "\n"
+    assert main(["bench", "show", path, "--against", "ours"]) == 0
+    shown = capsys.readouterr().out
+    assert "| against ours | p10 to p90 |" in shown and COMPILED in shown
+    assert main(["bench", "show", path, "--against", "nobody"]) == 2
+    assert "Rows: plain; " in capsys.readouterr().err
+    assert main(["bench", "show", str(tmp_path / "none.json")]) == 3
