@@ -1,8 +1,9 @@
 """What one image costs, in numbers that no clock can blur: ``python -m hcma_fast.bench.budget``.
 
-Operations and bytes of each graph of `tiny`, and what the sampler itself adds per image. A test
-compares them with the committed budget, tests/bench/budget.json; who makes the product leaner, or
-has a reason to make it dearer, writes the new numbers there:
+Operations and bytes of each graph of `tiny`, what the sampler itself adds per image, and how often
+a whole call of the pipeline runs each graph. A test compares them with the committed budget,
+tests/bench/budget.json; who makes the product leaner, or has a reason to make it dearer, writes the
+new numbers there:
 
     python -m hcma_fast.bench.budget > tests/bench/budget.json
 """
@@ -19,17 +20,27 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hcma_fast.bench.contestants import PROMPT, Work
 from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.overhead import NoOpEngine, no_op_conditioning, no_op_engines, zeros
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.sampler import Schedule, sample
-from hcma_fast.specs import GRAPH_NAMES, GraphName
+from hcma_fast.specs import BATCH, GRAPH_NAMES, GraphName, IOSpec
 
 STEPS = 50
+IMAGES = 4
+"""Of the larger batch, whose calls are as many as those of one image"""
 Counts = dict[str, dict[str, int]]
+_SLACK = {"python_calls": 0.1}
+"""Other versions of Python and torch may call a little more, or less"""
+_LEANER = 0.8
+"""Share of a budget below which it is no budget any more"""
+_EXACT = frozenset(("engine_calls", *GRAPH_NAMES))
+"""What a change of versions does not change"""
 
 
 class _Operators(TorchDispatchMode):
@@ -52,7 +63,10 @@ def _memory(leaf: object) -> int:
 
 
 def count_tiny() -> Counts:
-    """Per graph one call for one image with guidance; per sampler one image of 50 steps."""
+    """Per graph one call for one image with guidance; per sampler one image of 50 steps.
+
+    Per pipeline call the calls of each graph.
+    """
     parts = load_components("tiny")
     specs = parts.specs()
     found: Counts = {}
@@ -73,7 +87,61 @@ def count_tiny() -> Counts:
     }
     for sampler, run in samplers.items():
         found[sampler] = _count_sampler(run, parts, engines)
+    found["pipeline, one image"] = count_pipeline(parts, 1)
+    found[f"pipeline, {IMAGES} images"] = count_pipeline(parts, IMAGES)
     return found
+
+
+class _Empty:
+    """An engine of zeros for whatever batch comes; it counts its calls."""
+
+    def __init__(self, spec: IOSpec) -> None:
+        self.spec = spec
+        self.calls = 0
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        first = next(tensor.name for tensor in self.spec.inputs if tensor.shape[:1] == (BATCH,))
+        return {tensor.name: zeros(tensor, len(inputs[first])) for tensor in self.spec.outputs}
+
+
+def count_pipeline(parts: Components, images: int) -> dict[str, int]:
+    """How often one call of the pipeline, from texts to images, runs each graph: 50 steps, guided.
+
+    The images of a batch have prompts and layouts of their own, and share the calls.
+    """
+    specs = parts.specs()
+    engines = {name: _Empty(specs[name]) for name in GRAPH_NAMES}
+    given: dict[GraphName, Engine] = dict(engines)
+    pipe = HCMAPipeline(
+        given, parts.tokenizer, parts.info, backend="eager", weights_hash=parts.weights_hash
+    )
+    prompts = [f"{PROMPT} {i}" for i in range(images)]
+    layouts = [Work(boxes=2 + i).layout for i in range(images)]
+    pipe(prompts, layouts, num_inference_steps=STEPS, seed=0)
+    return {name: engine.calls for name, engine in engines.items()}
+
+
+def over_budget(found: Counts, budget: Counts) -> list[str]:
+    """What costs more than its budget, or so much less that the budget is stale.
+
+    Calls of engines are exact. All else may be up to a fifth leaner.
+    """
+    if found.keys() != budget.keys():
+        return [f"the parts differ: {sorted(found.keys() ^ budget.keys())}"]
+    problems = []
+    for part, counts in found.items():
+        for what in {**budget[part], **counts}:
+            value, most = counts.get(what), budget[part].get(what)
+            if value is None or most is None:
+                problems.append(f"{part}: {what} {value}, budget {most}")
+            elif what in _EXACT:
+                problems += [f"{part}: {what} {value}, not {most}"] if value != most else []
+            elif value > most * (1 + _SLACK.get(what, 0)):
+                problems.append(f"{part}: {what} {value}, budget {most}")
+            elif value < most * _LEANER:
+                problems.append(f"{part}: {what} {value}, leaner than its budget {most}")
+    return problems
 
 
 def _count_sampler(

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.report import Label, Row
+from hcma_fast.bench.report import Label, Row, within_rounds
 from hcma_fast.bench.workers import Contestant, Loaded, Run, Worker, worker
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -58,8 +58,9 @@ def run_group(
     """Prepare all cases, load each in a process of its own, then run them in turns.
 
     Args:
-        failed: gets the reason of each case that cannot run, and the others go on; without the
-            first case nothing is left to compare with. None: a failure is raised.
+        failed: gets the reason of each case that cannot run, and the others go on. Without the
+            first case, those that are compared with it have no row, and are in here too. None: a
+            failure is raised.
 
     Raises:
         UsageError: fewer than one round.
@@ -86,7 +87,13 @@ def run_group(
         kept = [case for case in group.cases if case.name in workers]
         turns = take_turns(group, kept, workers, rounds, say, failed)
         loaded = {name: workers[name].loaded for name in turns}
-    return group_rows(group, turns, loaded)
+    rows = group_rows(group, turns, loaded)
+    first = group.cases[0].name
+    judged = {row.name for row in rows}
+    for name in [name for name in turns if name not in judged]:
+        what = f"it cannot be judged: {first}, which it is compared with, did not run"
+        _note(group, name, HcmaError(what, remedy=f"See what {first} lacks."), failed)
+    return rows
 
 
 def take_turns(
@@ -119,14 +126,12 @@ def take_turns(
 def group_rows(
     group: Group, turns: Mapping[str, Sequence[Run]], loaded: Mapping[str, Loaded]
 ) -> tuple[Row, ...]:
-    """A row for each case that has run; none if the first has not."""
+    """A row for each case that has run, but for those whose yardstick, the first, has not."""
     first = group.cases[0]
-    if first.name not in turns:
-        return ()
     return tuple(
-        _row(group, case, loaded[case.name], turns[case.name], first, turns[first.name])
+        _row(group, case, loaded[case.name], turns[case.name], first, turns.get(first.name, ()))
         for case in group.cases
-        if case.name in turns
+        if case.name in turns and (case.max_error is None or first.name in turns)
     )
 
 
@@ -158,10 +163,9 @@ def _row(
     ratio: float | None = None
     interval: tuple[float, float] | None = None
     if compared and not void:
-        of = np.array([run.seconds for run in yardstick[first.warm_up :]])
-        ratios = (of / first.images) / (seconds / case.images)
-        low, ratio, high = np.percentile(ratios, [10, 50, 90]).tolist()
-        interval = (low, high)
+        of = [run.seconds for run in yardstick[first.warm_up :]]
+        ratio, *width = within_rounds(seconds.tolist(), case.images, of, first.images)
+        interval = (width[0], width[1])
     return Row(
         group=group.name,
         name=case.name,
@@ -180,6 +184,7 @@ def _row(
         peak_rss_mib=timed[-1].peak_rss_mib,
         device_peak_mib=timed[-1].device_peak_mib,
         figures=timed[-1].figures,
+        clocks=timed[-1].clocks,
         relative_error=error if math.isfinite(error) else None,
         max_error=case.max_error,
         void=void,

@@ -1,11 +1,10 @@
-"""What a figure was measured on: machine, its clocks, versions, commit."""
+"""What a figure was measured on: machine, versions, commit."""
 
 from __future__ import annotations
 
 import os
 import platform
 import subprocess
-from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -13,28 +12,13 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from hcma_fast.bench.clocks import Clocks, query_gpu, read_clocks, read_text
+
 _PACKAGES = (
     *("hcma-fast", "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu"),
     *("openvino", "tensorrt", "tensorrt-rtx-cu13", "triton", "numpy"),
 )
-_CPUFREQ = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-_SMI = ("name", "driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-
-
-class Clocks(BaseModel):
-    """What the machine may change of itself while it is measured; None where it cannot be read."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cpu_governor: str | None = None
-    cpu_mhz: float | None = None
-    """of the first core, now"""
-    load_average: float | None = None
-    """processes that wanted to run, over the last minute: other work beside a measurement"""
-    gpu_sm_mhz: float | None = None
-    gpu_max_sm_mhz: float | None = None
-    gpu_memory_mhz: float | None = None
-    gpu_power_limit_w: float | None = None
+_FIRST_GPU = "0"
 
 
 class Machine(BaseModel):
@@ -58,6 +42,7 @@ class Machine(BaseModel):
     """the first one's name"""
     driver: str | None = None
     clocks: Clocks = Clocks()
+    """at the end; empty where each row has its own"""
 
     def line(self) -> str:
         """For a reader."""
@@ -75,9 +60,14 @@ class Machine(BaseModel):
         return "; ".join(parts)
 
 
-def describe_machine() -> Machine:
-    """This machine, now."""
-    gpu = _nvidia_smi()
+def describe_machine(*, clocks: bool = True) -> Machine:
+    """This machine.
+
+    Args:
+        clocks: read them too, now. False where each row has those of its own runs: a GPU that has
+            nothing more to do says nothing of them.
+    """
+    gpu = query_gpu(("name", "driver_version"), _FIRST_GPU)
     return Machine(
         cpu=_cpu_name(),
         cores=_usable_cores(),
@@ -91,52 +81,12 @@ def describe_machine() -> Machine:
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         gpu=gpu.get("name"),
         driver=gpu.get("driver_version"),
-        clocks=Clocks(
-            cpu_governor=_read(_CPUFREQ / "scaling_governor"),
-            cpu_mhz=_cpu_mhz(),
-            load_average=round(os.getloadavg()[0], 2),
-            gpu_sm_mhz=_number(gpu.get("clocks.sm")),
-            gpu_max_sm_mhz=_number(gpu.get("clocks.max.sm")),
-            gpu_memory_mhz=_number(gpu.get("clocks.mem")),
-            gpu_power_limit_w=_number(gpu.get("power.limit")),
-        ),
+        clocks=read_clocks(_FIRST_GPU) if clocks else Clocks(),
     )
 
 
-def _read(path: Path) -> str | None:
-    with suppress(OSError):
-        return path.read_text().strip()
-    return None
-
-
-def _number(text: str | None) -> float | None:
-    with suppress(TypeError, ValueError):  # nvidia-smi writes [N/A]
-        return float(text)  # type: ignore[arg-type]
-    return None
-
-
-def _cpu_mhz() -> float | None:
-    """By cpufreq, or else, as in most virtual machines, by the kernel's own measure."""
-    khz = _number(_read(_CPUFREQ / "scaling_cur_freq"))
-    if khz is not None:
-        return khz / 1e3
-    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
-    found = [line.partition(":")[2] for line in lines if line.startswith("cpu MHz")]
-    return _number(found[0]) if found else None
-
-
-def _nvidia_smi() -> dict[str, str]:
-    """Of the first GPU; nothing where there is no driver."""
-    command = ["nvidia-smi", f"--query-gpu={','.join(_SMI)}", "--format=csv,noheader,nounits"]
-    with suppress(OSError, subprocess.SubprocessError):
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
-        first = done.stdout.partition("\n")[0]
-        return dict(zip(_SMI, [value.strip() for value in first.split(",")], strict=False))
-    return {}
-
-
 def _cpu_name() -> str:
-    lines = (_read(Path("/proc/cpuinfo")) or "").splitlines()
+    lines = (read_text(Path("/proc/cpuinfo")) or "").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
 

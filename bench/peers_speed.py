@@ -30,6 +30,7 @@ from hcma_fast.bench.contestants import (
 )
 from hcma_fast.bench.harness import MAX_ERROR, Case, Group
 from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
+from hcma_fast.bench.report import COMPILED
 from hcma_fast.bench.speed import HALF_ERROR, ours_case, plain_case
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import TOKEN_LENGTH
@@ -63,7 +64,7 @@ def peers(plan: Plan) -> list[Group]:
 def _aligned(plan: Plan, work: Work) -> list[Case]:
     cases = [plain_case(plan.model, work, plan.device)]
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
-    cases.append(Case("plain loop, torch.compile", load, work.labels, work.batch))
+    cases.append(Case(COMPILED, load, work.labels, work.batch))
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
     some = exported if openvino_rounds(plan.device) else exported[:2]
     for runtime in () if plan.on_gpu else some:

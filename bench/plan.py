@@ -44,6 +44,14 @@ class Plan:
         return Work(steps, batch, evaluations=None if whole else 1, **changes)
 
 
+def extent(work: Work) -> str:
+    """How far a run goes, for the name of a group."""
+    if work.evaluations is None:
+        return f"{work.steps} steps"
+    some = "evaluation" if work.evaluations == 1 else f"{work.evaluations} evaluations"
+    return f"the first {some} of {work.steps} steps"
+
+
 def installed_backends(device: str) -> tuple[Ours, ...]:
     """Compiled backends that can be measured on this device, eager last."""
     if not device.startswith("cuda"):

@@ -7,14 +7,18 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.bench.bootstrap import Estimate
+from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.machine import Machine
 from hcma_fast.errors import InputError
 from hcma_fast.models.checkpoint import first_line
 
 Label = int | float | str
+COMPILED = "plain loop, torch.compile"
+"""The row that others are compared with besides their group's first, where a group has it"""
 
 
 class _Frozen(BaseModel):
@@ -42,13 +46,15 @@ class Row(_Frozen):
     p99_s: float
     """of few runs, nearly the longest"""
     images_per_second: float
-    """by the median"""
+    """by the median; of latents that are not finished where the labels have ``evaluations``"""
     peak_rss_mib: float
     """of its process, by its end"""
     device_peak_mib: float | None
     """of torch's allocator on the GPU; None on a CPU"""
     figures: dict[str, float]
     """what else was found, by the last run"""
+    clocks: Clocks = Clocks()
+    """right after the last run, in its process; empty in older results"""
     relative_error: float | None
     """of the result to that of the group's first case, the worst run; None where nothing was
     compared, or it is not finite"""
@@ -66,6 +72,33 @@ class Row(_Frozen):
     def key(self) -> tuple[str, ...]:
         """What the same case has in another report."""
         return (self.group, self.name, *(f"{k}={v}" for k, v in sorted(self.labels.items())))
+
+
+def speedup_over(row: Row, other: Row) -> tuple[float, float, float] | None:
+    """How often ``row`` is as fast as another of its group, per image, within a round.
+
+    Returns:
+        the median over the rounds, their 10th and 90th percentile; None if one of both is void or
+        was not compared with their group's first, or their rounds are not the same.
+    """
+    for one in (row, other):
+        if one.void or one.max_error is None:
+            return None
+    if row.group != other.group or len(row.seconds) != len(other.seconds):
+        return None
+    return within_rounds(row.seconds, row.images, other.seconds, other.images)
+
+
+def within_rounds(
+    seconds: Sequence[float], images: int, other: Sequence[float], other_images: int
+) -> tuple[float, float, float]:
+    """How often as fast as another, per image: median, 10th and 90th percentile over the rounds.
+
+    Both ran each round in the same minutes, so that the i-th seconds of both belong together.
+    """
+    ratios = (np.array(other) / other_images) / (np.array(seconds) / images)
+    low, median, high = np.percentile(ratios, [10, 50, 90]).tolist()
+    return median, low, high
 
 
 class Fit(_Frozen):
@@ -122,13 +155,19 @@ def read_results(path: Path) -> Results:
         ) from error
 
 
-def report_markdown(report: Report) -> str:
-    """A table per group, then fits and machine."""
+def report_markdown(report: Report, against: str = COMPILED) -> str:
+    """A table per group, then fits and machine.
+
+    Args:
+        against: name of a row that the others of its group are compared with too, in two more
+            columns; groups that do not have it have no such columns.
+    """
     lines = [f"{report.suite}: {report.model} on {report.device}, {report.rounds} rounds"]
     lines[0] += ", quick sizes" if report.quick else ""
     groups = dict.fromkeys(row.group for row in report.rows)
     for group in groups:
-        lines += ["", *_group_lines(group, [row for row in report.rows if row.group == group])]
+        rows = [row for row in report.rows if row.group == group]
+        lines += ["", *_group_lines(group, rows, against)]
     if report.fits:
         lines += [
             "",
@@ -145,15 +184,35 @@ def report_markdown(report: Report) -> str:
         lines += ["", *(f"Could not run: {name}: {why}" for name, why in report.failed.items())]
     hashes = {row.weights_hash[:16] for row in report.rows}
     lines += ["", f"{report.machine.line()}; weights {', '.join(sorted(hashes))}."]
+    if clocks := _clock_ranges(report.rows):
+        lines += ["", f"Right after the last run of each row: {clocks}."]
     return "\n".join(lines)
 
 
-def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
+def _clock_ranges(rows: Sequence[Row]) -> str:
+    """Of each clock its values over the rows: a range of numbers, or the words."""
+    found = []
+    for name in Clocks.model_fields:
+        values = {getattr(row.clocks, name) for row in rows} - {None}
+        numbers = [value for value in values if isinstance(value, float)]
+        if numbers:
+            low, high = min(numbers), max(numbers)
+            found.append(f"{name} {low:g}" + (f" to {high:g}" if high > low else ""))
+        elif values:
+            found.append(f"{name} {', '.join(sorted(values))}")
+    return ", ".join(found)
+
+
+def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
     common = {k: v for k, v in rows[0].labels.items() if all(r.labels.get(k) == v for r in rows)}
     own = list(dict.fromkeys(k for row in rows for k in row.labels if k not in common))
     extra = list(dict.fromkeys(name for row in rows for name in row.figures))
     shared = ", ".join(f"{name} {value}" for name, value in common.items())
-    heads = ["", *own, "median, s", "p10", "p90", "p99", "images/s", "speed-up", "p10 to p90"]
+    # a run of some evaluations makes no image
+    rate = "latents/s" if any("evaluations" in row.labels for row in rows) else "images/s"
+    heads = ["", *own, "median, s", "p10", "p90", "p99", rate, "speed-up", "p10 to p90"]
+    other = next((row for row in rows[1:] if row.name == against), None)
+    heads += [] if other is None else [f"against {against}", "p10 to p90"]
     heads += ["error", "load, s", "first run, s", "peak, MiB"]
     on_gpu = any(row.device_peak_mib is not None for row in rows)
     heads += (["GPU peak, MiB"] if on_gpu else []) + extra
@@ -167,7 +226,11 @@ def _group_lines(group: str, rows: Sequence[Row]) -> list[str]:
         error = error if row.relative_error is None else f"{row.relative_error:.1e}"
         cells = [row.name, *(str(row.labels.get(name, "")) for name in own)]
         cells += [_short(s) for s in (row.median_s, row.p10_s, row.p90_s, row.p99_s)]
-        cells += [f"{row.images_per_second:.3g}", ratio, interval, error, f"{row.load_s:.1f}"]
+        cells += [f"{row.images_per_second:.3g}", ratio, interval]
+        if other is not None:
+            found = speedup_over(row, other)
+            cells += ["", ""] if found is None else [f"{found[0]:.2f}", _interval(found[1:], ".2f")]
+        cells += [error, f"{row.load_s:.1f}"]
         cells += ["" if row.warm_up_s is None else _short(row.warm_up_s)]
         cells += [f"{row.peak_rss_mib:.0f}"]
         if on_gpu:
@@ -186,19 +249,29 @@ def _interval(interval: tuple[float, float] | None, form: str) -> str:
 
 
 def rows_csv(reports: Sequence[Report]) -> str:
-    """All rows as CSV with a header; a column per label and figure, empty where a row has none."""
+    """All rows as CSV with a header, each with the machine, versions, commit and clocks.
+
+    A column per label, figure, clock and package, empty where a row has none.
+    """
     rows = [(report, row) for report in reports for row in report.rows]
     labels = list(dict.fromkeys(name for _, row in rows for name in row.labels))
     figures = list(dict.fromkeys(name for _, row in rows for name in row.figures))
-    plain = [name for name in Row.model_fields if name not in ("labels", "figures")]
+    plain = [name for name in Row.model_fields if name not in ("labels", "figures", "clocks")]
+    # the machine's clocks are not those of the row
+    where = [name for name in Machine.model_fields if name not in ("versions", "clocks")]
+    packages = list(dict.fromkeys(name for report in reports for name in report.machine.versions))
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["suite", "model", "device", *plain, *labels, *figures])
+    heads = ["suite", "model", "device", "quick", *plain, *labels, *figures, *Clocks.model_fields]
+    writer.writerow([*heads, *where, *(f"version {name}" for name in packages)])
     for report, row in rows:
         values = [getattr(row, name) for name in plain]
         # a list in a cell: its numbers with spaces between
         cells = [" ".join(map(str, v)) if isinstance(v, tuple) else v for v in values]
         cells += [row.labels.get(name) for name in labels]
         cells += [row.figures.get(name) for name in figures]
-        writer.writerow([report.suite, report.model, report.device, *cells])
+        cells += [getattr(row.clocks, name) for name in Clocks.model_fields]
+        cells += [getattr(report.machine, name) for name in where]
+        cells += [report.machine.versions.get(name) for name in packages]
+        writer.writerow([report.suite, report.model, report.device, report.quick, *cells])
     return text.getvalue()

@@ -1,9 +1,9 @@
 """Mixed requests for a long time, with faults on the way: does it stay as it was at the start?
 
 A worker process generates through ``runtime.batching``. After a share of the time it is killed, and
-another one takes its place; from time to time it is given a request that must be refused, and its
-disk is full. Memory and latency are judged over the second process, without its beginning, where
-caches and allocators fill.
+another one takes its place; from time to time it is given a request that must be refused, of one
+kind after the other (``bench.bad_requests``), and its disk is full. Memory and latency are judged
+over the second process, without its beginning, where caches and allocators fill.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,17 +25,18 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
+from hcma_fast.bench.bad_requests import bad_requests, check_refused
 from hcma_fast.bench.bootstrap import Estimate, Indices, estimate, median_ratio
 from hcma_fast.bench.contestants import SEED, Ours, Work, build_missing, open_pipe
 from hcma_fast.bench.machine import Machine, describe_machine
 from hcma_fast.bench.memory import status_mib
 from hcma_fast.bench.workers import Contestant, Run, Worker, worker
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.errors import BackendError, HcmaError, InputError, OutputError, UsageError
+from hcma_fast.errors import BackendError, HcmaError, OutputError, UsageError
 from hcma_fast.files import write_whole
 
 if TYPE_CHECKING:
-    from hcma_fast.runtime.batching import BatchGenerator, Request
+    from hcma_fast.runtime.batching import Request
 
 _KILL_AT, _SETTLED = 0.15, 0.3
 """Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
@@ -60,8 +62,8 @@ class SoakReport(BaseModel):
     rounds: int
     """in both processes"""
     images: int
-    refused: int
-    """bad requests, each with a typed error"""
+    refused: dict[str, int]
+    """bad requests by their kind, each with its own typed error"""
     full_disks: int
     """images that could not be written, each with a typed error and without half a file, and could
     be written afterwards"""
@@ -75,6 +77,8 @@ class SoakReport(BaseModel):
     """when those rounds ended, since that process had loaded"""
     rss_mib: tuple[float, ...]
     """after those rounds"""
+    judged_rounds: int
+    """those of the second process, without its beginning, that memory and latency are judged by"""
     rss_mib_per_hour: Estimate | None
     """by least squares over the judged rounds, with a 95% interval by bootstrap over them; None
     for too few"""
@@ -83,8 +87,18 @@ class SoakReport(BaseModel):
     machine: Machine
 
     @property
+    def not_judged(self) -> str | None:
+        """Why nothing is said of memory and latency; None if they are judged."""
+        if self.rss_mib_per_hour is not None and self.latency_drift is not None:
+            return None
+        return (
+            f"NOT JUDGED: memory and latency. {self.judged_rounds} rounds count, and it takes "
+            f"{JUDGED_ROUNDS}: soak for longer"
+        )
+
+    @property
     def problems(self) -> list[str]:
-        """What it should not have done."""
+        """What it should not have done; see ``not_judged`` for what is unknown."""
         found = [] if self.same_image else ["the same request gave another image"]
         slope, drift = self.rss_mib_per_hour, self.latency_drift
         # 1% in an hour is a fault if it is no chance
@@ -134,7 +148,8 @@ def soak(
     rss = np.array([run.figures["rss_mib"] for run in runs])
     seconds = np.array([run.figures["reference_s"] for run in runs])
     kept = slice(int(_SETTLED * len(runs)), None)
-    enough = len(runs[kept]) >= JUDGED_ROUNDS
+    judged = len(runs[kept])
+    enough = judged >= JUDGED_ROUNDS
     every = [run for _, run in before] + runs
     hashes = {run.result.tobytes() for run in every}
     return SoakReport(
@@ -143,7 +158,7 @@ def soak(
         minutes=minutes,
         rounds=len(every),
         images=int(sum(run.figures["images"] for run in every)),
-        refused=int(sum(run.figures["refused"] for run in every)),
+        refused=_counted("refused: ", every),
         full_disks=int(sum(run.figures["full_disks"] for run in every)),
         kills=1,
         same_image=len(hashes) == 1,
@@ -151,10 +166,21 @@ def soak(
         seconds=tuple(seconds.tolist()),
         at_s=tuple(at_s.tolist()),
         rss_mib=tuple(rss.tolist()),
+        judged_rounds=judged,
         rss_mib_per_hour=slope_per_hour(at_s[kept], rss[kept]) if enough else None,
         latency_drift=drift(seconds[kept]) if enough else None,
         machine=describe_machine(),
     )
+
+
+def _counted(prefix: str, runs: Sequence[Run]) -> dict[str, int]:
+    """Sums of the figures whose names begin with the prefix, by the rest of their names."""
+    found: Counter[str] = Counter()
+    for run in runs:
+        for name, value in run.figures.items():
+            if name.startswith(prefix):
+                found[name.removeprefix(prefix)] += int(value)
+    return dict(found)
 
 
 def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:
@@ -225,12 +251,14 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
     pipe = open_pipe(model, Ours(backend))
     generator = BatchGenerator(pipe, max_batch=max_batch)
     rng = np.random.default_rng(SEED)
+    bad = bad_requests(pipe.settings)
     figures: dict[str, float] = {}
     number = 0
 
     def generate() -> NDArray[np.float32]:
         nonlocal number
-        figures.update(images=0, refused=0, full_disks=0)
+        figures.clear()
+        figures.update(images=0, full_disks=0)
         requests = [mixed_request(rng, pipe.settings) for _ in range(rng.integers(1, 9))]
         for result in generator.generate(requests):
             if result.image is None:
@@ -239,9 +267,10 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
             save = partial(result.image.save, format="PNG")
             write_whole(Path(folder) / f"{result.index}.png", save)
         if number % _FAULT_EVERY == 0:
-            check_refused(generator, requests)
+            kind = bad[number // _FAULT_EVERY % len(bad)]
+            check_refused(generator, requests, kind)
             check_full_disk(save, Path(folder) / "full.png")
-            figures["refused"] += 1
+            figures[f"refused: {kind.what}"] = 1
             figures["full_disks"] += 1
         number += 1
         start = time.perf_counter()
@@ -279,21 +308,6 @@ def _reference() -> list[Request]:
         Request("a dog", Work(boxes=boxes).layout, SEED + boxes, num_inference_steps=8)
         for boxes in (0, 2, 5)
     ]
-
-
-def check_refused(generator: BatchGenerator, good: list[Request]) -> None:
-    """A request whose prompt is too long is refused, and the good ones before it with it.
-
-    Raises:
-        HcmaError: it was not.
-    """
-    from hcma_fast.runtime.batching import Request
-
-    try:
-        next(generator.generate([*good, Request("many words " * 100)]))
-    except InputError:
-        return
-    raise HcmaError("a bad request was taken", value="100 words", remedy="Report it as a bug.")
 
 
 def check_full_disk(save: Callable[..., object], path: Path) -> None:

@@ -98,7 +98,7 @@ def measure_speed(
         rounds=rounds,
         quick=False,
         rows=tuple(rows),
-        machine=describe_machine(),
+        machine=describe_machine(clocks=False),
     )
 
 

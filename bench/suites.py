@@ -11,7 +11,7 @@ from hcma_fast.bench.ladder import ladder
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.overhead import overhead
 from hcma_fast.bench.peers_speed import peers
-from hcma_fast.bench.plan import Plan, side_by_side
+from hcma_fast.bench.plan import Plan, extent, side_by_side
 from hcma_fast.bench.report import Report
 from hcma_fast.bench.scaling import fit_scaling, scaling
 from hcma_fast.bench.speed import ours_case, plain_case
@@ -45,7 +45,7 @@ def throughput(plan: Plan) -> list[Group]:
         work = plan.work(batch, steps=steps, boxes=boxes)
         cases = [plain_case(plan.model, work, plan.device)]
         cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.chosen[:1]]
-        groups += side_by_side(plan, f"batch {batch}, {steps} steps, {boxes} boxes", cases)
+        groups += side_by_side(plan, f"batch {batch}, {extent(work)}, {boxes} boxes", cases)
     return groups
 
 
@@ -113,5 +113,5 @@ def run_suite(name: str, plan: Plan, progress: Callable[[str], None] = lambda li
         rows=tuple(rows),
         failed=failed,
         fits=fit_scaling(rows) if name == "scaling" else (),
-        machine=describe_machine(),
+        machine=describe_machine(clocks=False),
     )

@@ -29,6 +29,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from hcma_fast.bench.clocks import Clocks, read_clocks
 from hcma_fast.bench.memory import own_peak_rss_mib
 from hcma_fast.errors import HcmaError
 
@@ -61,6 +62,8 @@ class Run:
     device_peak_mib: float | None = None
     """of torch's allocator on the GPU so far; engines with memory of their own are not in it"""
     figures: dict[str, float] = field(default_factory=dict)
+    clocks: Clocks = field(default_factory=Clocks)
+    """right after the call"""
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,8 @@ def _timed(contestant: Contestant) -> Run:
     start = time.perf_counter()
     result = contestant.generate()
     seconds = time.perf_counter() - start
-    return Run(seconds, result, own_peak_rss_mib(), None, contestant.figures())
+    clocks = read_clocks()  # before the figures, which may take a while
+    return Run(seconds, result, own_peak_rss_mib(), None, contestant.figures(), clocks)
 
 
 def _cuda_timed(contestant: Contestant) -> Run:
@@ -196,9 +200,12 @@ def _cuda_timed(contestant: Contestant) -> Run:
     torch.cuda.synchronize(contestant.device)
     end.record()
     end.synchronize()
+    # nvidia-smi counts the devices in another order, and those that are hidden from torch too
+    uuid = torch.cuda.get_device_properties(contestant.device).uuid
+    clocks = read_clocks(f"GPU-{uuid}")
     peak = torch.cuda.max_memory_reserved(contestant.device) / 2**20
     seconds = begin.elapsed_time(end) / 1e3
-    return Run(seconds, result, own_peak_rss_mib(), peak, contestant.figures())
+    return Run(seconds, result, own_peak_rss_mib(), peak, contestant.figures(), clocks)
 
 
 def _listen(channel: Connection[Any, Any], asked: SimpleQueue[None]) -> None:

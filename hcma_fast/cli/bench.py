@@ -13,7 +13,7 @@ from rich.progress import Progress, TaskID
 
 from hcma_fast.cli.bench_limits import roofline
 from hcma_fast.cli.bench_savings import savings
-from hcma_fast.cli.bench_suites import compare, run, soak
+from hcma_fast.cli.bench_suites import compare, run, show, soak
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import (
     BuildProgress,
@@ -36,6 +36,7 @@ bench_app = typer.Typer(
 )
 bench_app.command(short_help="Estimate the least time on a GPU, by peak rates.")(roofline)
 bench_app.command(short_help="Run suites of cases side by side, each in its own process.")(run)
+bench_app.command(short_help="Show the tables of finished results of run again.")(show)
 bench_app.command(short_help="Compare two results of run, row by row.")(compare)
 bench_app.command(short_help="Mixed requests for a long time, with faults among them.")(soak)
 bench_app.command(short_help="Measure what each approximate saving gains and costs.")(savings)

@@ -120,6 +120,30 @@ def _write(folder: Path, report: Report) -> None:
         write_file(folder / "scaling.png", scaling_png(report.fits))
 
 
+def show(
+    results: Annotated[Path, typer.Argument(help="JSON of bench run.")],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW",
+            help="Compare the rows of each group with this one too.",
+            show_default="the loop under torch.compile, where it is",
+        ),
+    ] = None,
+) -> None:
+    """Show the tables of finished results again; nothing is measured.
+
+    Speed-ups against another row are ratios within a round, as those against the first one.
+    """
+    from hcma_fast.bench.report import COMPILED, read_results, report_markdown
+
+    reports = read_results(results).reports
+    names = list(dict.fromkeys(row.name for report in reports for row in report.rows))
+    if against is not None and against not in names:
+        raise UsageError("no such row", value=against, remedy=f"Rows: {'; '.join(names)}.")
+    typer.echo("\n\n".join(report_markdown(report, against or COMPILED) for report in reports))
+
+
 def compare(
     old: Annotated[Path, typer.Argument(help="JSON of bench run.")],
     new: Annotated[Path, typer.Argument(help="JSON of bench run.")],
@@ -130,7 +154,8 @@ def compare(
 ) -> None:
     """Compare two results row by row, with intervals; ends with an error if a row became slower.
 
-    Slower is: above the threshold, and not by chance (the 95% interval is above 1).
+    Slower is: above the threshold, and not by chance (the 95% interval is above 1). A row that is
+    missing in the new results, while its suite is there, is an error too.
     """
     from hcma_fast.bench.compare import compare_results, comparison_markdown
     from hcma_fast.bench.report import read_results
@@ -142,9 +167,10 @@ def compare(
         typer.echo(comparison_markdown(found))
     if found.failures:
         raise HcmaError(
-            f"{len(found.failures)} rows became slower than {threshold:g} times, or void",
+            f"{len(found.failures)} rows became slower than {threshold:g} times, or void, or are "
+            "missing",
             value="; ".join(found.failures),
-            remedy="If the machine was busy, measure both again in one go.",
+            remedy="If the machine was busy, measure both again in one go, with the same backends.",
         )
 
 
@@ -158,7 +184,8 @@ def soak(
 ) -> None:
     """Mixed requests for a long time, with bad ones, a full disk and a killed process among them.
 
-    Ends with an error if memory grows, latency drifts, or an image changes.
+    Ends with an error if memory grows, latency drifts, or an image changes. Too short a soak says
+    that memory and latency were not judged.
     """
     from hcma_fast.bench.soak import soak as run_soak
 
@@ -171,6 +198,8 @@ def soak(
         print_json(report.model_dump(mode="json"))
     else:
         typer.echo(soak_text(report))
+    if report.not_judged is not None:
+        print_note(report.not_judged)
     if report.problems:
         raise HcmaError(
             "it did not stay as it was", value="; ".join(report.problems), remedy="Report it."
@@ -183,13 +212,13 @@ def soak_text(report: SoakReport) -> str:
     lines = [
         f"Soak of {report.model} on {report.backend}, {report.minutes:g} minutes: {report.rounds} "
         f"rounds, {report.images} mixed images.",
-        f"Faults: {report.refused} bad requests refused, {report.full_disks} full disks, "
-        f"{report.kills} process killed and replaced.",
+        f"Faults: {sum(report.refused.values())} bad requests of {len(report.refused)} kinds "
+        f"refused, {report.full_disks} full disks, {report.kills} process killed and replaced.",
         f"Reference images {'the same' if report.same_image else 'NOT the same'} in all rounds and "
         f"both processes (sha256 {report.image_sha256[:16]}).",
     ]
     if slope is None or drift is None:
-        lines.append("Too few rounds to judge memory and latency.")
+        lines.append(f"{report.not_judged}.")
     else:
         low, high = slope.interval or (slope.value,) * 2
         lines.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from hcma_fast import HCMAPipeline
+from hcma_fast.bench.bad_requests import bad_requests, check_refused
 from hcma_fast.bench.bootstrap import Estimate
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.soak import (
     SoakReport,
     check_full_disk,
-    check_refused,
     drift,
     load_soak,
     slope_per_hour,
@@ -24,7 +25,8 @@ from hcma_fast.bench.soak import (
 )
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.cli.bench_suites import soak_text
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.config import AlignmentSettings
+from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.batching import BatchGenerator, Request
 
@@ -51,7 +53,7 @@ def report(**changes: object) -> SoakReport:
         "minutes": 20,
         "rounds": 100,
         "images": 400,
-        "refused": 30,
+        "refused": {"long": 20, "blank": 10},
         "full_disks": 30,
         "kills": 1,
         "same_image": True,
@@ -59,6 +61,7 @@ def report(**changes: object) -> SoakReport:
         "seconds": (1.0,) * 90,
         "at_s": tuple(float(i) for i in range(90)),
         "rss_mib": (500.0,) * 90,
+        "judged_rounds": 63,
         "rss_mib_per_hour": Estimate(value=1.0, interval=(-2.0, 4.0)),
         "latency_drift": Estimate(value=1.01, interval=(0.98, 1.04)),
         "machine": describe_machine(),
@@ -76,14 +79,17 @@ def report(**changes: object) -> SoakReport:
         ({"rss_mib_per_hour": Estimate(value=60.0, interval=(50.0, 70.0))}, "memory grows"),
         ({"latency_drift": Estimate(value=1.2, interval=(1.1, 1.3))}, "slower by 20%"),
         ({"same_image": False}, "another image"),
-        ({"rss_mib_per_hour": None, "latency_drift": None}, None),
+        ({"rss_mib_per_hour": None, "latency_drift": None, "judged_rounds": 7}, None),
     ],
 )
 def test_what_is_a_problem(changes: dict[str, object], problem: str | None) -> None:
     found = report(**changes)
     assert bool(found.problems) == (problem is not None)
     assert problem is None or problem in found.problems[0]
-    assert ("Too few rounds" in soak_text(found)) == (found.latency_drift is None)
+    assert "30 bad requests of 2 kinds" in soak_text(found)
+    judged = found.latency_drift is not None
+    assert ("NOT JUDGED: memory and latency. 7 rounds" in soak_text(found)) != judged
+    assert (found.not_judged is None) == judged and ("Memory: " in soak_text(found)) == judged
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
@@ -95,15 +101,34 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
         check_full_disk(lambda file: file.write(b"x"), path)
 
 
-def test_a_bad_request_is_refused_with_all_beside_it(
+SETTINGS = AlignmentSettings()
+KINDS = {bad.what: bad for bad in bad_requests(SETTINGS)}
+
+
+@pytest.mark.parametrize("what", KINDS)
+def test_each_kind_of_bad_request_has_its_error(random_components: Components, what: str) -> None:
+    generator = BatchGenerator(HCMAPipeline.from_components(random_components))
+    good = [Request("a", num_inference_steps=2)]
+    check_refused(generator, good, KINDS[what])
+    # another error than its own, or the others lost with what fails alone
+    with pytest.raises(HcmaError, match="not refused as it must be") as caught:
+        check_refused(generator, good, replace(KINDS[what], error=OutputError))
+    assert what in str(caught.value) and "OutputError" in str(caught.value)
+    other = replace(KINDS[what], alone=not KINDS[what].alone)
+    with pytest.raises(HcmaError, match="not refused as it must be"):
+        check_refused(generator, good, other)
+
+
+def test_a_bad_request_that_is_taken_is_found_out(
     random_components: Components, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generator = BatchGenerator(HCMAPipeline.from_components(random_components))
-    check_refused(generator, [Request("a", num_inference_steps=2)])
-    monkeypatch.setattr(generator, "_check_texts", lambda requests: None)
-    monkeypatch.setattr(generator, "generate", lambda requests: iter([1]))
-    with pytest.raises(HcmaError, match="was taken"):
-        check_refused(generator, [])
+    good, generate = [Request("a", num_inference_steps=2)], generator.generate
+    # an image of something else in place of each
+    monkeypatch.setattr(generator, "generate", lambda given: generate(good * len(given)))
+    for what in ("prompt too long", "negative seed", "latent that diverges"):
+        with pytest.raises(HcmaError, match=rf"not refused as it must be \({what}\)"):
+            check_refused(generator, good, KINDS[what])
 
 
 def test_rounds_mix_requests_and_end_with_the_same_image(
@@ -114,8 +139,12 @@ def test_rounds_mix_requests_and_end_with_the_same_image(
     second, again = contestant.generate(), contestant.figures()
     assert np.array_equal(first, second) and first.shape == (32,)
     assert 1 <= figures["images"] <= 8
-    assert (figures["refused"], figures["full_disks"]) == (1, 1)
-    assert (again["refused"], again["full_disks"]) == (0, 0)
+    assert (figures["refused: prompt too long"], figures["full_disks"]) == (1, 1)
+    assert again["full_disks"] == 0 and not any(name.startswith("refused") for name in again)
+    for _ in range(2):
+        contestant.generate()
+    # another kind the next time
+    assert "refused: negative prompt too long" in contestant.figures()
     assert figures["rss_mib"] > 100 and figures["reference_s"] > 0
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
@@ -134,5 +163,5 @@ def test_command_soaks(random_checkpoint: Path, tmp_path: Path) -> None:
     found = json.loads(result.stdout)
     assert found == json.loads(out.read_text())
     assert found["kills"] == 1 and found["same_image"] and found["rounds"] >= 2
-    assert found["refused"] >= 2 and found["full_disks"] >= 2
+    assert sum(found["refused"].values()) == found["full_disks"] >= 2
     assert result.exit_code == 0, result.exception

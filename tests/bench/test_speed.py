@@ -1,10 +1,9 @@
-"""The speed harness: turns, ratios, void rows, a process for each, and the command."""
+"""The speed harness: a process for each contestant, what goes wrong in it, and the command."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
 import os
 import resource
 import shutil
@@ -12,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -20,17 +19,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.contestants import LAYOUT, Ours, Work, load_ours, load_plain
-from hcma_fast.bench.harness import Case, Group, group_rows, run_group, take_turns
-from hcma_fast.bench.machine import Clocks, Machine, describe_machine
+from hcma_fast.bench.harness import Case, Group, run_group
 from hcma_fast.bench.memory import own_peak_rss_mib, peak_rss_mib
-from hcma_fast.bench.report import Row, report_markdown
+from hcma_fast.bench.report import report_markdown
 from hcma_fast.bench.speed import PLAIN, generate_command, measure_speed
-from hcma_fast.bench.workers import Contestant, Loaded, Run
 from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
@@ -38,8 +34,6 @@ from hcma_fast.export.cache import cached_folder
 from hcma_fast.export.manifest import load_manifest
 from hcma_fast.export.target import Target
 from hcma_fast.layout import Layout
-
-GOOD = np.array([3.0, 4.0], dtype=np.float32)
 
 #: contestants without a model, that workers can import; the backend says how they behave
 FAKES = """
@@ -133,94 +127,6 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     return Fakes(tmp_path / "log")
 
 
-def recording(
-    name: str, latents: NDArray[np.float32], calls: list[str], *seconds: float
-) -> Callable[[], Run]:
-    left = list(seconds)
-
-    def run() -> Run:
-        calls.append(name)
-        return Run(left.pop(0) if left else 1.0, latents, float(len(calls)))
-
-    return run
-
-
-def never() -> Contestant:
-    raise AssertionError("nothing is loaded")
-
-
-def rows_of(
-    runs: dict[str, Callable[[], Run]], rounds: int, *, said: list[str] | None = None, **case: Any
-) -> tuple[Row, ...]:
-    """Rows of a group whose cases run here."""
-    group = Group("fakes", [Case(name, never, **case) for name in runs])
-    say = (lambda line: None) if said is None else said.append
-    turns = take_turns(group, group.cases, runs, rounds, say)
-    return group_rows(group, turns, dict.fromkeys(turns, Loaded("fake", "0" * 64, 2.0)))
-
-
-def test_contestants_take_turns_there_and_back_after_one_warm_up() -> None:
-    calls: list[str] = []
-    said: list[str] = []
-    rows = rows_of({name: recording(name, GOOD, calls) for name in "ABC"}, 2, said=said)
-    assert calls == list("ABCCBAABC")
-    assert said[0] == "A, warm-up" and said[-1] == "C, round 2 of 2"
-    assert [row.name for row in rows] == list("ABC")
-    for row in rows:
-        assert len(row.seconds) == 2 and not row.void and row.load_s == 2
-        assert row.p10_s <= row.median_s <= row.p90_s <= row.p99_s
-    assert rows[0].speedup == 1 and rows[0].relative_error == 0
-    # that of the last run
-    assert rows[2].peak_rss_mib == 9
-
-
-def test_a_case_without_a_warm_up_runs_once_less() -> None:
-    calls: list[str] = []
-    (row,) = rows_of({"A": recording("A", GOOD, calls, 5, 7)}, 2, warm_up=False, max_error=None)
-    assert calls == ["A", "A"] and row.seconds == (5, 7) and row.warm_up_s is None
-
-
-def test_speedups_are_ratios_per_image_within_a_round() -> None:
-    plain, ours = rows_of(
-        {
-            PLAIN: recording(PLAIN, GOOD, [], 90, 4, 8, 12),
-            "ours": recording("ours", GOOD, [], 50, 2, 2, 2),
-        },
-        3,
-        images=4,
-    )
-    assert plain.seconds == (4, 8, 12) and plain.median_s == 8 and plain.images_per_second == 0.5
-    assert ours.seconds == (2, 2, 2) and ours.warm_up_s == 50
-    assert ours.speedup == 4
-    assert ours.speedup_interval == pytest.approx((2.4, 5.6))
-
-
-@pytest.mark.parametrize(
-    ("latents", "error"),
-    [
-        (GOOD * np.float32(1.0005), 5e-4),
-        (GOOD * np.float32(1.01), 1e-2),
-        (GOOD * np.float32(math.nan), None),
-        (GOOD * np.float32(math.inf), None),
-        (GOOD[:1], None),
-    ],
-)
-def test_a_row_that_does_not_agree_is_void(
-    latents: NDArray[np.float32], error: float | None
-) -> None:
-    _, row = rows_of({"A": recording("A", GOOD, []), "B": recording("B", latents, [])}, 1)
-    assert row.relative_error == (None if error is None else pytest.approx(error, rel=1e-3))
-    assert row.void == (error is None or error > 1e-3)
-    assert (row.speedup is None) == (row.speedup_interval is None) == row.void
-
-
-def test_results_that_are_not_compared_are_never_void() -> None:
-    _, row = rows_of(
-        {"A": recording("A", GOOD, []), "B": recording("B", GOOD[:1], [])}, 1, max_error=None
-    )
-    assert not row.void and row.speedup is None and row.relative_error is None
-
-
 def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes) -> None:
     # a loud one would fill a pipe, and wait for ever
     report = measure_speed("-", backends=["loud", "c"], rounds=2, batch=2, memory=False)
@@ -237,6 +143,9 @@ def test_each_contestant_has_a_process_and_only_one_runs_at_a_time(fakes: Fakes)
         # what the contestant measured, a sleep of 0.02 s, and its own memory
         assert len(row.seconds) == 2 and min(row.seconds) >= 0.02
         assert 5 < row.peak_rss_mib < own_peak_rss_mib()
+        assert row.clocks.load_average is not None
+    # each row has its own: the machine's would be those of an idle one
+    assert report.machine.clocks == Clocks()
 
 
 @pytest.mark.parametrize(
@@ -321,8 +230,25 @@ def test_what_cannot_run_is_told_and_the_others_go_on(fakes: Fakes) -> None:
     assert [row.name for row in rows] == ["plain", "b"]
     assert set(failed) == {"g: refused", "g: failing"} and "Plug it in" in failed["g: failing"]
     assert fakes.alive() == set()
-    # without its yardstick a group says nothing
+    # without its yardstick nothing is known of what is compared with it, which is told
+    failed.clear()
     assert run_group(Group("g", [cases[1], cases[3]]), 1, failed=failed) == ()
+    assert set(failed) == {"g: refused", "g: b"} and "refused, which it is" in failed["g: b"]
+
+
+@pytest.mark.parametrize("fails", ["refused", "failing"])
+def test_what_is_not_compared_needs_no_yardstick(fakes: Fakes, fails: str) -> None:
+    module = importlib.import_module("fake_contestants")
+    cases = [
+        Case(n, partial(module.load_ours, "-", Ours(n), Work()), max_error=most)
+        for n, most in ((fails, None), ("b", None), ("c", 1e-3), ("d", None))
+    ]
+    failed: dict[str, str] = {}
+    rows = run_group(Group("g", cases), 2, failed=failed)
+    assert [row.name for row in rows] == ["b", "d"]
+    assert set(failed) == {f"g: {fails}", "g: c"}
+    for row in rows:
+        assert len(row.seconds) == 2 and not row.void and row.speedup is None
 
 
 def test_a_missing_engine_is_built_in_a_process_of_its_own_before_any_loads(
@@ -405,17 +331,6 @@ def test_the_measured_command_runs(random_checkpoint: Path, tmp_path: Path) -> N
     command = generate_command(random_checkpoint, "eager", 2, str(tmp_path))
     assert main(command[command.index("generate") :]) == 0
     assert len(list(tmp_path.glob("*.png"))) == 1
-
-
-def test_machine_is_described() -> None:
-    machine = describe_machine()
-    assert machine.cpu and machine.cores >= 1 and machine.memory_gib > 0
-    assert machine.versions["torch"] == torch.__version__
-    assert machine.clocks.load_average is not None
-    assert machine.cpu in machine.line() and str(machine.commit) in machine.line()
-    # an older report has no clocks
-    old = machine.model_dump(exclude={"gpu", "driver", "clocks"})
-    assert Machine.model_validate(old).clocks == Clocks()
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"rounds": 0}, {"num_inference_steps": 1}])

@@ -1,14 +1,10 @@
-"""The suites of bench run: what they hold, fits, comparison, and the commands."""
+"""The suites of bench run: what they hold, fits, and the command."""
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
-import json
 import pickle
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,72 +12,26 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hcma_fast.bench.bootstrap import median_ratio
-from hcma_fast.bench.compare import compare_results, comparison_markdown
 from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
 from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder_png
-from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.report import Report, Results, Row, read_results, report_markdown, rows_csv
+from hcma_fast.bench.plan import Plan, extent
+from hcma_fast.bench.report import Results, Row, read_results, report_markdown
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
 from hcma_fast.bench.stages import align, load_align, load_gradient, load_unet
 from hcma_fast.bench.suites import SUITES, check_suites
 from hcma_fast.bench.workers import Contestant
-from hcma_fast.cli.app import main
 from hcma_fast.cli.bench import bench_app
-from hcma_fast.errors import BackendError, HcmaError, InputError, UsageError
+from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.weights import load_components
 
-MACHINE = describe_machine()
+from bench_rows import make_row
+
 PNG = b"\x89PNG\r\n"
-
-
-def make_row(name: str = "a", group: str = "g", **changes: Any) -> Row:
-    seconds = np.array(changes.get("seconds", (2.0, 2.0, 2.0)))
-    row = {
-        "group": group,
-        "name": name,
-        "labels": {"batch": 1},
-        "images": 1,
-        "preset": "fake",
-        "weights_hash": "0" * 64,
-        "load_s": 1.5,
-        "warm_up_s": 3.0,
-        "seconds": tuple(seconds.tolist()),
-        "median_s": float(np.median(seconds)),
-        "p10_s": float(seconds.min()),
-        "p90_s": float(seconds.max()),
-        "p99_s": float(seconds.max()),
-        "images_per_second": 0.5,
-        "peak_rss_mib": 100.0,
-        "device_peak_mib": None,
-        "figures": {},
-        "relative_error": 1e-6,
-        "max_error": 1e-3,
-        "void": False,
-        "speedup": 2.0,
-        "speedup_interval": (1.9, 2.2),
-    }
-    return Row.model_validate(row | changes)
-
-
-def results(*rows: Row, suite: str = "latency", **changes: Any) -> Results:
-    report = Report(
-        suite=suite,
-        model="tiny",
-        device="cpu",
-        rounds=3,
-        quick=False,
-        rows=rows,
-        machine=MACHINE,
-        **changes,
-    )
-    return Results(command="hcma-fast bench run", reports=(report,))
 
 
 @pytest.mark.parametrize("model", ["tiny", SD14])
@@ -103,6 +53,26 @@ def test_suites_are_whole(suite: str, quick: bool, model: str) -> None:
     if suite == "throughput" and not quick and model == "tiny":
         sizes = {tuple(group.cases[0].labels.values()) for group in groups}
         assert {(b, s, 2) for b in (1, 2, 4, 8, 16, 32) for s in (20, 50)} < sizes
+
+
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("tiny", {"batch 1, 50 steps, 2 boxes", "batch 8, 20 steps, 30 boxes"}),
+        (SD14, {"batch 4, the first evaluation of 50 steps, 2 boxes: hcma-fast eager"}),
+    ],
+)
+def test_groups_say_how_far_their_runs_go(model: str, names: set[str]) -> None:
+    groups = SUITES["throughput"][0](Plan(model, backends=("eager",)))
+    assert names <= {group.name for group in groups}
+    for group in groups:
+        for case in group.cases:
+            # one evaluation is not called 50 steps
+            assert ("evaluation" in group.name) == ("evaluations" in case.labels)
+
+
+def test_an_extent_counts_evaluations() -> None:
+    assert extent(Work(50, evaluations=3)) == "the first 3 evaluations of 50 steps"
 
 
 def test_suites_of_a_gpu_are_whole() -> None:
@@ -269,121 +239,6 @@ def test_ladder_plot_leaves_void_rows_out() -> None:
     assert ladder_png([make_row("b"), void]) == ladder_png([make_row("b")])
 
 
-def test_ratio_of_medians_and_its_interval() -> None:
-    rng = np.random.default_rng(1)
-    a, b = 2 + 0.1 * rng.standard_normal(40), 1 + 0.1 * rng.standard_normal(30)
-    found = median_ratio(a, b)
-    assert found.interval is not None
-    low, high = found.interval
-    assert low < found.value < high and low < 2 < high and high - low < 0.3
-    assert median_ratio(a[:1], b[:1]).interval == (a[0] / b[0],) * 2
-
-
-NOISY = (1.0, 3.0, 2.0, 1.2, 2.8)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "threshold", "slower"),
-    [
-        ((2.0, 2.0, 2.0), (2.0, 2.0, 2.0), 1.1, False),
-        ((2.0, 2.1, 1.9), (3.0, 3.1, 2.9), 1.1, True),
-        ((2.0, 2.1, 1.9), (3.0, 3.1, 2.9), 1.6, False),
-        ((3.0, 3.1, 2.9), (2.0, 2.1, 1.9), 1.1, False),
-        # above the threshold, by chance
-        (NOISY, tuple(1.2 * s for s in NOISY), 1.1, False),
-    ],
-)
-def test_slower_rows_are_found(old: Any, new: Any, threshold: float, slower: bool) -> None:
-    found = compare_results(
-        results(make_row(seconds=old)), results(make_row(seconds=new)), threshold
-    )
-    (change,) = found.changes
-    assert change.ratio.value == pytest.approx(np.median(new) / np.median(old))
-    assert change.slower == slower and found.failures == (
-        ["latency tiny cpu g a batch=1"] if slower else []
-    )
-
-
-def test_rows_are_matched_by_all_that_names_them() -> None:
-    old = results(make_row("a"), make_row("b"), make_row("a", labels={"batch": 2}))
-    new = results(make_row("c"), make_row("b", void=True), make_row("a"))
-    found = compare_results(old, new)
-    assert len(found.changes) == 2
-    assert found.failures == ["latency tiny cpu g b batch=1"]
-    assert found.only_old == ("latency tiny cpu g a batch=2",)
-    assert found.only_new == ("latency tiny cpu g c batch=1",)
-    assert found.notes == ()
-    page = comparison_markdown(found)
-    assert page.count("| void |") == 1 and "Only in the old results: latency tiny" in page
-
-
-def test_other_machines_are_told() -> None:
-    other = MACHINE.model_copy(update={"cpu": "other", "versions": {"torch": "1"}})
-    old = results(make_row())
-    old = old.model_copy(
-        update={"reports": (old.reports[0].model_copy(update={"machine": other}),)}
-    )
-    notes = compare_results(old, results(make_row())).notes
-    assert any(note.startswith("cpu: other, now") for note in notes)
-    assert any(note.startswith("torch: 1, now") for note in notes)
-
-
-def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no row in common"):
-        compare_results(results(make_row()), results(make_row(), suite="peers"))
-    with pytest.raises(InputError, match="twice"):
-        compare_results(results(make_row(), make_row()), results(make_row()))
-    with pytest.raises(UsageError, match="threshold"):
-        compare_results(results(make_row()), results(make_row()), 0)
-    (tmp_path / "x.json").write_text('{"reports": 3}')
-    for name in ("x.json", "missing.json"):
-        with pytest.raises(InputError, match="no results"):
-            read_results(tmp_path / name)
-
-
-def test_compare_command_ends_with_an_error_when_a_row_is_slower(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, seconds in (("old", (1.0, 1.0, 1.0)), ("new", (1.3, 1.3, 1.3))):
-        written = results(make_row(seconds=seconds)).model_dump_json()
-        (tmp_path / f"{name}.json").write_text(written)
-    old, new = str(tmp_path / "old.json"), str(tmp_path / "new.json")
-    assert main(["bench", "compare", old, old]) == 0
-    assert main(["bench", "compare", old, new, "--threshold", "1.5"]) == 0
-    assert main(["bench", "compare", new, old]) == 0
-    capsys.readouterr()
-    assert main(["bench", "compare", old, new, "--json"]) == 1
-    captured = capsys.readouterr()
-    assert json.loads(captured.out)["changes"][0]["ratio"]["value"] == pytest.approx(1.3)
-    assert "latency tiny cpu g a batch=1" in captured.err
-    assert main(["bench", "compare", old, str(tmp_path)]) == 3
-
-
-def test_csv_has_a_column_for_each_label_and_figure() -> None:
-    rows = (
-        make_row("a", figures={"engine_mib": 3.5}),
-        make_row("b, c", labels={"backend": "x"}, relative_error=None),
-    )
-    found = list(csv.DictReader(io.StringIO(rows_csv(results(*rows).reports))))
-    assert [row["name"] for row in found] == ["a", "b, c"]
-    assert found[0]["seconds"] == "2.0 2.0 2.0" and found[0]["engine_mib"] == "3.5"
-    assert found[1]["backend"] == "x" and found[1]["batch"] == found[1]["relative_error"] == ""
-
-
-def test_tables_are_even_and_name_what_could_not_run() -> None:
-    rows = (
-        make_row("a", labels={"batch": 1, "steps": 4}, device_peak_mib=7.0),
-        make_row("b", labels={"batch": 2, "steps": 4}, figures={"x": 1.0}),
-        make_row("c", "h", relative_error=None, max_error=None, speedup=None),
-    )
-    page = report_markdown(results(*rows, failed={"g: d": "no such thing"}).reports[0])
-    tables = [line for line in page.splitlines() if line.startswith("|")]
-    for first, second in pairwise(tables[:4]):
-        assert first.count("|") == second.count("|")
-    assert "g (steps 4)" in page and "GPU peak, MiB" in page
-    assert "Could not run: g: d: no such thing" in page
-
-
 @pytest.mark.parametrize(
     ("arguments", "kind"),
     [
@@ -489,3 +344,4 @@ def test_all_suites_run_on_a_gpu(tmp_path: Path) -> None:
         for row in report.rows:
             if report.suite != "build":
                 assert row.device_peak_mib is not None and row.device_peak_mib > 0
+                assert row.clocks.gpu_sm_mhz is not None and row.clocks.gpu_sm_mhz > 0
