@@ -21,19 +21,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from numpy.typing import NDArray
-from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.errors import UsageError, WeightsError
-from hcma_fast.files import write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.schedule import TRAIN_STEPS
 from hcma_fast.train.aligner_run import AlignerRun, Provenance, RunState
 from hcma_fast.train.aligner_settings import FREE, AlignerTraining, check_fits
 from hcma_fast.train.cache import Batch, LatentCache
-from hcma_fast.train.loop import DivergenceError, ema_update, rate_share
+from hcma_fast.train.loop import diverged, ema_update, rate_share
 from hcma_fast.train.objective import (
     BUCKETS,
     QUANTITIES,
@@ -215,14 +213,10 @@ class _Stage1:
         rank = self.accelerator.process_index
         path = self.run.work / f"bad-batch-{step}-{rank}.safetensors"
         tensors = {"z": noised.z, "timesteps": noised.timesteps} | asdict(noised.batch)
-        content = save({name: v.detach().cpu().contiguous() for name, v in tensors.items()})
-        write_whole(path, lambda file: file.write(content))
-        raise DivergenceError(
-            f"the {what} of step {step} is not finite; its batch is in {path}",
-            value=float(value.detach().float().mean()),
-            remedy="Look at the batch, lower --lr or give --clip-norm, and resume from the last "
-            "state.",
+        remedy = (
+            "Look at the batch, lower --lr or give --clip-norm, and resume from the last state."
         )
+        raise diverged(what, value, step, path, tensors, remedy)
 
 
 def train_aligner(

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
-from hcma_fast.files import make_folder, write_whole
+from hcma_fast.files import append_line, make_folder, write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import first_line
 from hcma_fast.train.cache import CacheHeader
@@ -230,11 +230,7 @@ class AlignerRun:
         if not self.main:
             return
         path = self.work / LOG_FILE
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps({"part": part, **record}) + "\n")
-        except OSError as error:
-            raise OutputError.from_os(error, path) from error
+        append_line(path, json.dumps({"part": part, **record}))
         if self._events is None:
             return
         for name, value in record.items():

@@ -213,7 +213,7 @@ def _variant(folder: Path, info: CheckpointInfo, root: Path) -> Path:
 
 def _copy(folder: Path, info: CheckpointInfo, target: Path) -> None:
     """Copy a checkpoint with ``info`` in it, whole or not at all."""
-    from hcma_fast.export.manifest import sync_folder
+    from hcma_fast.files import sync_folder
     from hcma_fast.models.checkpoint import write_info
 
     partial = target.with_name(f".{target.name}.{os.getpid()}.part")
