@@ -9,6 +9,7 @@ import typer
 
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_json, print_note
+from hcma_fast.cli.train_denoiser import denoiser
 from hcma_fast.cli.training import (
     Bf16,
     CheckpointEvery,
@@ -38,6 +39,7 @@ train_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=PLAIN_HELP,
 )
+train_app.command(short_help="Train GLIGEN's layers (stage 2 of Algorithm 1).")(denoiser)
 train_app.command("tune-alignment", short_help="Search eta0, window and lambdas.")(tune_alignment)
 _Preset = Literal["tiny", "sd14"]
 
