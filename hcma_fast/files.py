@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,16 +72,6 @@ def write_folder(folder: Path, save: Callable[[Path], object]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """fsync every file below ``folder``, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def append_line(path: Path, line: str) -> None:
     """Write ``line`` and a line's end to the end of ``path``.
 
@@ -105,6 +95,43 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError.from_os(error, path) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Gives a folder beside ``path`` (``.NAME.PID.part``), which is synced and renamed at the end.
+
+    What fails inside leaves nothing; so does a ``path`` that is there and not empty.
+
+    Raises:
+        OutputError: the folder cannot be made or written, or the disk is full.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        sync_folder(partial)
+        partial.rename(path)
+    except shutil.Error as error:
+        raise OutputError(
+            f"files cannot be copied ({error})",
+            value=str(path),
+            remedy="Check the path, its permissions and the free space, or choose another.",
+        ) from error
+    except OSError as error:
+        raise OutputError.from_os(error, path) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """fsync every file below ``folder``, and the folder itself."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def read_file(path: Path, what: str) -> bytes:

@@ -27,6 +27,7 @@ from hcma_fast.models.weights import Components, load_part, load_tokenizer
 from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
 from hcma_fast.train.aligner_settings import architecture
+from hcma_fast.train.alignment import align_rows
 from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import Batch, SceneLatents
 from hcma_fast.train.loop import LoopConfig, run
@@ -72,30 +73,11 @@ def align_some(
     aligned: NDArray[np.bool_],
     seed: int,
 ) -> Tensor:
-    """z (B, C, h, w) with the rows of ``aligned`` (B,) moved by Eq. 8, each at a rate of its own.
-
-    Where the denoiser is not told the caption, the alignment is: so it is in guidance's
-    unconditional half. The result carries no gradient.
-    """
-    chosen = torch.from_numpy(aligned.nonzero()[0])
-    if not len(chosen):
-        return z
-    generator = torch.Generator().manual_seed(seed)
-    share = torch.rand(len(chosen), generator=generator)
-    at = timesteps[chosen]
-    eta = MAX_ETA0 * share * (1 - alphas_cumprod()[at]).sqrt().float()
-    mask = batch.mask[chosen]
-    moved, *_ = align(
-        z[chosen],
-        batch.caption[chosen],
-        batch.labels[chosen],
-        align.aligner.region_map(batch.boxes[chosen], mask),
-        mask,
-        eta,
-        torch.ones(len(chosen), 2),
-        at,
-    )
-    return z.index_copy(0, chosen, moved.detach())
+    """z (B, C, h, w) with the rows of ``aligned`` (B,) moved, each at a rate of its own."""
+    rows = torch.from_numpy(aligned.nonzero()[0])
+    shares = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))
+    eta0 = MAX_ETA0 * shares
+    return align_rows(align, z, batch, timesteps, rows, eta0, torch.ones(len(rows), 2))
 
 
 def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import CLIPTextModel
 
-from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.files import write_whole
+from hcma_fast.models.text import tokenize_cut
 from hcma_fast.models.weights import load_part, load_tokenizer
 from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.scenes_cache import rendered_scenes
@@ -75,14 +76,7 @@ class SceneLatents:
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, 77, d) and pooled embeddings (B, d)."""
-        ids = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=TOKEN_LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        output = self.text_encoder(input_ids=ids)
+        output = self.text_encoder(input_ids=tokenize_cut(self.tokenizer, texts))
         return output.last_hidden_state, output.pooler_output
 
     @cached_property
