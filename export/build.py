@@ -26,13 +26,13 @@ from hcma_fast.export.manifest import (
     Manifest,
     hash_file,
     hash_folder,
-    sync_folder,
 )
 from hcma_fast.export.onnx_graph import OPSET
 from hcma_fast.export.precision import Precision, at_precision, graph_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
 from hcma_fast.export.validate import MANY_WEIGHTS, TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
+from hcma_fast.files import sync_folder
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -98,16 +97,6 @@ def _names(folder: Path) -> list[str]:
     files = (path for path in folder.rglob("*") if path.is_file())
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     return [name for name in names if name != MANIFEST_FILE]
-
-
-def sync_folder(folder: Path) -> None:
-    """fsync every file below ``folder``, and the folder itself."""
-    for path in [*folder.rglob("*"), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def load_manifest(folder: Path) -> Manifest:

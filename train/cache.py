@@ -157,6 +157,8 @@ class Batch:
     """(B, C, h, w) float16"""
     caption: Tensor
     """(B, d) float32"""
+    caption_index: Tensor
+    """(B,) int64, among all captions of the cache"""
     boxes: Tensor
     """(B, M, 4) float32"""
     mask: Tensor
@@ -215,6 +217,11 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.image_ids)
 
+    @property
+    def caption_counts(self) -> NDArray[np.int64]:
+        """Captions of each image, (images,)."""
+        return np.diff(self._caption_starts)
+
     def indices_of(self, part: Part) -> NDArray[np.int64]:
         """Indices of the images of a part of the split by image id.
 
@@ -267,6 +274,7 @@ class LatentCache:
             mean=torch.from_numpy(latents[:, 0]),
             std=torch.from_numpy(latents[:, 1]),
             caption=torch.from_numpy(self._captions[chosen]),
+            caption_index=torch.from_numpy(chosen),
             boxes=torch.from_numpy(boxes),
             mask=torch.from_numpy(mask.astype(np.float32)),
             labels=torch.from_numpy(labels),

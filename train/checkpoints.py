@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from hcma_fast.errors import WeightsError
 from hcma_fast.files import write_whole
@@ -36,6 +38,16 @@ def write_state(path: Path, content: dict[str, object]) -> None:
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """``tensors`` as safetensors to ``path``, whole or not at all.
+
+    Raises:
+        OutputError: it cannot be written, or the disk is full.
+    """
+    content = save({name: value.detach().cpu().contiguous() for name, value in tensors.items()})
+    write_whole(path, lambda file: file.write(content))
 
 
 def load_state(

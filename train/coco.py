@@ -136,7 +136,6 @@ def read_coco(
 
     known = {image.id for image in boxes.images}
     boxes_of: defaultdict[int, list[_Instance]] = defaultdict(list)
-    texts_of: defaultdict[int, list[str]] = defaultdict(list)
     for box in boxes.annotations:
         if box.image_id not in known:
             _fail(f"annotation {box.id} is of image {box.image_id}, which is not listed", instances)
@@ -144,13 +143,12 @@ def read_coco(
     for text in texts.annotations:
         if text.image_id not in known:
             _fail(f"caption {text.id} is of image {text.image_id}, which is not listed", captions)
-        if text.caption.strip():
-            texts_of[text.image_id].append(text.caption.strip())
+    texts_of = _by_image(texts)
 
     names = {category.id: category.name for category in boxes.categories}
 
     def example(image: _Image) -> CocoExample:
-        path, lines = images / image.file_name, tuple(texts_of[image.id])
+        path, lines = images / image.file_name, texts_of.get(image.id, ())
         if not lines:
             _fail(f"image {image.id} has no caption", captions)
         if image.file_name not in files:
@@ -185,6 +183,24 @@ def read_categories(instances: str | Path) -> dict[int, str]:
     found = _read(path, _Instances).categories
     _check_unique("category", path, found)
     return {category.id: category.name for category in found}
+
+
+def read_captions(root: str | Path, split: str) -> dict[int, tuple[str, ...]]:
+    """The captions that :func:`read_split` gives, by image id; no other file is read.
+
+    Raises:
+        InputError: names the file: it is missing or not in COCO's format.
+    """
+    return _by_image(_read(annotation_files(root, split)[1], _Captions))
+
+
+def _by_image(texts: _Captions) -> dict[int, tuple[str, ...]]:
+    """In the file's order, without blank ones."""
+    found: defaultdict[int, list[str]] = defaultdict(list)
+    for text in texts.annotations:
+        if line := text.caption.strip():
+            found[text.image_id].append(line)
+    return {number: tuple(lines) for number, lines in found.items()}
 
 
 def open_image(example: CocoExample) -> Image.Image:

@@ -8,7 +8,7 @@ trained: stage 2 of Algorithm 1, for the whole UNet instead of GLIGEN's layers a
 
 from __future__ import annotations
 
-import argparse
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,16 +18,20 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.files import write_folder
 from hcma_fast.models.aligner import Aligner, AlignStep
-from hcma_fast.models.weights import Components, load_part
+from hcma_fast.models.weights import Components, load_part, load_tokenizer
+from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
 from hcma_fast.train.aligner_settings import architecture
+from hcma_fast.train.alignment import align_rows
 from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import Batch, SceneLatents
 from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.options import check_batch, recipe_parser
 from hcma_fast.train.samples import plan_scene_samples
 from hcma_fast.train.text import WIDTH
 
@@ -69,30 +73,11 @@ def align_some(
     aligned: NDArray[np.bool_],
     seed: int,
 ) -> Tensor:
-    """z (B, C, h, w) with the rows of ``aligned`` (B,) moved by Eq. 8, each at a rate of its own.
-
-    Where the denoiser is not told the caption, the alignment is: so it is in guidance's
-    unconditional half. The result carries no gradient.
-    """
-    chosen = torch.from_numpy(aligned.nonzero()[0])
-    if not len(chosen):
-        return z
-    generator = torch.Generator().manual_seed(seed)
-    share = torch.rand(len(chosen), generator=generator)
-    at = timesteps[chosen]
-    eta = MAX_ETA0 * share * (1 - alphas_cumprod()[at]).sqrt().float()
-    mask = batch.mask[chosen]
-    moved, *_ = align(
-        z[chosen],
-        batch.caption[chosen],
-        batch.labels[chosen],
-        align.aligner.region_map(batch.boxes[chosen], mask),
-        mask,
-        eta,
-        torch.ones(len(chosen), 2),
-        at,
-    )
-    return z.index_copy(0, chosen, moved.detach())
+    """z (B, C, h, w) with the rows of ``aligned`` (B,) moved, each at a rate of its own."""
+    rows = torch.from_numpy(aligned.nonzero()[0])
+    shares = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))
+    eta0 = MAX_ETA0 * shares
+    return align_rows(align, z, batch, timesteps, rows, eta0, torch.ones(len(rows), 2))
 
 
 def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
@@ -100,7 +85,7 @@ def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
     trained = (folder / "aligner").is_dir()
     return Components(
         preset="tiny",
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        tokenizer=load_tokenizer(folder / "tokenizer"),
         text_encoder=load_part(CLIPTextModel, folder / "text_encoder").eval(),
         unet=unet,
         vae=load_part(AutoencoderKL, folder / "vae").eval(),
@@ -137,15 +122,11 @@ def sampling(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=30000)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser = recipe_parser(__doc__, steps=8000, batch=16, scenes=30000, lr=1e-3)
     parser.add_argument("--aligned-share", type=float, default=0.0, help="of the examples")
     parser.add_argument("--sample-every", type=int, default=0, help="steps; 0 for no samples")
     args = parser.parse_args()
+    check_batch(args.batch, args.scenes)
 
     torch.manual_seed(0)
     data = SceneLatents(args.out, "train", args.scenes)
@@ -157,7 +138,7 @@ def main() -> None:
     snr = alphas / (1 - alphas)
     weights = snr.clamp(max=SNR_GAMMA) / snr
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([4, step])
         generator = torch.Generator().manual_seed(step + 10_000_000)
         lot = rng.random(args.batch)
@@ -175,21 +156,34 @@ def main() -> None:
             aligned = rng.random(args.batch) < args.aligned_share
             z = align_some(align, z, batch, timesteps, aligned, step + 30_000_000)
         mask = batch.mask * torch.from_numpy(~without_boxes).unsqueeze(-1)
-        gligen = {"boxes": batch.boxes, "positive_embeddings": batch.labels, "masks": mask.float()}
-        plain = rng.random() < PLAIN_SHARE
+        return {
+            "z": z,
+            "noise": noise,
+            "timesteps": timesteps,
+            "hidden": batch.hidden,
+            "boxes": batch.boxes,
+            "labels": batch.labels,
+            "mask": mask.float(),
+            "plain": torch.tensor(rng.random() < PLAIN_SHARE),
+        }
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        batch = batch_of_step(step)
+        boxes, mask, timesteps = batch["boxes"], batch["mask"], batch["timesteps"]
+        gligen = {"boxes": boxes, "positive_embeddings": batch["labels"], "masks": mask}
         predicted = model(
-            z,
+            batch["z"],
             timesteps,
-            batch.hidden,
-            cross_attention_kwargs=None if plain else {"gligen": gligen},
+            batch["hidden"],
+            cross_attention_kwargs=None if batch["plain"] else {"gligen": gligen},
         ).sample
-        error = (predicted - noise).square().mean(dim=(1, 2, 3))
-        where = attention.loss(batch.boxes, mask.float())
+        error = (predicted - batch["noise"]).square().mean(dim=(1, 2, 3))
+        where = attention.loss(boxes, mask)
         loss = (error * weights[timesteps]).mean() + ATTENTION_WEIGHT * where
         return {"loss": loss, "mse": error.mean(), "attention": where}
 
     def keep(step: int, averaged: UNet2DConditionModel) -> None:
-        averaged.save_pretrained(args.out / "unet")
+        write_folder(args.out / "unet", averaged.save_pretrained)
 
     state = args.out / "denoiser-state"
     config = LoopConfig(
@@ -201,8 +195,8 @@ def main() -> None:
         checkpoint_every=400,
     )
     with sampling(args.out, model, args.sample_every, state) as sample:
-        run(model, loss_of_step, config, state, keep, sample)
+        run(model, loss_of_step, config, state, keep, sample, batch_of_step)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -10,14 +10,12 @@ annotation format of COCO, so one reader serves both.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
@@ -25,7 +23,9 @@ from typing import Literal, get_args
 import numpy as np
 from PIL import Image
 
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.errors import UsageError
+from hcma_fast.files import make_folder, write_whole
+from hcma_fast.program import run_program
 
 Split = Literal["train", "val", "test", "judge"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -269,7 +269,8 @@ def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> 
     The annotations come last, each file whole or not at all.
 
     Raises:
-        UsageError: a count or size below its minimum, or a folder that cannot be written to.
+        UsageError: a count or size below its minimum.
+        OutputError: the folder cannot be written to, or the disk is full.
     """
     if count < 1 or image_size < MIN_IMAGE_SIZE:
         raise UsageError(
@@ -277,28 +278,20 @@ def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> 
             value=(count, image_size),
             remedy="For example --count 100 --size 64.",
         )
-    try:
-        _write_split(folder, split, count, image_size)
-    except OSError as error:
-        raise UsageError(
-            f"cannot write the scenes: {error.strerror}",
-            value=str(folder),
-            remedy="Give a folder that you may write to, on a disk with room.",
-        ) from error
+    _write_split(folder, split, count, image_size)
 
 
 def _write_split(folder: Path, split: Split, count: int, image_size: int) -> None:
     images: list[dict[str, object]] = []
     instances: list[dict[str, object]] = []
     captions: list[dict[str, object]] = []
-    (folder / split).mkdir(parents=True, exist_ok=True)
-    (folder / "annotations").mkdir(exist_ok=True)
+    make_folder(folder / split)
+    make_folder(folder / "annotations")
     for index in range(count):
         scene = sample_scene(split, index, image_size)
         name = f"{index:012d}.png"
-        picture = io.BytesIO()
-        render_scene(scene, split, index, image_size).save(picture, "PNG")
-        _write_whole(folder / split / name, picture.getvalue())
+        picture = render_scene(scene, split, index, image_size)
+        write_whole(folder / split / name, partial(picture.save, format="PNG"))
         images.append({"id": index, "file_name": name, "width": image_size, "height": image_size})
         for item in scene.objects:
             x0, y0, x1, y1 = (round(v * image_size) for v in item.box)
@@ -323,20 +316,12 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int) -> Non
         if kind == "instances":
             document["categories"] = categories
         content = json.dumps(document).encode()
-        _write_whole(folder / "annotations" / f"{kind}_{split}.json", content)
+        path = folder / "annotations" / f"{kind}_{split}.json"
+        write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Write a split in COCO's format; returns the exit code."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write a split in COCO's format."""
     parser = argparse.ArgumentParser(
         prog="python -m hcma_fast.train.emoji_scenes",
         description="Write EmojiScenes in COCO's annotation format.",
@@ -346,14 +331,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=100, help="scenes; scene i is always the same")
     parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
     args = parser.parse_args(arguments)
-    try:
-        write_coco(args.out, args.split, args.count, args.size)
-    except HcmaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    write_coco(args.out, args.split, args.count, args.size)
     print(f"wrote {args.count} scenes of {args.split} to {args.out}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_program(main))

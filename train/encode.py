@@ -80,7 +80,8 @@ def make_cache(
         workers: processes that decode images; 0 for this one.
         share: (i, n): make shards i, i + n, i + 2 n ...; n runs with the same ``out``, each on a
             device of its own, make one cache.
-        progress: called with images done and images in all.
+        progress: called with images done and images to do, both of this run alone: neither other
+            shares count nor shards that were there, so a rate is that of encoding.
 
     Raises:
         InputError: the split is not in COCO's format or empty, an image cannot be read, or ``out``
@@ -94,27 +95,30 @@ def make_cache(
     _claim(out, header)
     _write_labels(out / LABELS_FILE, header, encoders)
 
-    report, done = CacheReport(skipped=early), 0
-    for index in range(share[0], header.shard_count, share[1]):
-        some = examples[index * shard_size : (index + 1) * shard_size]
+    shards = {
+        index: examples[index * shard_size : (index + 1) * shard_size]
+        for index in range(share[0], header.shard_count, share[1])
+    }
+    missing = {index for index in shards if not (out / shard_file(index)).is_file()}
+    total = sum(len(shards[index]) for index in missing)
+    report = CacheReport(skipped=early)
+    progress(0, total)
+    for index, some in shards.items():
         path = out / shard_file(index)
-        if not path.is_file():
+        if index in missing:
             crops = DataLoader(
                 _Crops(some, header.image_size, skip_bad=skip_bad),
                 batch_size=batch_size,
                 num_workers=workers,
                 collate_fn=list,
             )
-            before = done
 
-            def advance(count: int, before: int = before) -> None:
-                progress(before + count, len(examples))
+            def advance(count: int, before: int = report.encoded) -> None:
+                progress(before + count, total)
 
             _write_shard(path, some, crops, header, encoders, advance)
             report.encoded += len(some)
         _count(report, path, header)
-        done += len(some)
-        progress(done, len(examples))
     return report
 
 

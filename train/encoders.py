@@ -15,7 +15,9 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.checkpoint import check_safe, read_info, resolve_folder
-from hcma_fast.models.weights import load_part, load_tokenizer
+from hcma_fast.models.text import tokenize_cut
+from hcma_fast.models.weights import Components, load_part, load_tokenizer
+from hcma_fast.train.cache import CacheHeader
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 _TEXTS_AT_ONCE = 256
@@ -85,16 +87,19 @@ class Encoders:
         for start in range(0, len(texts), _TEXTS_AT_ONCE):
             some = list(texts[start : start + _TEXTS_AT_ONCE])
             cut += sum(len(ids) > TOKEN_LENGTH for ids in self.tokenizer(some).input_ids)
-            ids = self.tokenizer(
-                some,
-                padding="max_length",
-                max_length=TOKEN_LENGTH,
-                truncation=True,
-                return_tensors="pt",
-            ).input_ids
+            ids = tokenize_cut(self.tokenizer, some)
             output = self.text_encoder(input_ids=ids.to(self.device))
             parts.append(output.pooler_output.float().cpu())
         return torch.cat(parts), cut
+
+
+def made_with(header: CacheHeader, parts: Components) -> bool:
+    """Was the cache made with the VAE encoder, the text encoder and the tokenizer of ``parts``?"""
+    vae, text = parts.vae, parts.text_encoder
+    return (header.vae_sha256, header.text_sha256) == (
+        state_hash(vae.encoder, vae.quant_conv),
+        state_hash(text, extra=parts.tokenizer.get_vocab()),
+    )
 
 
 def state_hash(*modules: nn.Module | None, extra: object = None) -> str:

@@ -12,9 +12,12 @@ import torch
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel
 
-from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+from hcma_fast.config import MAX_OBJECTS
+from hcma_fast.files import write_whole
+from hcma_fast.models.text import tokenize_cut
+from hcma_fast.models.weights import load_part, load_tokenizer
 from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.scenes_cache import rendered_scenes
 from hcma_fast.train.vae import to_tensor
@@ -36,10 +39,7 @@ def cached_posteriors(
         for start in range(0, count, 100):
             posterior = vae.encode(to_tensor(scenes[start : start + 100])).latent_dist
             parts.append(torch.stack([posterior.mean, posterior.std], dim=1).half().numpy())
-        partial = path.with_suffix(".part")
-        with partial.open("wb") as file:
-            np.save(file, np.concatenate(parts))
-        partial.replace(path)
+        write_whole(path, lambda file: np.save(file, np.concatenate(parts)))
     loaded: NDArray[np.float16] = np.load(path)
     return loaded
 
@@ -66,9 +66,9 @@ class SceneLatents:
     """Random batches of EmojiScenes with frozen VAE and text encoder, drawn by step number."""
 
     def __init__(self, folder: Path, split: Split, count: int) -> None:
-        self.tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder").float().eval()
-        vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        self.tokenizer = load_tokenizer(folder / "tokenizer")
+        self.text_encoder = load_part(CLIPTextModel, folder / "text_encoder").eval()
+        vae = load_part(AutoencoderKL, folder / "vae").eval()
         self.scaling_factor = float(vae.config.scaling_factor)
         self.posteriors = cached_posteriors(folder, vae, split, count)
         self.scenes: list[Scene] = [sample_scene(split, index) for index in range(count)]
@@ -76,14 +76,7 @@ class SceneLatents:
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, 77, d) and pooled embeddings (B, d)."""
-        ids = self.tokenizer(
-            texts,
-            padding="max_length",
-            max_length=TOKEN_LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids
-        output = self.text_encoder(input_ids=ids)
+        output = self.text_encoder(input_ids=tokenize_cut(self.tokenizer, texts))
         return output.last_hidden_state, output.pooler_output
 
     @cached_property

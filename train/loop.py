@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias, TypeVar, cast
 
@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from hcma_fast.errors import HcmaError
-from hcma_fast.train.checkpoints import load_state, save_state
+from hcma_fast.files import append_line, make_folder
+from hcma_fast.train.checkpoints import load_state, save_state, write_tensors
 
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 _Model = TypeVar("_Model", bound=nn.Module)
@@ -67,6 +68,7 @@ def run(
     folder: Path,
     on_checkpoint: Callable[[int, _Model], None] | None = None,
     on_step: Callable[[int, _Model], None] | None = None,
+    batch_of_step: Callable[[int], Mapping[str, Tensor]] | None = None,
 ) -> _Model:
     """Train ``model`` in place from the newest state in ``folder``; returns the averaged copy.
 
@@ -74,12 +76,16 @@ def run(
         loss_of_step: step -> named scalar losses; ``"loss"`` is minimised, the rest is logged.
         on_checkpoint: called with the step and the averaged model before each checkpoint.
         on_step: called with both after each step; its time is not counted in the log.
+        batch_of_step: draws again what the losses of a step are computed from, to be kept for
+            inspection where one of them is not finite.
 
     Raises:
-        DivergenceError: a loss or gradient is not finite; the last state stays as it was.
+        DivergenceError: a loss or gradient is not finite; the last state stays as it was, and the
+            batch was saved where ``batch_of_step`` is given.
         WeightsError: the state in ``folder`` cannot be resumed.
+        OutputError: ``folder`` cannot be written, or the disk is full.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
@@ -95,11 +101,11 @@ def run(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         losses = loss_of_step(step)
-        _check_finite("loss", losses["loss"], step, folder)
+        _check_finite("loss", losses["loss"], step, folder, batch_of_step)
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.clip_norm)
-        _check_finite("gradient norm", norm, step, folder)
+        _check_finite("gradient norm", norm, step, folder, batch_of_step)
         optimizer.step()
         ema.update_parameters(model)
         for name, value in losses.items():
@@ -114,8 +120,7 @@ def run(
                 "lr": learning_rate(config, step),
                 "steps_per_second": round(count / seconds, 3),
             }
-            with (folder / "log.jsonl").open("a") as log:
-                log.write(json.dumps(record) + "\n")
+            append_line(folder / "log.jsonl", json.dumps(record))
             print(json.dumps(record), flush=True)
             totals, count, clock = {}, 0, time.monotonic()
         if on_step is not None:
@@ -131,13 +136,38 @@ def run(
     return cast(_Model, ema.module)
 
 
-def _check_finite(what: str, value: Tensor, step: int, folder: Path) -> None:
-    if not bool(torch.isfinite(value.detach()).all()):
+def _check_finite(
+    what: str,
+    value: Tensor,
+    step: int,
+    folder: Path,
+    batch_of_step: Callable[[int], Mapping[str, Tensor]] | None,
+) -> None:
+    if bool(torch.isfinite(value.detach()).all()):
+        return
+    remedy = f"Lower the learning rate and resume; the last good state is in {folder}."
+    if batch_of_step is None:
         raise DivergenceError(
-            f"the {what} of step {step} is not finite",
-            value=float(value.detach()),
-            remedy=f"Lower the learning rate and resume; the last good state is in {folder}.",
+            f"the {what} of step {step} is not finite", value=float(value.detach()), remedy=remedy
         )
+    path = folder / f"bad-batch-{step}.safetensors"
+    raise diverged(what, value, step, path, batch_of_step(step), f"Look at the batch. {remedy}")
+
+
+def diverged(
+    what: str, value: Tensor, step: int, path: Path, batch: Mapping[str, Tensor], remedy: str
+) -> DivergenceError:
+    """What to raise where ``value`` is not finite, once its batch was written to ``path``.
+
+    Raises:
+        OutputError: the batch cannot be written.
+    """
+    write_tensors(path, batch)
+    return DivergenceError(
+        f"the {what} of step {step} is not finite; its batch is in {path}",
+        value=float(value.detach().float().mean()),
+        remedy=remedy,
+    )
 
 
 def ema_update(

@@ -1,4 +1,4 @@
-"""The objective of stage 1 (paper Algorithm 1), and what its logs say of it, per noise level.
+"""What is drawn for a step, the objective of stage 1 (paper Algorithm 1), and the logs' figures.
 
 A loss alone would not tell an aligner that reads the latent from one that predicts the mean
 embedding, so retrieval is measured too: is the own caption, or label, the nearest of all? Whoever
@@ -7,7 +7,9 @@ predicts the mean is right as often as chance.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +52,8 @@ class Noised:
     """(B, C, h, w) float32"""
     timesteps: Tensor
     """(B,) int64"""
+    noise: Tensor
+    """(B, C, h, w) float32, what was added"""
 
 
 def draw_noised(
@@ -67,7 +71,7 @@ def draw_noised(
     if timesteps is None:
         timesteps = torch.randint(0, TRAIN_STEPS, (shape[0],), generator=generator, device=device)
     z0 = (batch.mean.float() + batch.std.float() * posterior_noise) * scaling_factor
-    return Noised(batch, add_noise(z0, noise, timesteps), timesteps)
+    return Noised(batch, add_noise(z0, noise, timesteps), timesteps, noise)
 
 
 def stage1_losses(
@@ -94,17 +98,23 @@ def stage1_losses(
     omega_global = global_loss(f_global, batch.caption)
     omega_local = local_mean(local_loss(f_local, labels, mask), mask)
     with torch.no_grad():
-        bucket = noised.timesteps * BUCKETS // TRAIN_STEPS
         every = torch.ones_like(omega_global)
         captions_right = retrieved(f_global, batch.caption, batch.caption)
         regions_right = retrieved(f_local, labels, label_table) * mask
         values = (omega_global, omega_local, captions_right, regions_right.sum(1))
         counts = (every, (mask.sum(1) > 0).float(), every, mask.sum(1))
-        statistics = torch.zeros(len(QUANTITIES), 2, BUCKETS, device=noised.z.device)
-        for row, (value, count) in enumerate(zip(values, counts, strict=True)):
-            statistics[row, 0].index_add_(0, bucket, value.float())
-            statistics[row, 1].index_add_(0, bucket, count)
+        statistics = by_bucket(values, counts, noised.timesteps)
     return omega_global + omega_local, statistics
+
+
+def by_bucket(values: Sequence[Tensor], counts: Sequence[Tensor], timesteps: Tensor) -> Tensor:
+    """Sums of values and counts per bucket of t: Q of each (B,), timesteps (B,) -> (Q, 2, 10)."""
+    bucket = timesteps * BUCKETS // TRAIN_STEPS
+    statistics = torch.zeros(len(values), 2, BUCKETS, device=timesteps.device)
+    for row, (value, count) in enumerate(zip(values, counts, strict=True)):
+        statistics[row, 0].index_add_(0, bucket, value.float())
+        statistics[row, 1].index_add_(0, bucket, count)
+    return statistics
 
 
 def retrieved(features: Tensor, targets: Tensor, table: Tensor) -> Tensor:
@@ -120,17 +130,23 @@ def retrieved(features: Tensor, targets: Tensor, table: Tensor) -> Tensor:
     return (found > _SAME).float()
 
 
-def summary(statistics: Tensor) -> dict[str, float | list[float | None] | None]:
-    """Means of :func:`stage1_losses`' statistics: each quantity over all t, and per bucket
-    (``*_by_t``); None where nothing was counted. ``loss`` is the sum of both losses."""
+def means(statistics: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    """Means of :func:`by_bucket`'s sums: each quantity over all t, and per bucket (``*_by_t``);
+    None where nothing was counted."""
     sums, counts = statistics.double().cpu().unbind(1)
-    record: dict[str, float | list[float | None] | None] = {}
-    for name, total, count in zip(QUANTITIES, sums, counts, strict=True):
+    record: dict[str, Any] = {}
+    for name, total, count in zip(names, sums, counts, strict=True):
         record[name] = _ratio(total.sum(), count.sum())
         record[f"{name}_by_t"] = [_ratio(t, c) for t, c in zip(total, count, strict=True)]
+    return record
+
+
+def summary(statistics: Tensor) -> dict[str, Any]:
+    """:func:`means` of :func:`stage1_losses`' statistics; ``loss`` is the sum of both losses."""
+    sums, counts = statistics.double().cpu().unbind(1)
     # both sums over all images: Omega^L of an image without boxes is 0
-    images = counts[0].sum()
-    return {"loss": _ratio(sums[0].sum() + sums[1].sum(), images), **record}
+    loss = _ratio(sums[0].sum() + sums[1].sum(), counts[0].sum())
+    return {"loss": loss, **means(statistics, QUANTITIES)}
 
 
 def _ratio(total: Tensor, count: Tensor) -> float | None:

@@ -30,7 +30,7 @@ from hcma_fast.train.cache import CacheHeader
 from hcma_fast.train.coco import BadImage, read_split
 from hcma_fast.train.emoji_scenes import sample_scene
 from hcma_fast.train.encode import hash_annotations
-from hcma_fast.train.encoders import state_hash
+from hcma_fast.train.encoders import made_with
 from hcma_fast.train.views import crop_layout, part_of
 
 if TYPE_CHECKING:
@@ -129,12 +129,7 @@ def plan_samples(
         InputError: ``data`` cannot be read, is not the cache's, or has no image in the val part.
         WeightsError: the cache was made with other encoders than ``components`` has.
     """
-    vae, text = components.vae, components.text_encoder
-    found = (
-        state_hash(vae.encoder, vae.quant_conv),
-        state_hash(text, extra=components.tokenizer.get_vocab()),
-    )
-    if found != (header.vae_sha256, header.text_sha256):
+    if not made_with(header, components):
         raise WeightsError(
             "samples cannot be drawn: the cache was made with another model",
             value=components.preset,

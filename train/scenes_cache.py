@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.emoji_scenes import Split, render_scene, sample_scene
 
 _CHUNK = 500
@@ -26,24 +28,29 @@ def _render_chunk(job: tuple[Split, int, int, int]) -> NDArray[np.uint8]:
 def rendered_scenes(
     folder: Path, split: Split, count: int, image_size: int = 64, workers: int = 2
 ) -> NDArray[np.uint8]:
-    """Scenes 0 .. count-1 as a memory-mapped (count, size, size, 3) uint8 array, drawn once."""
+    """Scenes 0 .. count-1 as a memory-mapped (count, size, size, 3) uint8 array, drawn once.
+
+    Raises:
+        OutputError: the file cannot be written, or the disk is full.
+    """
     path = folder / f"scenes-{split}-{count}-{image_size}.npy"
     if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         jobs = [
             (split, start, min(start + _CHUNK, count), image_size)
             for start in range(0, count, _CHUNK)
         ]
-        partial = path.with_suffix(".part")
-        array = np.lib.format.open_memmap(
-            partial, mode="w+", dtype=np.uint8, shape=(count, image_size, image_size, 3)
-        )
-        with multiprocessing.get_context("spawn").Pool(workers) as pool:
-            for (_, start, stop, _), chunk in zip(
-                jobs, pool.imap(_render_chunk, jobs), strict=True
-            ):
-                array[start:stop] = chunk
-        array.flush()
-        partial.replace(path)
+        shape = (count, image_size, image_size, 3)
+
+        def write(file: BinaryIO) -> None:
+            # not through a mapping: a full disk would end the process by a signal
+            np.lib.format.write_array_header_1_0(
+                file, {"descr": "|u1", "fortran_order": False, "shape": shape}
+            )
+            with multiprocessing.get_context("spawn").Pool(workers) as pool:
+                for chunk in pool.imap(_render_chunk, jobs):
+                    file.write(chunk.tobytes())
+
+        write_whole(path, write)
     loaded: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return loaded

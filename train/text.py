@@ -8,10 +8,9 @@ them.
 
 from __future__ import annotations
 
-import argparse
 import json
+import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,8 +20,11 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
+from hcma_fast.files import write_folder
+from hcma_fast.program import run_program
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
 from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.options import recipe_parser
 
 WIDTH = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -108,33 +110,38 @@ def _example(rng: np.random.Generator, index: int) -> tuple[str, list[int], int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--batch", type=int, default=96)
-    args = parser.parse_args()
+    args = recipe_parser(__doc__, steps=1500, batch=96).parse_args()
 
     torch.manual_seed(0)
     captions = [text for i in range(3000) for text in sample_scene("train", i).captions]
     tokenizer = make_tokenizer([*captions, *CATEGORY_NAMES])
-    tokenizer.save_pretrained(args.out / "tokenizer")
+    write_folder(args.out / "tokenizer", tokenizer.save_pretrained)
     model = _ReadOut(make_text_encoder(tokenizer))
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, step])
         examples = [_example(rng, int(rng.integers(20000))) for _ in range(args.batch)]
         texts, counts, backgrounds, relations = zip(*examples, strict=True)
         # attention is causal and pads come last, so the short batch gives the same pooled embedding
         ids = tokenizer(list(texts), padding=True, return_tensors="pt").input_ids
-        pooled, count_logits, background_logits, relation_logits = model(ids)
-        count_target = torch.tensor(counts)
+        return {
+            "ids": ids,
+            "counts": torch.tensor(counts),
+            "backgrounds": torch.tensor(backgrounds),
+            "relations": torch.tensor(relations),
+        }
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        batch = batch_of_step(step)
+        pooled, count_logits, background_logits, relation_logits = model(batch["ids"])
+        count_target = batch["counts"]
         weight = torch.where(count_target > 0, 8.0, 1.0)
         count_loss = F.cross_entropy(
             count_logits.flatten(0, 1), count_target.flatten(), reduction="none"
         )
         count_loss = (count_loss * weight.flatten()).mean()
-        background_loss = F.cross_entropy(background_logits, torch.tensor(backgrounds))
-        relation_loss = F.cross_entropy(relation_logits, torch.tensor(relations))
+        background_loss = F.cross_entropy(background_logits, batch["backgrounds"])
+        relation_loss = F.cross_entropy(relation_logits, batch["relations"])
         cosine = F.cosine_similarity(pooled[:, None], pooled[None], dim=-1)
         shared = (count_target[:, None] * count_target[None]).sum(-1) > 0
         apart = (F.relu(cosine - 0.1) ** 2 * ~shared).mean()
@@ -143,9 +150,10 @@ def main() -> None:
         return {"loss": loss, "counts": count_loss, "apart": apart, "all_counts_right": right}
 
     config = LoopConfig(steps=args.steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99)
-    encoder = run(model, loss_of_step, config, args.out / "text-state").encoder.eval()
-    encoder.save_pretrained(args.out / "text_encoder")
+    state = args.out / "text-state"
+    encoder = run(model, loss_of_step, config, state, batch_of_step=batch_of_step).encoder.eval()
+    write_folder(args.out / "text_encoder", encoder.save_pretrained)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

@@ -6,17 +6,19 @@ light KL term, which keeps the latents smooth enough for the small errors of a d
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from pathlib import Path
+import sys
 
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from hcma_fast.files import write_folder
+from hcma_fast.program import run_program
 from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.options import check_batch, recipe_parser
 from hcma_fast.train.scenes_cache import rendered_scenes
 
 KL_WEIGHT = 1e-4
@@ -66,24 +68,24 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--scenes", type=int, default=16000)
-    parser.add_argument("--lr", type=float, default=3e-3)
-    args = parser.parse_args()
+    args = recipe_parser(__doc__, steps=2000, batch=16, scenes=16000, lr=3e-3).parse_args()
+    check_batch(args.batch, args.scenes)
 
     torch.manual_seed(0)
     scenes = rendered_scenes(args.out, "train", args.scenes)
     validation = rendered_scenes(args.out, "val", 500)[:200]
     model = _Autoencoder(make_vae())
 
-    def loss_of_step(step: int) -> dict[str, Tensor]:
+    def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([1, step])
         images = to_tensor(scenes[np.sort(rng.choice(len(scenes), args.batch, replace=False))])
         noise = torch.randn(args.batch, 4, 16, 16, generator=torch.Generator().manual_seed(step))
-        output, kl = model(images, noise)
+        return {"images": images, "noise": noise}
+
+    def loss_of_step(step: int) -> dict[str, Tensor]:
+        batch = batch_of_step(step)
+        images = batch["images"]
+        output, kl = model(images, batch["noise"])
         mse = (output - images).square().mean()
         l1 = (output - images).abs().mean()
         return {"loss": l1 + 4 * mse + KL_WEIGHT * kl, "mse": mse, "kl": kl}
@@ -96,13 +98,15 @@ def main() -> None:
         )
 
     config = LoopConfig(steps=args.steps, lr=args.lr, ema_decay=0.995)
-    vae = run(model, loss_of_step, config, args.out / "vae-state", report).vae.eval()
+    state = args.out / "vae-state"
+    averaged = run(model, loss_of_step, config, state, report, batch_of_step=batch_of_step)
+    vae = averaged.vae.eval()
     sample = to_tensor(scenes[:2000])
     with torch.no_grad():
         means = torch.cat([vae.encode(part).latent_dist.sample() for part in sample.split(100)])
     vae.register_to_config(scaling_factor=float(1 / means.std()))
-    vae.save_pretrained(args.out / "vae")
+    write_folder(args.out / "vae", vae.save_pretrained)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_program(main))

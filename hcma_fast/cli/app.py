@@ -1,11 +1,9 @@
-"""The ``hcma-fast`` command: sub-commands, and what every failure looks like to the user."""
+"""The ``hcma-fast`` command: sub-commands, and what they say on the way."""
 
 from __future__ import annotations
 
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -21,10 +19,7 @@ from hcma_fast.cli.generate import generate
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train import train_app
-from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError
-
-DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
-_INTERRUPTED = 130
+from hcma_fast.program import run_program
 
 app = typer.Typer(
     name="hcma-fast",
@@ -79,41 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; default those of the process.
     """
-    try:
-        app(args=None if argv is None else list(argv), prog_name="hcma-fast")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else int(end.code is not None)
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except Exception as error:
-        return _report(error)
-    return 0
-
-
-def _report(error: Exception) -> int:
-    """Say what failed in one line; returns the exit code."""
-    if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
-        traceback.print_exception(error)
-    known = _as_known(error)
-    if known is None:
-        print_error(
-            f"this is a bug in hcma-fast: {type(error).__name__}: {error}. Please report it, "
-            f"with the traceback that {DEBUG_VARIABLE}=1 in the environment shows."
-        )
-        return 1
-    print_error(str(known))
-    return known.exit_code
-
-
-def _as_known(error: Exception) -> HcmaError | None:
-    if isinstance(error, HcmaError):
-        return error
-    if isinstance(error, MemoryError):
-        return DeviceMemoryError("the host is out of memory", remedy="Lower --batch-size.")
-    # an OSError without errno comes from a library's own check, so it says nothing of the disk
-    if isinstance(error, OSError) and error.errno is not None:
-        return OutputError.from_os(error)
-    return None
+    given = None if argv is None else list(argv)
+    return run_program(lambda: app(args=given, prog_name="hcma-fast"), print_error)
 
 
 if __name__ == "__main__":

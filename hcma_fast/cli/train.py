@@ -6,20 +6,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import Task as RichTask
-from rich.text import Text
 
 from hcma_fast.cli.options import PLAIN_HELP
-from hcma_fast.cli.output import print_json, print_note, stderr
+from hcma_fast.cli.output import print_json, print_note
+from hcma_fast.cli.train_denoiser import denoiser
+from hcma_fast.cli.training import (
+    Bf16,
+    CheckpointEvery,
+    Cpu,
+    Keep,
+    MaxSteps,
+    SampleEvery,
+    StepBar,
+    Tensorboard,
+    Workers,
+    training_bar,
+    training_settings,
+)
 from hcma_fast.cli.tune import tune_alignment
 from hcma_fast.config import PRESETS, RegionMode
 from hcma_fast.errors import InputError, UsageError
@@ -27,7 +30,6 @@ from hcma_fast.errors import InputError, UsageError
 if TYPE_CHECKING:
     import torch
 
-    from hcma_fast.train.aligner_settings import AlignerTraining
     from hcma_fast.train.cache import CacheHeader
     from hcma_fast.train.encode import CacheReport
     from hcma_fast.train.samples import SamplePlan
@@ -37,29 +39,9 @@ train_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=PLAIN_HELP,
 )
+train_app.command(short_help="Train GLIGEN's layers (stage 2 of Algorithm 1).")(denoiser)
 train_app.command("tune-alignment", short_help="Search eta0, window and lambdas.")(tune_alignment)
 _Preset = Literal["tiny", "sd14"]
-
-
-class _Rate(ProgressColumn):
-    """What is done a second."""
-
-    def render(self, task: RichTask) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed:.1f}/s")
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        _Rate(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-        console=stderr,
-        redirect_stdout=False,
-    )
 
 
 @train_app.command(short_help="Encode a data set's images and texts, once.")
@@ -110,7 +92,7 @@ def cache(
     from hcma_fast.train.encoders import Encoders
 
     encoders = Encoders.load(model, _device(device), precision)
-    with _progress() as progress:
+    with training_bar() as progress:
         task = progress.add_task("images", total=None, note="")
 
         def advance(done: int, total: int) -> None:
@@ -215,29 +197,17 @@ def aligner(
             min=0, max=1, help="Average of weights; 0 for none.", show_default="0; tiny 0.995"
         ),
     ] = None,
-    bf16: Annotated[bool, typer.Option("--bf16", help="Products in bfloat16.")] = False,
+    bf16: Bf16 = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and noise.")] = 0,
-    max_steps: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many.", show_default="no limit")
-    ] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read the cache.")] = 0,
+    max_steps: MaxSteps = None,
+    workers: Workers = 0,
     log_every: Annotated[
         int | None, typer.Option(min=1, help="Steps.", show_default="10; tiny 50")
     ] = None,
-    checkpoint_every: Annotated[
-        int | None,
-        typer.Option(min=1, help="Steps; also at an epoch's end.", show_default="500"),
-    ] = None,
-    keep: Annotated[
-        int | None, typer.Option(min=1, help="States to keep.", show_default="2")
-    ] = None,
-    tensorboard: Annotated[bool, typer.Option(help="Write TensorBoard's events too.")] = True,
-    sample_every: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Draw some val layouts every so many steps.", show_default="never"
-        ),
-    ] = None,
+    checkpoint_every: CheckpointEvery = None,
+    keep: Keep = None,
+    tensorboard: Tensorboard = True,
+    sample_every: SampleEvery = None,
     sample_data: Annotated[
         Path | None, typer.Option(help="Folder that the cache was made from, for --sample-every.")
     ] = None,
@@ -245,7 +215,7 @@ def aligner(
         str | None,
         typer.Option(help="Model to draw with.", show_default="the cache's preset, if embedded"),
     ] = None,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")] = False,
+    cpu: Cpu = False,
 ) -> None:
     """Train the aligner (stage 1 of the paper's Algorithm 1); prints the best one's folder.
 
@@ -279,15 +249,18 @@ def aligner(
         "keep": keep,
         "tensorboard": tensorboard,
     }
-    training = _settings(chosen, {name: v for name, v in given.items() if v is not None})
+    from hcma_fast.train.aligner_settings import TINY, AlignerTraining
+
+    base = TINY if chosen == "tiny" else AlignerTraining()
+    training = training_settings(base, given, "aligner")
 
     import torch
     from accelerate import PartialState
 
     from hcma_fast.models.aligner import Aligner
     from hcma_fast.train.aligner import train_aligner
-    from hcma_fast.train.aligner_run import check_provenance
     from hcma_fast.train.aligner_settings import architecture
+    from hcma_fast.train.run_folder import check_provenance
 
     samples = _samples(header, sample_every, sample_data, sample_model)
     torch.manual_seed(seed)
@@ -298,22 +271,9 @@ def aligner(
         shape = architecture("tiny" if chosen == "tiny" else "sd14")
         update = {"region": region, "time_conditioning": time_conditioning}
         model = Aligner(shape.model_copy(update=update))
-    with _progress() as progress:
-        # a bar in the main process only: it is the one that reports
-        tasks: list[TaskID] = []
-
-        def advance(done: int, total: int, record: dict[str, object] | None) -> None:
-            if not tasks:
-                tasks.append(progress.add_task("steps", total=total, note="", completed=done - 1))
-            progress.update(tasks[0], completed=done)
-            if record is not None:
-                progress.update(
-                    tasks[0],
-                    note=f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} images/s",
-                )
-
+    with training_bar() as progress:
         best = train_aligner(
-            cache, out, training, model, cpu=cpu, samples=samples, progress=advance
+            cache, out, training, model, cpu=cpu, samples=samples, progress=StepBar(progress)
         )
     if PartialState().is_main_process:
         typer.echo(best)
@@ -341,26 +301,6 @@ def _samples(
     from hcma_fast.train.samples import plan_samples
 
     return plan_samples(load_components(name), data, header, every)
-
-
-def _settings(preset: str, given: dict[str, object]) -> AlignerTraining:
-    from pydantic import ValidationError
-
-    from hcma_fast.train.aligner_settings import TINY, AlignerTraining
-
-    base = TINY if preset == "tiny" else AlignerTraining()
-    settings = base.model_dump() | given
-    if "batch" in given and "micro_batch" not in given:
-        settings["micro_batch"] = min(base.micro_batch, base.batch, int(str(given["batch"])))
-    try:
-        return AlignerTraining.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(
-            f"--{'-'.join(str(part) for part in first['loc']).replace('_', '-')}: {first['msg']}",
-            value=first["input"],
-            remedy="See hcma-fast train aligner --help.",
-        ) from error
 
 
 def _share(text: str) -> tuple[int, int]:

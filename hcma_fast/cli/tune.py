@@ -30,6 +30,7 @@ from hcma_fast.cli.output import (
 )
 from hcma_fast.config import BACKENDS, PRESETS, cache_root
 from hcma_fast.errors import HcmaError, OutputError, UsageError
+from hcma_fast.files import new_folder
 
 if TYPE_CHECKING:
     from hcma_fast.bench.tune_records import Comparison, TuningReport
@@ -213,25 +214,11 @@ def _variant(folder: Path, info: CheckpointInfo, root: Path) -> Path:
 
 def _copy(folder: Path, info: CheckpointInfo, target: Path) -> None:
     """Copy a checkpoint with ``info`` in it, whole or not at all."""
-    from hcma_fast.export.manifest import sync_folder
     from hcma_fast.models.checkpoint import write_info
 
-    partial = target.with_name(f".{target.name}.{os.getpid()}.part")
-    try:
-        shutil.copytree(folder, partial)
+    with new_folder(target) as partial:
+        shutil.copytree(folder, partial, dirs_exist_ok=True)
         write_info(partial, info)
-        sync_folder(partial)
-        partial.rename(target)
-    except shutil.Error as error:
-        raise OutputError(
-            f"the checkpoint cannot be copied ({error})",
-            value=str(target),
-            remedy="Check the path, its permissions and the free space, or choose another.",
-        ) from error
-    except OSError as error:
-        raise OutputError.from_os(error, target) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ PARTS = ("tokenizer", "text_encoder", "unet", "vae")
 """Sub-folders of diffusers' layout that we read; others (safety_checker) are never opened."""
 
 INFO_FILE = "hcma.json"
-_READ_SUFFIXES = (".json", ".txt", ".safetensors")
+READ_SUFFIXES = (".json", ".txt", ".safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 _LIBRARIES = {"diffusers", "transformers", None}
 
@@ -60,7 +60,7 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
         )
     from huggingface_hub import snapshot_download
 
-    wanted = [f"{part}/*{suffix}" for part in (*PARTS, "aligner") for suffix in _READ_SUFFIXES]
+    wanted = [f"{part}/*{suffix}" for part in (*PARTS, "aligner") for suffix in READ_SUFFIXES]
     try:
         found = snapshot_download(
             name, local_files_only=offline, allow_patterns=["model_index.json", INFO_FILE, *wanted]
@@ -127,7 +127,7 @@ def hash_weights(folder: Path, aligner_folder: Path) -> str:
     files[INFO_FILE] = folder / INFO_FILE
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
-        if path.suffix in _READ_SUFFIXES and path.is_file():
+        if path.suffix in READ_SUFFIXES and path.is_file():
             with path.open("rb") as file:
                 digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

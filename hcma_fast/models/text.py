@@ -42,6 +42,21 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], kind: str = "prompt
     return torch.tensor(rows, dtype=torch.int64)
 
 
+def tokenize_cut(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """Token ids (B, 77) int64 as :func:`tokenize` has them; a text that is too long loses its end.
+
+    For data sets, whose captions nobody can shorten.
+    """
+    ids: Tensor = tokenizer(
+        list(texts),
+        padding="max_length",
+        max_length=TOKEN_LENGTH,
+        truncation=True,
+        return_tensors="pt",
+    ).input_ids
+    return ids
+
+
 class TextEncoder(nn.Module):
     """The `text_encoder` graph: hidden states for cross-attention, pooled embedding as f^T."""
 

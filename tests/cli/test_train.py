@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
-import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
+from rich.progress import Progress, TaskID
 
 from hcma_fast.cli.app import main
-from hcma_fast.cli.train import train_app
+from hcma_fast.cli.output import stderr
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import load_components
+from hcma_fast.train.cache import shard_file
 from hcma_fast.train.emoji_scenes import write_coco
+from hcma_fast.train.encoders import Encoders
 
 
 @pytest.fixture(scope="module")
@@ -121,13 +121,32 @@ def test_aligner_refuses(
     cli("train", "aligner", *given, *options).failed(code, *words)
 
 
-def test_the_commands_of_the_docs_are_ours() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "train.md").read_text()
-    lines = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).splitlines()
-    found = re.findall(r" train ((?:cache|aligner) .*)", "\n".join(lines))
-    assert len(found) >= 10
-    commands = get_command(train_app)
-    for line in found:
-        name, *arguments = shlex.split(line)
-        # parses and checks every option, and runs nothing
-        commands.commands[name].make_context(name, arguments)  # type: ignore[attr-defined]
+def test_time_left_is_of_this_share_and_of_what_is_missing(
+    data: Path, cli: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, now = tmp_path / "latents", [0.0]
+    command = ["train", "cache", "--data", data, "--out", out, "--no-flip", "--share", "1/2"]
+    command += ["--shard-size", 8, "--batch-size", 4]
+    # of the 7 shards of 50 images, 1, 3 and 5
+    assert cli(*command).code == 0
+    for index in (3, 5):
+        (out / shard_file(index)).unlink()
+
+    plain_posterior, plain_update = Encoders.posterior, Progress.update
+    seen: list[tuple[float, float | None, float | None]] = []
+
+    def posterior(self: Encoders, images: Any) -> Any:
+        now[0] += 10
+        return plain_posterior(self, images)
+
+    def update(self: Progress, task_id: TaskID, **changes: Any) -> None:
+        plain_update(self, task_id, **changes)
+        (task,) = self.tasks
+        seen.append((task.completed, task.total, task.time_remaining))
+
+    monkeypatch.setattr(stderr, "get_time", lambda: now[0])
+    monkeypatch.setattr(Encoders, "posterior", posterior)
+    monkeypatch.setattr(Progress, "update", update)
+    assert cli(*command).code == 0
+    # 4 images in 10 seconds; of a single report no rate is known
+    assert seen == [(0, 16, None), (4, 16, None), (8, 16, 20), (12, 16, 10), (16, 16, 0)]

@@ -36,3 +36,9 @@ def small_cache(
     out = tmp_path_factory.mktemp("cache")
     make_cache(emoji_coco, "train", encoders, out, shard_size=25)
     return out
+
+
+@pytest.fixture(scope="session")
+def inputs(random_checkpoint: Path, small_cache: Path, emoji_coco: Path) -> tuple[Path, ...]:
+    """Model, cache and data of a run of stage 2. Do not modify them."""
+    return random_checkpoint, small_cache, emoji_coco

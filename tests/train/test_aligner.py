@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +19,12 @@ from hcma_fast.errors import InputError, OutputError, UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import Components
 from hcma_fast.train.aligner import train_aligner
-from hcma_fast.train.aligner_run import check_provenance
 from hcma_fast.train.aligner_settings import AlignerTraining, architecture, check_fits
 from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
+from hcma_fast.train.run_folder import check_provenance
+
+from training_runs import one_thread, records, run_as_process, same, untimed
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16
@@ -43,21 +42,6 @@ TRAINING = AlignerTraining(
     checkpoint_every=2,
     tensorboard=False,
 )
-#: the same run as a program of its own; with a number it kills itself after that step
-PROGRAM = """
-import importlib.util, os, signal, sys
-from pathlib import Path
-
-spec = importlib.util.spec_from_file_location("this_test", sys.argv[1])
-this_test = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(this_test)
-
-def progress(done, total, record):
-    if done == int(sys.argv[4]):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-this_test.run(Path(sys.argv[2]), Path(sys.argv[3]), progress=progress)
-"""
 
 
 def run(cache: Path, out: Path, config: AlignerConfig = CONFIG, **changes: Any) -> Path:
@@ -67,50 +51,30 @@ def run(cache: Path, out: Path, config: AlignerConfig = CONFIG, **changes: Any) 
     return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
 
 
-def records(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "aligner-run" / "log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def untimed(out: Path) -> list[dict[str, Any]]:
-    timed = ("samples_per_second", "data_wait_share")
-    return [{k: v for k, v in record.items() if k not in timed} for record in records(out)]
-
-
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same(first: Path, second: Path) -> bool:
-    a, b = weights(first), weights(second)
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
+def log(out: Path) -> list[dict[str, Any]]:
+    return records(out / "aligner-run")
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(small_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("whole")
-    run(small_cache, out)
-    torch.set_num_threads(threads)
+    with one_thread():
+        run(small_cache, out)
     return out
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """Bits may depend on the number of threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+def on_one_thread() -> Any:
+    with one_thread():
+        yield
 
 
 def test_it_learns_logs_and_exports(small_cache: Path, uninterrupted: Path) -> None:
-    found = records(uninterrupted)
+    found = log(uninterrupted)
     train = [record for record in found if record["part"] == "train"]
     val = [record for record in found if record["part"] == "val"]
     assert [record["step"] for record in train] == [2, 3, 4, 6, 8, 9]
@@ -121,17 +85,43 @@ def test_it_learns_logs_and_exports(small_cache: Path, uninterrupted: Path) -> N
         assert len(record["global_by_t"]) == len(record["region_r1_by_t"]) == 10
     assert train[0]["lr"] == pytest.approx(1e-3)
 
-    # the best by the val part is exported, as generate and build take it
-    best = min(val, key=lambda record: record["loss"])
-    aligner = Aligner.from_pretrained(uninterrupted / "aligner")
-    assert aligner.config == CONFIG
+    # as generate and build take it
+    assert Aligner.from_pretrained(uninterrupted / "aligner").config == CONFIG
     provenance = json.loads((uninterrupted / "aligner" / "training.json").read_text())
-    assert provenance["step"] == best["step"] and provenance["val"]["loss"] == best["loss"]
     assert provenance["cache"] == read_header(small_cache).digest
     assert Aligner.from_pretrained(uninterrupted / "aligner-last").config == CONFIG
     # the newest two states are kept
     states = sorted(path.name for path in (uninterrupted / "aligner-run" / "states").iterdir())
     assert states == ["step-00000008.pt", "step-00000009.pt"]
+
+
+def test_the_best_by_the_val_part_is_exported_though_it_is_not_the_last(
+    small_cache: Path, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    aligner = Aligner(CONFIG)
+    ends: dict[int, dict[str, torch.Tensor]] = {}
+
+    @torch.no_grad()
+    def progress(done: int, total: int, record: object) -> None:
+        ends[done] = {name: value.clone() for name, value in aligner.state_dict().items()}
+        if done == 8:
+            # before the last step: features point the other way, so cosines change their sign
+            for layer in (aligner.caption_head[-1], aligner.region_head.project[-1]):
+                layer.weight.neg_()
+                layer.bias.neg_()
+
+    training = TRAINING.model_copy(update={"ema_decay": 0.0})
+    train_aligner(small_cache, tmp_path, training, aligner, cpu=True, progress=progress)
+    val = {record["step"]: record for record in log(tmp_path) if record["part"] == "val"}
+    best = min(val, key=lambda step: val[step]["loss"])
+    assert best in (3, 6) and val[9]["loss"] > val[best]["loss"] + 0.01
+    for folder, step in (("aligner", best), ("aligner-last", 9)):
+        stored = weights(tmp_path / folder)
+        assert stored.keys() == ends[step].keys()
+        assert all(torch.equal(value, ends[step][name]) for name, value in stored.items())
+    provenance = json.loads((tmp_path / "aligner" / "training.json").read_text())
+    assert provenance["step"] == best and provenance["val"]["loss"] == val[best]["loss"]
 
 
 @pytest.mark.parametrize("stop", [4, 5, 7])
@@ -147,86 +137,81 @@ def test_kill_and_resume_is_bitwise_the_same(
         with pytest.raises(KeyboardInterrupt):
             run(small_cache, tmp_path, progress=progress)
     else:
-        command = [sys.executable, "-c", PROGRAM, __file__, small_cache, tmp_path, str(stop)]
-        done = subprocess.run(command, env=environment(), capture_output=True, check=False)
+        done = run_as_process(__file__, stop, (small_cache, tmp_path))
         assert done.returncode == -signal.SIGKILL, done.stderr
         states = tmp_path / "aligner-run" / "states"
         # killed while it wrote: the half has another name
         content = (states / "step-00000004.pt").read_bytes()
         (states / ".step-00000005.pt.1.part").write_bytes(content[:1000])
-        with (tmp_path / "aligner-run" / "log.jsonl").open("a") as log:
-            log.write('{"part": "train", "st')
+        with (tmp_path / "aligner-run" / "log.jsonl").open("a") as file:
+            file.write('{"part": "train", "st')
     assert not (tmp_path / "aligner-last").exists()
     first: list[int] = []
     run(small_cache, tmp_path, progress=lambda done, *_: first.append(done))
     assert first[0] == {4: 5, 5: 5, 7: 7}[stop] and first[-1] == 9
-    assert same(tmp_path / "aligner", uninterrupted / "aligner")
-    assert same(tmp_path / "aligner-last", uninterrupted / "aligner-last")
+    for name in ("aligner", "aligner-last"):
+        file = Path(name) / "model.safetensors"
+        assert same(tmp_path / file, uninterrupted / file)
     # losses of a window that the stop cut in two are of its second half
-    steps = [record["step"] for record in records(tmp_path)]
-    assert steps == [record["step"] for record in records(uninterrupted)]
-    assert untimed(tmp_path)[-2:] == untimed(uninterrupted)[-2:]
+    steps = [record["step"] for record in log(tmp_path)]
+    assert steps == [record["step"] for record in log(uninterrupted)]
+    work = Path("aligner-run")
+    assert untimed(tmp_path / work)[-2:] == untimed(uninterrupted / work)[-2:]
 
 
 def test_a_finished_run_does_nothing(small_cache: Path, uninterrupted: Path) -> None:
-    before = records(uninterrupted)
+    before = log(uninterrupted)
 
     def never(*_: object) -> None:
         raise AssertionError("no step is left")
 
     assert run(small_cache, uninterrupted, progress=never) == uninterrupted / "aligner"
-    assert records(uninterrupted) == before
+    assert log(uninterrupted) == before
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_are_one_that_accumulates(
-    small_cache: Path, uninterrupted: Path, tmp_path: Path, launcher: str
+    small_cache: Path, tmp_path: Path, launcher: str
 ) -> None:
-    # one process takes both micro-batches of a step, of two each takes one
-    (tmp_path / "program.py").write_text(PROGRAM)
-    arguments = [str(tmp_path / "program.py"), __file__, str(small_cache), str(tmp_path), "-1"]
+    # one process takes all four micro-batches of a step, of two each takes two
+    alone, both = tmp_path / "one", tmp_path / "two"
+    run(small_cache, alone, micro_batch=4)
     if launcher == "torchrun":
         head = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     else:
         head = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
         head += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         head += ["--main_process_port", "29618"]
-    done = subprocess.run(
-        [sys.executable, "-m", *head, *arguments],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = run_as_process(__file__, -1, (small_cache, both), head, micro_batch=4)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, wanted = untimed(tmp_path), untimed(uninterrupted)
+    found, wanted = (untimed(folder / "aligner-run") for folder in (both, alone))
     assert len(found) == len(wanted)
     for a, b in zip(found, wanted, strict=True):
         assert (a["step"], a["part"]) == (b["step"], b["part"])
         for name in ("loss", "global", "local"):
             assert a[name] == pytest.approx(b[name], abs=1e-5)
-    ours, theirs = weights(tmp_path / "aligner-last"), weights(uninterrupted / "aligner-last")
+    ours, theirs = weights(both / "aligner-last"), weights(alone / "aligner-last")
+    assert ours.keys() == theirs.keys()
     for name, value in ours.items():
-        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(value, theirs[name], atol=1e-5, rtol=1e-5)
 
 
 def test_without_average_and_with_plain_settings(small_cache: Path, tmp_path: Path) -> None:
     plain = {"ema_decay": 0.0, "clip_norm": None, "cosine": False, "warmup": 0, "bf16": True}
     run(small_cache, tmp_path, max_steps=3, tensorboard=True, workers=1, **plain)
-    (first, *_, last) = records(tmp_path)
+    (first, *_, last) = log(tmp_path)
     assert first["lr"] == 1e-3 and math.isfinite(last["loss"])
     assert list((tmp_path / "aligner-run" / "tensorboard").iterdir())
     # at a constant rate a run can be made longer
     run(small_cache, tmp_path, max_steps=5, **plain)
-    assert records(tmp_path)[-1]["step"] == 5
+    assert log(tmp_path)[-1]["step"] == 5
 
 
 def test_validation_draws_the_same_each_time(small_cache: Path, tmp_path: Path) -> None:
     # a rate too small to move float32 weights
     run(small_cache, tmp_path, lr=1e-30, weight_decay=0.0, warmup=0, cosine=False)
-    losses = [record["loss"] for record in records(tmp_path) if record["part"] == "val"]
+    losses = [record["loss"] for record in log(tmp_path) if record["part"] == "val"]
     assert len(losses) == 3 and len(set(losses)) == 1
 
 

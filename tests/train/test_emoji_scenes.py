@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -16,8 +17,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hcma_fast.errors import UsageError
-from hcma_fast.train import emoji_scenes
+from hcma_fast.errors import OutputError
+from hcma_fast.program import run_program
 from hcma_fast.train.emoji_scenes import (
     BACKGROUNDS,
     CATEGORIES,
@@ -199,7 +200,7 @@ def read(folder: Path, kind: str, split: str) -> dict[str, Any]:
 
 
 def test_command_writes_cocos_format(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--out", str(tmp_path), "--split", "test", "--count", "6", "--size", "48"]) == 0
+    main(["--out", str(tmp_path), "--split", "test", "--count", "6", "--size", "48"])
     output = capsys.readouterr()
     assert output.out == "" and "6 scenes" in output.err
     instances, captions = read(tmp_path, "instances", "test"), read(tmp_path, "captions", "test")
@@ -220,10 +221,14 @@ def test_command_writes_cocos_format(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert main(["--out", str(tmp_path / "file"), "--count", "1"]) == 2
-    assert "cannot write the scenes" in capsys.readouterr().err
-    for option in (["--count", "0"], ["--size", "8"]):
-        assert main(["--out", str(tmp_path / "new"), *option]) == 2
+
+    def code(*options: str) -> int:
+        return run_program(lambda: main(["--out", *options]))
+
+    assert code(str(tmp_path / "file"), "--count", "1") == 3
+    assert "error: cannot read or write here: Not a directory" in capsys.readouterr().err
+    for option in (("--count", "0"), ("--size", "8")):
+        assert code(str(tmp_path / "new"), *option) == 2
     assert not (tmp_path / "new").exists()
     with pytest.raises(SystemExit, match="2"):
         main(["--out", str(tmp_path), "--split", "train2014"])
@@ -235,8 +240,8 @@ def test_a_broken_write_leaves_no_annotations(
     def broken(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(emoji_scenes.os, "fsync", broken)
-    with pytest.raises(UsageError, match="No space left") as caught:
+    monkeypatch.setattr(os, "fsync", broken)
+    with pytest.raises(OutputError, match="No space left") as caught:
         write_coco(tmp_path, "val", 2, 32)
-    assert caught.value.value == str(tmp_path)
+    assert caught.value.value == str(tmp_path / "val" / "000000000000.png")
     assert not list(tmp_path.rglob("*.json")) and not list(tmp_path.rglob("*.png"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -14,9 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from hcma_fast.errors import WeightsError
+from hcma_fast.errors import OutputError, WeightsError
 from hcma_fast.train.loop import DivergenceError, LoopConfig, learning_rate, run
 
 CONFIG = LoopConfig(
@@ -28,7 +30,8 @@ CONFIG = LoopConfig(
     log_every=4,
     checkpoint_every=5,
 )
-#: the same training as a program of its own; it kills itself at a step, as the kernel would
+#: the same training as a program of its own; it kills itself at a step, as the kernel would, or
+#: while it writes its second state
 PROGRAM = """
 import importlib.util, os, signal, sys
 from pathlib import Path
@@ -37,11 +40,20 @@ spec = importlib.util.spec_from_file_location("this_test", sys.argv[1])
 this_test = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(this_test)
 model = this_test.make()
+plain, written = os.fsync, []
 
 def loss(step):
-    if step == int(sys.argv[3]):
+    if sys.argv[3] == str(step):
         os.kill(os.getpid(), signal.SIGKILL)
     return this_test.squared_error(model)(step)
+
+def fsync(descriptor):
+    written.append(descriptor)
+    if sys.argv[3] == "writing" and len(written) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    plain(descriptor)
+
+os.fsync = fsync
 
 this_test.run(model, loss, this_test.CONFIG, Path(sys.argv[2]))
 """
@@ -103,21 +115,25 @@ def test_stopped_and_resumed_is_bitwise_the_same(
     assert same(model, uninterrupted[0]) and same(average, uninterrupted[1])
 
 
-def test_kill_and_resume(tmp_path: Path, uninterrupted: tuple[nn.Module, nn.Module]) -> None:
+@pytest.mark.parametrize("stop", ["9", "writing"])
+def test_kill_and_resume(
+    tmp_path: Path, uninterrupted: tuple[nn.Module, nn.Module], stop: str
+) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
 
-    def start(stop: int) -> int:
-        command = [sys.executable, "-c", PROGRAM, __file__, str(tmp_path / "run"), str(stop)]
+    def start(stop: str) -> int:
+        command = [sys.executable, "-c", PROGRAM, __file__, str(tmp_path), stop]
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
         return done.returncode
 
-    assert start(9) == -signal.SIGKILL
-    before = (tmp_path / "run" / "state.pt").read_bytes()
-    # killed while a state is written: the half-written one has another name and is never read
-    (tmp_path / "run" / "state.part").write_bytes(before[: len(before) // 2])
-    assert start(-1) == 0
+    assert start(stop) == -signal.SIGKILL
+    # of a state that was being written there is a file of another name, which is never read
+    names = {path.name for path in tmp_path.iterdir()} - {"log.jsonl", "state.pt"}
+    assert [name.startswith(".state.pt.") for name in names] == [True] * (stop == "writing")
+    assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 5
+    assert start("never") == 0
     model = make()
-    average = run(model, squared_error(model), CONFIG, tmp_path / "run")
+    average = run(model, squared_error(model), CONFIG, tmp_path)
     assert same(model, uninterrupted[0]) and same(average, uninterrupted[1])
 
 
@@ -166,14 +182,64 @@ def test_divergence_stops_and_keeps_the_last_good_state(tmp_path: Path, bad: str
             losses["loss"] = root if bad == "gradient" else losses["loss"] * float(bad)
         return losses
 
+    def batch(step: int) -> dict[str, Tensor]:
+        return {"inputs": torch.full((2, 3), float(step)).T, "plain": torch.tensor(True)}
+
     with pytest.raises(DivergenceError, match="step 7 is not finite") as caught:
-        run(model, loss, CONFIG, tmp_path)
+        run(model, loss, CONFIG, tmp_path, batch_of_step=batch)
     assert str(tmp_path) in caught.value.remedy and not math.isfinite(
         float(str(caught.value.value))
     )
     assert all(value.isfinite().all() for value in weights(model))
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert state["step"] == 5 and all(v.isfinite().all() for v in state["model"].values())
+    # what the step was computed from can be looked at
+    path = tmp_path / "bad-batch-7.safetensors"
+    saved = load_file(path)
+    assert str(path) in str(caught.value) and saved.keys() == {"inputs", "plain"}
+    assert torch.equal(saved["inputs"], torch.full((3, 2), 7.0))
+
+
+def test_divergence_is_named_where_nothing_can_be_drawn_again(tmp_path: Path) -> None:
+    model = make()
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return {"loss": model.weight.sum() * float("nan")}
+
+    with pytest.raises(DivergenceError, match="step 0 is not finite") as caught:
+        run(model, loss, CONFIG, tmp_path)
+    assert "its batch" not in str(caught.value) and not list(tmp_path.glob("bad-batch*"))
+
+
+@pytest.mark.parametrize("what", ["log", "state", "batch"])
+def test_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    model = make()
+    if what == "log":
+        # the device on which there never is room
+        (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    else:
+        monkeypatch.setattr("os.fsync", full)
+    factor = float("nan") if what == "batch" else 1.0
+
+    def loss(step: int) -> dict[str, Tensor]:
+        return {"loss": factor * squared_error(model)(step)["loss"]}
+
+    with pytest.raises(OutputError, match="No space left") as caught:
+        run(model, loss, CONFIG, tmp_path, batch_of_step=lambda _: dict(model.named_parameters()))
+    name = {"log": "log.jsonl", "state": "state.pt", "batch": "bad-batch-0.safetensors"}[what]
+    assert caught.value.value == str(tmp_path / name) and caught.value.exit_code == 3
+    assert {path.name for path in tmp_path.iterdir()} <= {"log.jsonl"}
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    model = make()
+    with pytest.raises(OutputError, match="Not a directory") as caught:
+        run(model, squared_error(model), CONFIG, tmp_path / "file" / "run")
+    assert caught.value.value == str(tmp_path / "file" / "run")
 
 
 def test_learning_rate() -> None:

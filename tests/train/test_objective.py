@@ -99,7 +99,8 @@ def test_parts_add_up_to_the_whole(cache: LatentCache, random_components: Compon
     aligner.zero_grad()
     for start in (0, 6):
         batch = cache.batch(np.arange(start, start + 6))
-        part = type(noised)(batch, noised.z[start : start + 6], noised.timesteps[start : start + 6])
+        some = slice(start, start + 6)
+        part = type(noised)(batch, noised.z[some], noised.timesteps[some], noised.noise[some])
         (stage1_losses(network, part, cache.label_table)[0].mean() / 2).backward()
     found = [p.grad for p in aligner.parameters() if p.grad is not None]
     assert len(found) == len(wanted) > 10

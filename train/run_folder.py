@@ -1,15 +1,16 @@
-"""The folder of a stage 1 run: states to resume from, exports, logs.
+"""The folder of a run of a stage: states to resume from, exports, logs.
 
-``aligner/`` holds the best aligner by the val part, ``aligner-last/`` the last one: config.json and
-model.safetensors, as ``--aligner`` and ``Aligner.from_pretrained`` take them, and training.json,
-which says where they come from. ``aligner-run/`` holds states, log.jsonl, TensorBoard's events and,
-where they are asked for, samples.
+Of a stage named NAME, ``NAME/`` holds the best export by the val part, ``NAME-last/`` the last one,
+each with training.json, which says where it comes from. ``NAME-run/`` holds states, log.jsonl,
+TensorBoard's events and, where they are asked for, samples. Stage 1 is ``aligner`` and exports what
+``--aligner`` and ``Aligner.from_pretrained`` take, stage 2 is ``denoiser`` and exports what
+``--model`` and ``HCMAPipeline.from_pretrained`` take.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
-from hcma_fast.files import make_folder, write_whole
-from hcma_fast.models.aligner import Aligner
+from hcma_fast.files import append_line, make_folder, write_whole
 from hcma_fast.models.checkpoint import first_line
 from hcma_fast.train.cache import CacheHeader
 from hcma_fast.train.checkpoints import write_state
@@ -36,7 +36,7 @@ LOG_FILE = "log.jsonl"
 
 
 class Provenance(BaseModel):
-    """Where an aligner comes from; a run goes on only with what it was begun with."""
+    """Where an export comes from; a run goes on only with what it was begun with."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -58,6 +58,16 @@ class RunState:
     best_loss: float | None = None
 
 
+def read_provenance(path: Path) -> Provenance:
+    """What a training.json says; it also holds the step and its figures.
+
+    Raises:
+        OSError: it cannot be read.
+        ValidationError: it is no such file.
+    """
+    return Provenance.model_validate_json(path.read_bytes())
+
+
 def check_provenance(folder: Path, header: CacheHeader) -> None:
     """Was the aligner in ``folder`` trained with the encoders of this cache? Unknown is no error.
 
@@ -68,7 +78,7 @@ def check_provenance(folder: Path, header: CacheHeader) -> None:
     if not path.is_file():
         return
     try:
-        found = Provenance.model_validate_json(path.read_bytes())
+        found = read_provenance(path)
     except (OSError, ValidationError) as error:
         raise WeightsError(
             f"this file is damaged: {first_line(error)}",
@@ -85,12 +95,18 @@ def check_provenance(folder: Path, header: CacheHeader) -> None:
             )
 
 
-class AlignerRun:
-    """Reads and writes the folder of a run; only the main process writes."""
+class RunFolder:
+    """Reads and writes the folder of a run; only the main process writes.
 
-    def __init__(self, out: Path, provenance: Provenance, *, main: bool, keep: int) -> None:
-        self.best_folder, self.last_folder = out / "aligner", out / "aligner-last"
-        self.work = out / "aligner-run"
+    Args:
+        name: of the stage.
+    """
+
+    def __init__(
+        self, out: Path, name: str, provenance: Provenance, *, main: bool, keep: int
+    ) -> None:
+        self.best_folder, self.last_folder = out / name, out / f"{name}-last"
+        self.work = out / f"{name}-run"
         self.states = self.work / "states"
         self.provenance, self.main, self.keep = provenance, main, keep
         self._events: SummaryWriter | None = None
@@ -103,9 +119,12 @@ class AlignerRun:
         return found[-1] if found else None
 
     def resume(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, average: nn.Module | None
     ) -> RunState:
         """Restore the newest state, or start at 0.
+
+        Args:
+            average: of the weights, where the settings ask for one.
 
         Raises:
             WeightsError: it is damaged, or of a run with another cache, architecture or settings.
@@ -122,7 +141,8 @@ class AlignerRun:
         try:
             model.load_state_dict(stored["model"])
             optimizer.load_state_dict(stored["optimizer"])
-            average.load_state_dict(stored["average"])
+            if average is not None:
+                average.load_state_dict(stored["average"])
             state = RunState(**stored["state"])
         except Exception as error:  # as above
             raise _unusable(path, first_line(error)) from error
@@ -154,7 +174,7 @@ class AlignerRun:
         state: RunState,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        average: nn.Module,
+        average: nn.Module | None,
     ) -> None:
         """Write a state, and remove all but the newest ``keep``."""
         if not self.main:
@@ -164,25 +184,24 @@ class AlignerRun:
             "state": vars(state),
             "model": model.state_dict(),
             "optimizer": optimizer.state_dict(),
-            "average": average.state_dict(),
+            "average": None if average is None else average.state_dict(),
         }
         write_state(self.states / f"step-{state.step:08d}.pt", content)
         for old in sorted(self.states.glob("step-*.pt"))[: -self.keep]:
             old.unlink(missing_ok=True)
 
-    def export_best(self, aligner: Aligner, step: int, figures: dict[str, Any]) -> None:
-        """Write the aligner that is best so far to ``aligner/``."""
-        self._export(self.best_folder, aligner, step, figures)
+    def export(
+        self, folder: Path, write: Callable[[Path], None], step: int, figures: dict[str, Any]
+    ) -> None:
+        """Have an export written to ``folder``, and training.json with it.
 
-    def export_last(self, aligner: Aligner, step: int) -> None:
-        """Write the aligner to ``aligner-last/``."""
-        self._export(self.last_folder, aligner, step, {})
-
-    def _export(self, folder: Path, aligner: Aligner, step: int, figures: dict[str, Any]) -> None:
+        Raises:
+            OutputError: it cannot be written, or the disk is full.
+        """
         if not self.main:
             return
         try:
-            aligner.save_pretrained(folder)
+            write(folder)
         except OSError as error:
             raise OutputError.from_os(error, folder) from error
         record = self.provenance.model_dump() | {"step": step, "val": figures}
@@ -220,21 +239,21 @@ class AlignerRun:
                 self._events.close()
                 self._events = None
 
-    def draw(self, samples: SamplePlan, step: int, aligner: Aligner) -> None:
-        """Write a sheet of samples to ``aligner-run/samples/``, and to TensorBoard."""
+    def draw(self, samples: SamplePlan, step: int, parts: Mapping[str, Any]) -> None:
+        """Write a sheet of samples to ``NAME-run/samples/``, and to TensorBoard.
+
+        Args:
+            parts: what was trained, by its name in :meth:`SamplePlan.draw`.
+        """
         if self.main:
-            samples.draw(self.work / "samples", step, aligner=aligner, events=self._events)
+            samples.draw(self.work / "samples", step, events=self._events, **parts)
 
     def log(self, part: str, record: dict[str, Any]) -> None:
         """Append a record to log.jsonl, and its numbers to TensorBoard."""
         if not self.main:
             return
         path = self.work / LOG_FILE
-        try:
-            with path.open("a") as file:
-                file.write(json.dumps({"part": part, **record}) + "\n")
-        except OSError as error:
-            raise OutputError.from_os(error, path) from error
+        append_line(path, json.dumps({"part": part, **record}))
         if self._events is None:
             return
         for name, value in record.items():

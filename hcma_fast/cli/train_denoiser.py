@@ -1,0 +1,181 @@
+"""``hcma-fast train denoiser``: stage 2, GLIGEN's layers on aligned latents."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from hcma_fast.cli.training import (
+    Bf16,
+    CheckpointEvery,
+    Cpu,
+    Keep,
+    MaxSteps,
+    SampleEvery,
+    StepBar,
+    Tensorboard,
+    Workers,
+    training_bar,
+    training_settings,
+)
+from hcma_fast.config import PRESETS
+
+
+def denoiser(
+    model: Annotated[
+        str, typer.Option(help=f"{', '.join(PRESETS)}, a folder in diffusers' layout or a hub id.")
+    ],
+    cache: Annotated[Path, typer.Option(help="Cache that was made with this model.")],
+    data: Annotated[
+        Path, typer.Option(help="Folder that the cache was made from: it has the captions.")
+    ],
+    out: Annotated[
+        Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
+    ],
+    aligner: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the aligner, which stays as it is.", show_default="the model's own"
+        ),
+    ] = None,
+    trainable: Annotated[
+        Literal["fuser", "all"],
+        typer.Option(help="GLIGEN's gated layers and position net, or the whole UNet."),
+    ] = "fuser",
+    aligned_share: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share of latents aligned first.", show_default="0.5"),
+    ] = None,
+    eta0: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Rate of sampling; the result has it.", show_default="the model's"
+        ),
+    ] = None,
+    rates: Annotated[
+        Literal["uniform", "fixed"],
+        typer.Option(help="Align at rates from 0 to twice eta0, or at eta0."),
+    ] = "uniform",
+    drop_caption: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share without caption.", show_default="0.5"),
+    ] = None,
+    drop_boxes: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Share without boxes.", show_default="0.1"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing", help="Less memory: activations are computed twice."
+        ),
+    ] = False,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes over the images.", show_default="10")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images a step, all processes.", show_default="64"),
+    ] = None,
+    micro_batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images that a process takes at once.", show_default="8"),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(min=0, help="Learning rate.", show_default="5e-05")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option(min=0, help="How fast weights shrink.", show_default="0")
+    ] = None,
+    decoupled_decay: Annotated[
+        bool | None,
+        typer.Option(
+            "--decoupled-decay/--l2-decay",
+            help="AdamW, or Adam.",
+            show_default="decoupled-decay",
+        ),
+    ] = None,
+    warmup: Annotated[
+        int | None, typer.Option(min=0, help="Steps of warm-up.", show_default="1000")
+    ] = None,
+    cosine: Annotated[
+        bool | None,
+        typer.Option(
+            "--cosine/--constant", help="Decay of the learning rate.", show_default="constant"
+        ),
+    ] = None,
+    clip_norm: Annotated[
+        float | None,
+        typer.Option(min=0, help="Largest norm of the gradient.", show_default="none"),
+    ] = None,
+    ema_decay: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Average of weights; 0 for none.", show_default="0"),
+    ] = None,
+    bf16: Bf16 = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of order and noise.")] = 0,
+    max_steps: MaxSteps = None,
+    workers: Workers = 0,
+    log_every: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="10")] = None,
+    checkpoint_every: CheckpointEvery = None,
+    keep: Keep = None,
+    tensorboard: Tensorboard = True,
+    sample_every: SampleEvery = None,
+    cpu: Cpu = False,
+) -> None:
+    """Train the gated layers on aligned latents (stage 2 of the paper's Algorithm 1); prints the
+    best model's folder.
+
+    Under accelerate launch or torchrun it is one process of many.
+    """
+    from hcma_fast.train.stage2_settings import DenoiserTraining
+
+    given = {
+        "trainable": trainable,
+        "aligned_share": aligned_share,
+        "eta0": eta0,
+        "rates": rates,
+        "drop_caption": drop_caption,
+        "drop_boxes": drop_boxes,
+        "gradient_checkpointing": gradient_checkpointing,
+        "epochs": epochs,
+        "batch": batch,
+        "micro_batch": micro_batch,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "decoupled_decay": decoupled_decay,
+        "warmup": warmup,
+        "cosine": cosine,
+        "clip_norm": clip_norm,
+        "ema_decay": ema_decay,
+        "bf16": bf16,
+        "seed": seed,
+        "max_steps": max_steps,
+        "workers": workers,
+        "log_every": log_every,
+        "checkpoint_every": checkpoint_every,
+        "keep": keep,
+        "tensorboard": tensorboard,
+    }
+    training = training_settings(DenoiserTraining(), given, "denoiser")
+
+    from accelerate import PartialState
+
+    from hcma_fast.train.stage2 import train_denoiser
+
+    with training_bar() as progress:
+        best = train_denoiser(
+            model,
+            cache,
+            data,
+            out,
+            training,
+            aligner=aligner,
+            cpu=cpu,
+            sample_every=sample_every,
+            progress=StepBar(progress),
+        )
+    if PartialState().is_main_process:
+        typer.echo(best)

@@ -1,0 +1,110 @@
+"""What the commands that train share: options, settings, bars."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Task as RichTask
+from rich.text import Text
+
+from hcma_fast.cli.output import stderr
+from hcma_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from hcma_fast.train.stage_settings import Training
+
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Products in bfloat16.")]
+MaxSteps = Annotated[
+    int | None, typer.Option(min=1, help="Stop after so many.", show_default="no limit")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read the cache.")]
+CheckpointEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps; also at an epoch's end.", show_default="500")
+]
+Keep = Annotated[int | None, typer.Option(min=1, help="States to keep.", show_default="2")]
+Tensorboard = Annotated[bool, typer.Option(help="Write TensorBoard's events too.")]
+SampleEvery = Annotated[
+    int | None,
+    typer.Option(min=1, help="Draw some val layouts every so many steps.", show_default="never"),
+]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")]
+
+_Settings = TypeVar("_Settings", bound="Training")
+
+
+def training_settings(base: _Settings, given: dict[str, object], command: str) -> _Settings:
+    """``base`` with what was given on the command line; None stands for an option left out.
+
+    Args:
+        command: whose help has more to say.
+
+    Raises:
+        UsageError: a value is out of its range; names the option.
+    """
+    from pydantic import ValidationError
+
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = base.model_dump() | given
+    if "batch" in given and "micro_batch" not in given:
+        settings["micro_batch"] = min(base.micro_batch, base.batch, int(str(given["batch"])))
+    try:
+        return type(base).model_validate(settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(
+            f"--{'-'.join(str(part) for part in first['loc']).replace('_', '-')}: {first['msg']}",
+            value=first["input"],
+            remedy=f"See hcma-fast train {command} --help.",
+        ) from error
+
+
+class _Rate(ProgressColumn):
+    """What is done a second."""
+
+    def render(self, task: RichTask) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:.1f}/s")
+
+
+def training_bar() -> Progress:
+    """A bar on stderr with the rate, the time left and a note."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+        console=stderr,
+        redirect_stdout=False,
+    )
+
+
+class StepBar:
+    """Takes a stage's reports; a bar in the main process only, since it is the one that reports."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: list[TaskID] = []
+
+    def __call__(self, done: int, total: int, record: dict[str, object] | None) -> None:
+        """Steps done, steps in all, and the record where one was logged."""
+        if not self._tasks:
+            task = self._progress.add_task("steps", total=total, note="", completed=done - 1)
+            self._tasks.append(task)
+        self._progress.update(self._tasks[0], completed=done)
+        if record is not None:
+            self._progress.update(
+                self._tasks[0],
+                note=f"loss {record['loss']:.4f}  {record['samples_per_second']:.0f} images/s",
+            )
