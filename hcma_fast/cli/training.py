@@ -42,7 +42,7 @@ Cpu = Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")]
 _Settings = TypeVar("_Settings", bound="Training")
 
 
-def training_settings(base: _Settings, given: dict[str, object], command: str) -> _Settings:
+def training_settings(base: _Settings, given: Mapping[str, object], command: str) -> _Settings:
     """``base`` with what was given on the command line; None stands for an option left out.
 
     Args:
