@@ -22,6 +22,7 @@ from hcma_fast.train.stage import Stage
 from hcma_fast.train.stage2 import cached_captions
 from hcma_fast.train.stage2_objective import Conditioned, NoiseObjective
 from hcma_fast.train.stage2_settings import DenoiserTraining
+
 from training_runs import one_thread
 
 TRAINING = DenoiserTraining(batch=16, micro_batch=8, warmup=0)
@@ -170,5 +171,3 @@ def test_latents_are_aligned_as_in_sampling(
     ways = (loose.z - plain.z).flatten(1).norm(dim=1) / (found.z - plain.z).flatten(1).norm(dim=1)
     inside = ways[found.aligned]
     assert bool((inside < 2).all()) and len(set(inside.tolist())) == 3
-
-
