@@ -53,11 +53,14 @@ class CheckpointWriter:
         Raises:
             OutputError: it cannot be written, or the disk is full.
         """
+        # what a killed process left, which can be as large as the model
+        for stale in folder.parent.glob(f".{folder.name}.*.part"):
+            shutil.rmtree(stale, ignore_errors=True)
+        for half in folder.rglob(".*.part"):
+            half.unlink()
         if self._is_ours(folder):
             _write_weights(folder, unet)
             return
-        for stale in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
         with new_folder(folder) as partial:
             for part in PARTS:
                 _copy(self.source.folder / part, partial / part, weights=part != "unet")

@@ -80,24 +80,29 @@ def test_an_option_says_what_its_default_is(name: str) -> None:
 
 def test_defaults_of_training_are_those_of_the_settings() -> None:
     from hcma_fast.train.aligner_settings import TINY, AlignerTraining
+    from hcma_fast.train.stage2_settings import DenoiserTraining
 
-    checked = 0
-    for parameter in COMMANDS["train aligner"].params:
-        if not isinstance(parameter.show_default, str) or parameter.name not in vars(TINY):
-            continue
-        if parameter.name == "max_steps":
-            continue
+    def check(command: str, first: Any, tiny: Any) -> int:
+        checked = 0
+        for parameter in COMMANDS[command].params:
+            if parameter.name not in vars(tiny) or parameter.name in ("max_steps", "eta0"):
+                continue
+            given, wanted = parameter.default, getattr(first, parameter.name)
+            if given is not None:
+                assert given == wanted, parameter.name
+                continue
 
-        def word(value: Any, parameter: Any = parameter) -> str:
-            if isinstance(value, bool):
-                chosen = parameter.opts if value else parameter.secondary_opts
-                return str(chosen[0]).removeprefix("--")
-            return "none" if value is None else f"{value:g}"
+            def word(value: Any, parameter: Any = parameter) -> str:
+                if isinstance(value, bool):
+                    chosen = parameter.opts if value else parameter.secondary_opts
+                    return str(chosen[0]).removeprefix("--")
+                return "none" if value is None else f"{value:g}"
 
-        paper, tiny = (
-            word(getattr(settings, parameter.name)) for settings in (AlignerTraining(), TINY)
-        )
-        expected = paper if paper == tiny else f"{paper}; tiny {tiny}"
-        assert parameter.show_default == expected, parameter.name
-        checked += 1
-    assert checked == 13
+            paper, small = (word(getattr(settings, parameter.name)) for settings in (first, tiny))
+            expected = paper if paper == small else f"{paper}; tiny {small}"
+            assert parameter.show_default == expected, parameter.name
+            checked += 1
+        return checked
+
+    assert check("train aligner", AlignerTraining(), TINY) == 13
+    assert check("train denoiser", DenoiserTraining(), DenoiserTraining()) == 16

@@ -1,4 +1,4 @@
-"""``hcma-fast train``: from 50 images in COCO's format on disk to an aligner that loads."""
+"""``hcma-fast train``: from 50 images in COCO's format on disk to models that load."""
 
 from __future__ import annotations
 
@@ -150,3 +150,43 @@ def test_time_left_is_of_this_share_and_of_what_is_missing(
     assert cli(*command).code == 0
     # 4 images in 10 seconds; of a single report no rate is known
     assert seen == [(0, 16, None), (4, 16, None), (8, 16, 20), (12, 16, 10), (16, 16, 0)]
+
+
+def test_from_a_cache_to_a_denoiser(
+    data: Path, cached: Path, cli: Any, start: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "denoiser", "--cpu", "--model", "tiny", "--cache", cached, "--data", data]
+    command += ["--out", out, "--batch", 20, "--micro-batch", 10, "--epochs", 1, "--log-every", 1]
+    process = start(*command)
+    printed, said = process.communicate(timeout=600)
+    assert process.returncode == 0, said
+    assert printed.strip() == str(out / "denoiser")
+    log = (out / "denoiser-run" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["part"] for line in log] == ["train", "train", "val"]
+    # a denoiser that was trained before: no idea of the noise would have 1
+    assert json.loads(log[-1])["mse"] < 0.3
+    made, given = load_components(out / "denoiser"), load_components("tiny")
+    assert made.info == given.info and made.weights_hash != given.weights_hash
+    # build takes it, as tune-alignment would
+    plan = cli("build", "--model", out / "denoiser", "--backend", "onnxruntime", "--dry-run")
+    assert plan.code == 0, plan.err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--model", "nowhere"), 3, ("no such preset or folder",)),
+        (("--aligner", "nowhere"), 3, ("has no aligner", "nowhere")),
+        (("--cache", "nowhere"), 3, ("this is no cache", "nowhere")),
+        (("--data", "nowhere"), 3, ("cannot read the annotations", "nowhere")),
+        (("--batch", "64"), 2, ("less than one batch",)),
+        (("--eta0", "0"), 2, ("--eta0", "greater than 0")),
+    ],
+)
+def test_denoiser_refuses(
+    data: Path, cached: Path, cli: Any, options: tuple[str, str], code: int, words: tuple[str, ...]
+) -> None:
+    given = {"--model": "tiny", "--cache": cached, "--data": data, "--out": "run"} | dict([options])
+    flat = (part for pair in given.items() for part in pair)
+    cli("train", "denoiser", "--cpu", *flat).failed(code, *words)

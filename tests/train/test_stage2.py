@@ -6,6 +6,7 @@ import json
 import shutil
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hcma_fast.models.checkpoint import CheckpointInfo, read_info, write_info
 from hcma_fast.models.weights import load_part
 from hcma_fast.train.cache import LatentCache
 from hcma_fast.train.loop import DivergenceError
+from hcma_fast.train.samples import SamplePlan, plan_samples
 from hcma_fast.train.stage2 import train_denoiser
 from hcma_fast.train.stage2_settings import DenoiserTraining
 
@@ -39,11 +41,12 @@ TRAINING = DenoiserTraining(
     checkpoint_every=2,
     tensorboard=False,
 )
+OPTIONS = ("progress", "aligner", "sample_every")
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
 
 def run(model: Path, cache: Path, data: Path, out: Path, **changes: Any) -> Path:
-    options = {name: changes.pop(name) for name in ("progress", "aligner") if name in changes}
+    options = {name: changes.pop(name) for name in OPTIONS if name in changes}
     training = TRAINING.model_copy(update=changes)
     return train_denoiser(model, cache, data, out, training, cpu=True, **options)
 
@@ -126,12 +129,13 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert (tmp_path / "denoiser").is_dir() and not (tmp_path / "denoiser-last").exists()
     # killed while it exported: what it left is no model, and goes
     (tmp_path / ".denoiser-last.1.part").mkdir()
+    (tmp_path / "denoiser" / "unet" / ".weights.1.part").touch()
     first: list[int] = []
     run(*inputs, tmp_path, progress=lambda done, *_: first.append(done))
     assert first == [5, 6]
     for name in ("denoiser", "denoiser-last"):
         assert same(tmp_path / name / UNET, uninterrupted / name / UNET)
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.rglob(".*"))
     assert untimed(tmp_path / "denoiser-run")[-2:] == untimed(uninterrupted / "denoiser-run")[-2:]
 
 
@@ -165,6 +169,23 @@ def test_checkpointing_and_workers_leave_the_weights_as_they_are(
     # a run goes on with everything that it trains
     run(*inputs, outs[0], **(common | {"max_steps": 2}))
     assert records(outs[0] / "denoiser-run")[-1]["step"] == 2
+
+
+def test_samples_along_the_way_leave_the_weights_as_they_are(
+    inputs: tuple[Path, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan(*arguments: Any) -> SamplePlan:
+        return replace(plan_samples(*arguments, count=1), num_inference_steps=2)
+
+    monkeypatch.setattr("hcma_fast.train.stage2.plan_samples", plan)
+    outs = tmp_path / "plain", tmp_path / "drawn"
+    run(*inputs, outs[0], max_steps=3)
+    run(*inputs, outs[1], max_steps=3, sample_every=1)
+    assert same(*(out / "denoiser-last" / UNET for out in outs))
+    sheets = sorted((outs[1] / "denoiser-run" / "samples").iterdir())
+    assert [path.name for path in sheets] == [f"step-{step:08d}.png" for step in (1, 2, 3)]
+    # the weights move, and so do the pictures
+    assert len({path.read_bytes() for path in sheets}) == 3
 
 
 def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(
