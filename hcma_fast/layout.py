@@ -149,7 +149,7 @@ class Layout(BaseModel):
                 min(x1 / width, 1.0),
                 min(y1 / height, 1.0),
             )
-            if not _is_empty(box):
+            if not is_empty(box):
                 found.append(((box[2] - box[0]) * (box[3] - box[1]), name, box))
         found = sorted(found, key=lambda entry: -entry[0])[:MAX_OBJECTS]
         return cls([name for _, name, _ in found], [box for _, _, box in found])
@@ -286,7 +286,7 @@ def _check_size(width: float, height: float) -> None:
         )
 
 
-def _is_empty(box: Box) -> bool:
+def is_empty(box: Box) -> bool:
     """Without area in float32, the precision of the graphs."""
     x0, y0, x1, y1 = (np.float32(v) for v in box)
     return bool(x1 <= x0 or y1 <= y0)
@@ -300,7 +300,7 @@ def _check_box(index: int, box: Box) -> None:
         problem, remedy = "leaves the image", "Use shares of the image in [0, 1]; see from_pixels."
     elif x1 < x0 or y1 < y0:
         problem, remedy = "is inverted", "Order it x0, y0, x1, y1; see from_xywh."
-    elif _is_empty(box):
+    elif is_empty(box):
         problem, remedy = "is empty", "Give it a positive width and height."
     else:
         return

@@ -11,7 +11,7 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
-from hcma_fast.layout import Layout
+from hcma_fast.layout import Layout, is_empty
 
 Part = Literal["train", "val"]
 VAL_SHARE = 0.2
@@ -53,7 +53,8 @@ def crop_layout(layout: Layout, width: int, height: int, min_area: float = MIN_A
             _clip((y1 * height - top) / side),
         )
         remaining = (moved[2] - moved[0]) * (moved[3] - moved[1])
-        if (x1 - x0) * (y1 - y0) >= min_area and remaining >= min_area and remaining > 0:
+        large = (x1 - x0) * (y1 - y0) >= min_area and remaining >= min_area
+        if large and not is_empty(moved):
             phrases.append(phrase)
             boxes.append(moved)
     return Layout(phrases, boxes)
