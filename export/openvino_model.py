@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -95,11 +95,13 @@ def compile_model(
     precision: OpenVINOPrecision = "float32",
     threads: int | None = None,
     streams: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Any:
-    """Compile what :func:`read_model` returned; ``model`` stays as it is.
+    """Compile what :func:`read_model` returned.
 
     Args:
         path: for messages.
+        shapes: of the inputs, which ``model`` keeps; None leaves them as they are.
         threads: of all streams together; default: all cores.
         streams: requests that run side by side, each on its share of the threads.
 
@@ -115,6 +117,8 @@ def compile_model(
         **({} if threads is None else {"INFERENCE_NUM_THREADS": threads}),
     }
     with _errors_named(path):
+        if shapes is not None:
+            model.reshape(dict(shapes))
         compiled = shared_core().compile_model(model, "CPU", options)
     if compiled.get_property("INFERENCE_PRECISION_HINT").to_string() != hint:
         raise _no_precision(precision)

@@ -125,7 +125,7 @@ class AlignStep(nn.Module):
         losses: both losses and their gradient with respect to the features, in plain torch, or
             ``kernels.cosine_loss.cosine_loss_op``, which is one launch on a GPU.
         pool: of the features over the boxes, see :meth:`RegionHead.forward`; the kernel's is
-            ``kernels.region_pool.region_pool_op``.
+            ``kernels.region_pool.region_pool``.
     """
 
     def __init__(

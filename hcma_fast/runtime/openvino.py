@@ -73,12 +73,14 @@ class OpenVINOEngine:
         # a request serves one call at a time, and a model is one shape at a time
         self._lock = threading.Lock()
         self._requests: dict[tuple[int, int], list[Any]] = {}
-        self._run: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] = self._run_parts
+        self._whole: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
         if spec.graph in _OFTEN and spec.batch.min == 1 and weight_bytes(model) <= _MOST_WEIGHTS:
             self._model = model
+            size, count = next(waves(spec.batch.opt, self._threads))
+            self._requests[size, count] = self._compile(size, count)
         else:
             compiled = compile_model(model, path, precision=precision, threads=self._threads)
-            self._run = runner(compiled, spec)
+            self._whole = runner(compiled, spec)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -89,14 +91,18 @@ class OpenVINOEngine:
         try:
             return self._run(inputs)
         except Exception as error:
-            if is_out_of_memory(error):
+            if is_out_of_memory(error) or isinstance(error, DeviceMemoryError):
+                # a smaller batch takes other shapes, and needs the room of these
+                self._requests.clear()
                 raise DeviceMemoryError(
                     f"out of memory in the graph {self.spec.graph}",
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
 
-    def _run_parts(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def _run(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        if self._whole is not None:
+            return self._whole(inputs)
         plan = list(waves(rows_of(inputs, self.spec), self._threads))
         parts = iter(cut(inputs, self.spec, [size for size, count in plan for _ in range(count)]))
         done: list[Any] = []
@@ -119,13 +125,13 @@ class OpenVINOEngine:
             tensor.name: [size if n == BATCH else int(n) for n in tensor.shape]
             for tensor in self.spec.inputs
         }
-        self._model.reshape(shapes)
         compiled = compile_model(
             self._model,
             self._path,
             precision=self._precision,
             threads=self._threads,
             streams=count,
+            shapes=shapes,
         )
         return [compiled.create_infer_request() for _ in range(count)]
 
@@ -136,11 +142,12 @@ class OpenVINOEngine:
 def waves(rows: int, threads: int) -> Iterator[tuple[int, int]]:
     """Parts that a batch is cut into: size (a power of two) and how many run side by side.
 
-    As many as there are threads, as large as they can be, until fewer rows than threads are left:
-    those run one part after the other, each on all threads. No pair comes twice.
+    As many as there are threads, as large as they can be, until fewer rows than threads are left.
+    Of those a power of two runs side by side, a row each, on several threads each: the halves of
+    one guided image are two. No pair comes twice.
     """
     while rows:
-        count = threads if rows >= threads else 1
+        count = threads if rows >= threads else 1 << rows.bit_length() - 1
         size = 1 << (rows // count).bit_length() - 1
         yield size, count
         rows -= size * count

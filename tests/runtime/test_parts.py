@@ -12,8 +12,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hcma_fast.errors import DeviceMemoryError
 from hcma_fast.export import openvino_model
 from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.onnx_graph import export_onnx
+from hcma_fast.export.validate import TOLERANCES, cases_for, measure
+from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime import openvino
 from hcma_fast.runtime.openvino import OpenVINOEngine, run_together, waves
@@ -49,12 +53,11 @@ def test_parts_are_the_batch_in_order_and_share_what_has_none(sizes: list[int]) 
 def test_waves_are_the_batch_in_few_shapes(rows: int, threads: int) -> None:
     found = list(waves(rows, threads))
     assert sum(size * count for size, count in found) == rows
-    assert all(size & (size - 1) == 0 and count in (1, threads) for size, count in found)
+    assert all(size & (size - 1) == 0 and 1 <= count <= threads for size, count in found)
     assert len(set(found)) == len(found)
-    # all threads have work, but for the fewer rows than threads that are left
-    alone = sum(size for size, count in found if count == 1 < threads)
-    assert alone < threads
-    assert len({size for size, _ in found}) <= (rows // threads).bit_length() + threads.bit_length()
+    # all threads have a row, but for the fewer rows than threads that are left
+    assert sum(size * count for size, count in found if count < threads) < threads
+    assert len(found) <= (rows // threads).bit_length() + threads.bit_length()
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,8 @@ def test_waves_are_the_batch_in_few_shapes(rows: int, threads: int) -> None:
         (7, 2, [(2, 2), (1, 2), (1, 1)]),
         (16, 2, [(8, 2)]),
         (7, 1, [(4, 1), (2, 1), (1, 1)]),
-        (6, 16, [(4, 1), (2, 1)]),
+        (2, 16, [(1, 2)]),
+        (6, 16, [(1, 4), (1, 2)]),
     ],
 )
 def test_waves_by_hand(rows: int, threads: int, expected: list[tuple[int, int]]) -> None:
@@ -129,19 +133,52 @@ def test_openvino_compiles_a_shape_once_and_only_what_it_needs(
     actual = openvino_model.compile_model
 
     def compile_model(model: Any, path: Path, **options: Any) -> Any:
-        shape = model.input("z").get_partial_shape()
-        made.append((list(shape.to_shape()) if shape.is_static else [], options.get("streams", 1)))
+        made.append((options["shapes"]["z"], options["streams"]))
         return actual(model, path, **options)
 
     monkeypatch.setattr(openvino, "compile_model", compile_model)
     spec = random_components.specs()["vae_decoder"]
     path = random_engine / "vae_decoder.onnx"
     engine = OpenVINOEngine(path, spec, threads=2)
-    assert made == []
     latent = [int(n) for n in spec.inputs[0].shape[1:]]
+    assert made == [([1, *latent], 1)], "that of the batch it is tuned for"
     for rows in (1, 2, 3, 2, 3, 1, 5):
         engine({"z": torch.zeros(rows, *latent)})
     assert made == [([1, *latent], 1), ([1, *latent], 2), ([2, *latent], 2)]
+
+
+def test_memory_that_is_lacking_is_given_back(
+    random_engine: Path, random_components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smaller batch has other shapes, for which the host must have room."""
+    spec = random_components.specs()["vae_decoder"]
+    engine = OpenVINOEngine(random_engine / "vae_decoder.onnx", spec, threads=2)
+    z = random_inputs(spec, 4, torch.Generator().manual_seed(0))
+    expected = engine({"z": z["z"][:1]})["image"]
+
+    def fail(*given: object, **options: object) -> None:
+        raise DeviceMemoryError("out of memory", remedy="none")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(openvino, "compile_model", fail)
+        with pytest.raises(DeviceMemoryError, match="fewer images"):
+            engine(z)
+    assert engine._requests == {}
+    assert torch.equal(engine({"z": z["z"][:1]})["image"], expected)
+
+
+def test_a_step_graph_runs_in_parts(tmp_path: Path, random_components: Components) -> None:
+    """Some of its inputs and outputs have no batch."""
+    name, parts = "step_grounded", random_components
+    spec, module = parts.specs()["step_grounded"], parts.graph("step_grounded")
+    path, vocabulary = tmp_path / f"{name}.onnx", len(parts.tokenizer)
+    with WeightsFile(tmp_path) as weights:
+        export_onnx(spec, module, path, weights, vocabulary=vocabulary)
+    engine = OpenVINOEngine(path, spec, threads=2)
+    assert engine._whole is None
+    error = measure(spec, module, engine, vocabulary=vocabulary, cases=cases_for(spec, module))
+    assert error < TOLERANCES["float32"]
+    assert len(engine._requests) > 2
 
 
 def test_threads_take_turns_at_an_engine(
@@ -174,5 +211,5 @@ def test_openvino_leaves_graphs_of_some_batches_whole(
     limited = IOSpec(spec.graph, spec.inputs, spec.outputs, batch)
     engine = OpenVINOEngine(random_engine / "vae_decoder.onnx", limited, threads=2)
     z = random_inputs(spec, 2, torch.Generator().manual_seed(0))
-    assert engine._run != engine._run_parts
+    assert engine._whole is not None
     assert engine(z)["image"].shape[0] == 2
