@@ -89,11 +89,13 @@ def check_refused(generator: BatchGenerator, good: Sequence[Request], bad: BadRe
         HcmaError: it was taken, refused with another error, or others were lost with it.
     """
     found: HcmaError | None = None
-    lost = False
+    lost, results = False, []
     try:
-        results = list(generator.generate([*good, bad.make()]))
+        for result in generator.generate([*good, bad.make()]):
+            results.append(result)  # what came before an error must be seen
     except HcmaError as error:
-        found, lost = error, bad.alone
+        # refused first: nothing has run
+        found, lost = error, bad.alone or bool(results)
     else:
         errors = {result.index: result.error for result in results}
         found = errors.pop(len(good))

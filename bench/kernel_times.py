@@ -34,7 +34,7 @@ from hcma_fast.kernels.region_pool import (
 from hcma_fast.schedule import plms_table
 
 TORCH, TRITON = "torch", "Triton"
-_CALLS = 200
+_CALLS = 2000
 """In a run: one takes microseconds"""
 ERRORS = {"float32": 1e-4, "float16": 4e-3, "bfloat16": 3e-2}
 """Relative error against the reference above which a row is void"""
@@ -83,7 +83,7 @@ KERNELS = {
 
 
 def kernels(plan: Plan) -> list[Group]:
-    """A run is 200 calls; the label ``bytes`` is the least that a call must move."""
+    """A run is 2000 calls; the label ``bytes`` is the least that a call must move."""
     dtypes = DTYPES[:1] if plan.quick else ("float16", "float32")
     calls = 5 if plan.quick else _CALLS
     return [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +29,7 @@ from hcma_fast.cli.bench_suites import soak_text
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.models.weights import Components
-from hcma_fast.runtime.batching import BatchGenerator, Request
+from hcma_fast.runtime.batching import BatchGenerator, Request, Result
 
 
 def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:
@@ -129,6 +130,21 @@ def test_a_bad_request_that_is_taken_is_found_out(
     for what in ("prompt too long", "negative seed", "latent that diverges"):
         with pytest.raises(HcmaError, match=rf"not refused as it must be \({what}\)"):
             check_refused(generator, good, KINDS[what])
+
+
+def test_a_bad_request_that_is_refused_late_is_found_out(
+    random_components: Components, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = BatchGenerator(HCMAPipeline.from_components(random_components))
+    good, generate = [Request("a", num_inference_steps=2)], generator.generate
+
+    def one_by_one(given: Sequence[Request]) -> Iterator[Result]:
+        for request in given:
+            yield from generate([request])
+
+    monkeypatch.setattr(generator, "generate", one_by_one)
+    with pytest.raises(HcmaError, match="before anything runs"):
+        check_refused(generator, good, KINDS["prompt too long"])
 
 
 def test_rounds_mix_requests_and_end_with_the_same_image(
