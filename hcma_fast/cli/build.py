@@ -60,7 +60,10 @@ def build(
         bool, typer.Option("--strip-weights", help="TensorRT engines that are refitted at load.")
     ] = False,
     fuse: Annotated[
-        str, typer.Option(help="step: also build graphs that do a whole step in one call.")
+        str,
+        typer.Option(
+            help="step: also build graphs that do a whole step in one call, where all steps align."
+        ),
     ] = "none",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
@@ -154,6 +157,12 @@ def _build(
     from hcma_fast.export.manifest import load_manifest
 
     folder = cached_folder(source.weights_hash, target) if out is None else out
+    start, end = source.info.alignment.window
+    if target.fuse == "step" and (start, end) != (0.0, 1.0):
+        print_note(
+            f"Step graphs align at every step, and this model's window is {start:g} to {end:g}: "
+            "they are used where a call asks for all steps (generate --align-window 0 1)."
+        )
     if dry_run:
         return _plan(source, target, folder)
     with BuildProgress(f"Building engines for {target.backend}.") as progress:

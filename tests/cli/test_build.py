@@ -47,6 +47,13 @@ def test_dry_run_shows_graphs_and_folder_and_writes_nothing(build: Any, tmp_path
     assert os.listdir() == []
 
 
+def test_step_graphs_for_a_window_are_said_to_be_idle(cli: Any, build: Any) -> None:
+    note = "Step graphs align at every step"
+    assert note in cli("build", "--model", "tiny", "--fuse", "step", "--dry-run").err
+    assert note not in cli("build", "--model", "tiny", "--dry-run").err
+    assert note not in build("--fuse", "step", "--dry-run").err
+
+
 @pytest.mark.parametrize(
     ("code", "argv", "word"),
     [
