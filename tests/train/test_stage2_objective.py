@@ -148,7 +148,7 @@ def test_latents_are_aligned_as_in_sampling(
     objective = make_objective(inputs, parts, **options)
     plain = make_objective(inputs, parts, aligned_share=0.0).draw(batch, 1, times)
     found = objective.draw(batch, 1, times)
-    # sampling begins at t = 999: the first fifth and the last tenth of the steps are outside
+    # sampling begins with the noise: the first fifth and the last tenth of the steps are outside
     assert found.aligned.tolist() == [False, True, True, True, False]
     assert not plain.aligned.any() and torch.equal(plain.noise, found.noise)
     assert torch.equal(found.z[~found.aligned], plain.z[~found.aligned])
