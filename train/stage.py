@@ -46,6 +46,15 @@ Report: TypeAlias = Callable[[int, int, dict[str, object] | None], None]
 Drawn = TypeVar("Drawn", bound=Noised)
 
 
+def make_accelerator(*, cpu: bool) -> Accelerator:
+    """This process's part in a run, as ``accelerate launch`` or ``torchrun`` started it.
+
+    A mixed precision in the user's configuration of accelerate is not followed: it would cast the
+    forward, and scale gradients that nothing here unscales. ``bf16`` of the settings decides.
+    """
+    return Accelerator(cpu=cpu, mixed_precision="no")
+
+
 class Objective(Protocol[Drawn]):
     """What a stage trains, and by which loss; its modules are on their device."""
 
@@ -222,7 +231,8 @@ class Stage(Generic[Drawn]):
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 losses, found = self.objective.losses(self.prepared, drawn)
                 self._check_finite("loss", losses, step, drawn)
-                self.accelerator.backward(losses.mean() / self.accumulation)
+                # not accelerate's, which divides by the user's configuration once more
+                (losses.mean() / self.accumulation).backward()
             statistics += found
         limit = training.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.objective.trained.parameters(), limit)

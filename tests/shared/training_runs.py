@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -55,6 +56,12 @@ def run_as_process(
         check=False,
         timeout=600,
     )
+
+
+def configure_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``accelerate launch`` sets for a user whose configuration says so."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
 
 
 def records(work: Path) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
 from hcma_fast.train.run_folder import check_provenance
 
-from training_runs import one_thread, records, run_as_process, same, untimed
+from training_runs import configure_accelerate, one_thread, records, run_as_process, same, untimed
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16
@@ -167,6 +167,18 @@ def test_a_finished_run_does_nothing(small_cache: Path, uninterrupted: Path) -> 
 
     assert run(small_cache, uninterrupted, progress=never) == uninterrupted / "aligner"
     assert log(uninterrupted) == before
+
+
+def test_accelerate_is_configured_by_the_settings_alone(
+    small_cache: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process of its own: accelerate reads its environment once
+    configure_accelerate(monkeypatch)
+    done = run_as_process(__file__, -1, (small_cache, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("aligner", "aligner-last"):
+        file = Path(name) / "model.safetensors"
+        assert same(tmp_path / file, uninterrupted / file)
 
 
 @pytest.mark.slow

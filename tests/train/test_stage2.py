@@ -26,7 +26,7 @@ from hcma_fast.train.samples import SamplePlan, plan_samples
 from hcma_fast.train.stage2 import train_denoiser
 from hcma_fast.train.stage2_settings import DenoiserTraining
 
-from training_runs import one_thread, records, run_as_process, same, untimed
+from training_runs import configure_accelerate, one_thread, records, run_as_process, same, untimed
 
 #: 51 images in the train part: 3 steps an epoch, 6 in all
 TRAINING = DenoiserTraining(
@@ -137,6 +137,17 @@ def test_a_killed_run_ends_with_the_same_bits(
         assert same(tmp_path / name / UNET, uninterrupted / name / UNET)
     assert not list(tmp_path.rglob(".*"))
     assert untimed(tmp_path / "denoiser-run")[-2:] == untimed(uninterrupted / "denoiser-run")[-2:]
+
+
+def test_accelerate_is_configured_by_the_settings_alone(
+    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process of its own: accelerate reads its environment once
+    configure_accelerate(monkeypatch)
+    done = run_as_process(__file__, -1, (*inputs, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("denoiser", "denoiser-last"):
+        assert same(tmp_path / name / UNET, uninterrupted / name / UNET)
 
 
 @pytest.mark.slow
