@@ -243,8 +243,15 @@ class Stage(Generic[Drawn]):
         return statistics
 
     @torch.no_grad()
-    def validate(self) -> Tensor:
-        """Statistics over the val part: first captions, not mirrored, the same noise each time."""
+    def validate(self, step: int) -> Tensor:
+        """Statistics over the val part: first captions, not mirrored, the same noise each time.
+
+        Args:
+            step: after which, for the error.
+
+        Raises:
+            DivergenceError: a loss is not finite; its batch was saved.
+        """
         network = self.objective.network.eval()
         statistics = self.statistics()
         size, count = self.training.micro_batch, len(self.held_out)
@@ -256,7 +263,10 @@ class Stage(Generic[Drawn]):
             times = torch.from_numpy((places * _GOLDEN % 1 * TRAIN_STEPS).astype(np.int64))
             seed = _seed(_VALIDATION_SEED, start, 0)
             drawn = self.objective.draw(batch, seed, times.to(self.device))
-            statistics += self.objective.losses(network, drawn)[1]
+            losses, found = self.objective.losses(network, drawn)
+            # as the best of all it would stay for ever: nothing is less than NaN
+            self._check_finite("validation loss", losses, step, drawn)
+            statistics += found
         network.train()
         return self.accelerator.reduce(statistics, reduction="sum")  # type: ignore[no-any-return]
 
@@ -337,7 +347,7 @@ def _loop(
             clock, counted, stage.waited = time.monotonic(), 0, 0.0
         if ends_epoch:
             with stage.averaged():
-                found = objective.summary(stage.validate())
+                found = objective.summary(stage.validate(done))
                 run.log("val", {"step": done, **found})
                 loss = found["loss"]
                 assert isinstance(loss, float)

@@ -227,13 +227,17 @@ def test_validation_draws_the_same_each_time(small_cache: Path, tmp_path: Path) 
     assert len(losses) == 3 and len(set(losses)) == 1
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Make the caption of one image NaN, as a damaged cache would."""
+def poison(monkeypatch: pytest.MonkeyPatch, number: int, *, held_out: bool = False) -> None:
+    """Make the caption of one image NaN, as a damaged cache would.
+
+    Args:
+        held_out: the image is of the val part.
+    """
     plain = LatentCache.batch
 
     def batch(self: LatentCache, indices: Any, *draws: Any) -> Any:
         found = plain(self, indices, *draws)
-        if draws:
+        if bool(draws) is not held_out:
             found.caption[np.asarray(found.image_ids) == number] = float("nan")
         return found
 
@@ -252,6 +256,24 @@ def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(
     bad = ~torch.isfinite(saved["caption"]).all(1)
     assert saved["image_ids"][bad].tolist() == [7]
     assert saved["z"].shape == (8, 4, 8, 8) and saved["timesteps"].shape == (8,)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_and_is_no_best(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = LatentCache(small_cache)
+    number = int(cache.image_ids[cache.indices_of("val")[0]])
+    poison(monkeypatch, number, held_out=True)
+    with pytest.raises(DivergenceError, match="the validation loss of step 3 is not finite"):
+        run(small_cache, tmp_path)
+    (path,) = (tmp_path / "aligner-run").glob("bad-batch-3-*.safetensors")
+    assert number in load_file(path)["image_ids"].tolist()
+    # the state before it is there to go on from, and nothing was exported
+    states = [path.name for path in (tmp_path / "aligner-run" / "states").iterdir()]
+    assert states == ["step-00000002.pt"] and not (tmp_path / "aligner").exists()
+    monkeypatch.undo()
+    run(small_cache, tmp_path)
+    assert json.loads((tmp_path / "aligner" / "training.json").read_text())["val"]["loss"] > 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "code"])
