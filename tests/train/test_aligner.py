@@ -155,6 +155,7 @@ def test_kill_and_resume_is_bitwise_the_same(
     # losses of a window that the stop cut in two are of its second half
     steps = [record["step"] for record in log(tmp_path)]
     assert steps == [record["step"] for record in log(uninterrupted)]
+    assert not list(tmp_path.rglob(".*.part"))
     work = Path("aligner-run")
     assert untimed(tmp_path / work)[-2:] == untimed(uninterrupted / work)[-2:]
 
