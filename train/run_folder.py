@@ -224,8 +224,9 @@ class RunFolder:
         self._remove_halves()
         path = self.work / LOG_FILE
         if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if _step_of(line) <= step)
+            lines = path.read_bytes().splitlines()
+            # the last can be whole but for its end, to which the next record would be glued
+            kept = b"".join(line + b"\n" for line in lines if _step_of(line) <= step)
             write_whole(path, lambda file: file.write(kept))
         if tensorboard:
             try:

@@ -136,6 +136,12 @@ def test_kill_and_resume_is_bitwise_the_same(
 
         with pytest.raises(KeyboardInterrupt):
             run(small_cache, tmp_path, progress=progress)
+        if stop == 7:
+            # killed while it wrote the last record, of which the line's end is missing
+            log_file = tmp_path / "aligner-run" / "log.jsonl"
+            content = log_file.read_bytes()
+            assert content.endswith(b"}\n")
+            log_file.write_bytes(content[:-1])
     else:
         done = run_as_process(__file__, stop, (small_cache, tmp_path))
         assert done.returncode == -signal.SIGKILL, done.stderr
