@@ -34,7 +34,7 @@ this_test.run(*map(Path, sys.argv[4:]), progress=progress, **changes)
 
 
 def run_as_process(
-    file: str, stop: int, paths: Sequence[Path], launcher: Sequence[str] = (), **changes: int
+    file: str, stop: int, paths: Sequence[Path], launcher: Sequence[str] = (), **changes: float | None
 ) -> subprocess.CompletedProcess[str]:
     """``run(*paths, **changes)`` of the test module ``file``; it kills itself after step ``stop``.
 
@@ -79,6 +79,20 @@ def same(first: Path, second: Path) -> bool:
     """Do two files of weights hold the same bits?"""
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def plain_descent(*, wanted: bool) -> Iterator[None]:
+    """Stages take SGD, whose steps are as long as the gradient is: Adam's hide a wrong scale."""
+
+    def descent(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr("torch.optim.Adam", descent)
+            patch.setattr("torch.optim.AdamW", descent)
+        yield
 
 
 @contextmanager

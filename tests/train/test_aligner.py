@@ -24,7 +24,7 @@ from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
 from hcma_fast.train.run_folder import check_provenance
 
-from training_runs import configure_accelerate, one_thread, records, run_as_process, same, untimed
+from training_runs import configure_accelerate, one_thread, plain_descent, records, run_as_process, same, untimed
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16
@@ -43,12 +43,19 @@ TRAINING = AlignerTraining(
     tensorboard=False,
 )
 
+#: four micro-batches a step; the gradient's scale shows in the weights
+DESCENT = {
+    "micro_batch": 4, "plain_descent": True, "clip_norm": None, "weight_decay": 0.0, "lr": 0.1
+}  # fmt: skip
+
 
 def run(cache: Path, out: Path, config: AlignerConfig = CONFIG, **changes: Any) -> Path:
     torch.manual_seed(0)
     progress = changes.pop("progress", lambda *_: None)
+    descends = changes.pop("plain_descent", False)
     training = TRAINING.model_copy(update=changes)
-    return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
+    with plain_descent(wanted=descends):
+        return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -195,14 +202,14 @@ def test_two_processes_are_one_that_accumulates(
 ) -> None:
     # one process takes all four micro-batches of a step, of two each takes two
     alone, both = tmp_path / "one", tmp_path / "two"
-    run(small_cache, alone, micro_batch=4)
+    run(small_cache, alone, **DESCENT)
     if launcher == "torchrun":
         head = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     else:
         head = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
         head += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         head += ["--main_process_port", "29618"]
-    done = run_as_process(__file__, -1, (small_cache, both), head, micro_batch=4)
+    done = run_as_process(__file__, -1, (small_cache, both), head, **DESCENT)
     assert done.returncode == 0, done.stderr[-3000:]
     found, wanted = (untimed(folder / "aligner-run") for folder in (both, alone))
     assert len(found) == len(wanted)
