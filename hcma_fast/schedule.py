@@ -18,6 +18,7 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 
 TRAIN_STEPS = 1000
+_PAPER_STEPS = 50
 STEPS_OFFSET = 1
 _BETA_START, _BETA_END = 0.00085, 0.012
 
@@ -162,7 +163,26 @@ def eta_table(num_inference_steps: int, settings: AlignmentSettings) -> Tensor:
     The window [start, end) holds shares of the steps; the corrector never aligns.
     """
     table = plms_table(num_inference_steps)
-    share = table.step_index.double() / num_inference_steps
-    inside = (share >= settings.window[0]) & (share < settings.window[1]) & table.aligns
+    inside = _inside(table.step_index, num_inference_steps, settings) & table.aligns
     rates = settings.eta0 * (1 - alphas_cumprod()[table.timesteps]).sqrt()
     return torch.where(inside, rates, torch.zeros_like(rates))
+
+
+def in_window(timesteps: Tensor, settings: AlignmentSettings) -> Tensor:
+    """Does a run of the paper's 50 steps align around these timesteps?
+
+    Its step i is at t = 981 - 20 i, and stands here for the 20 timesteps 980 - 20 i to 999 - 20 i.
+    So training, which draws any t, aligns where :func:`eta_table` does.
+
+    Args:
+        timesteps: (B,) int64 in [0, 1000). Returns (B,) bool.
+    """
+    step = (TRAIN_STEPS - 1 - timesteps) // (TRAIN_STEPS // _PAPER_STEPS)
+    return _inside(step, _PAPER_STEPS, settings)
+
+
+def _inside(step: Tensor, steps: int, settings: AlignmentSettings) -> Tensor:
+    """Which of ``steps`` steps, counted from the noise, are in the window [start, end)."""
+    share = step.double() / steps
+    start, end = settings.window
+    return (share >= start) & (share < end)

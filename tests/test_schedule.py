@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
-from hcma_fast.schedule import add_noise, alphas_cumprod, eta_table, plms_table
+from hcma_fast.schedule import add_noise, alphas_cumprod, eta_table, in_window, plms_table
 
 #: a busy machine is no fault of the code
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -116,6 +116,22 @@ def test_eta_window_is_half_open(steps: int, window: list[int]) -> None:
     inside = [window[0] * steps <= 10 * step < window[1] * steps for step in range(steps)]
     assert (aligned > 0).tolist() == inside
     assert etas[1] == 0
+
+
+@pytest.mark.parametrize(
+    "window", [(0.46, 0.67), (0.0, 1.0), (0.2, 0.9), (0.0, 0.02), (0.98, 1.0), (0.5, 0.5)]
+)
+def test_training_aligns_at_the_timesteps_at_which_sampling_does(
+    window: tuple[float, float],
+) -> None:
+    settings = AlignmentSettings(eta0=1, window=window)
+    table = plms_table(50)
+    times = table.timesteps[table.aligns]
+    sampled = eta_table(50, settings)[table.aligns] > 0
+    assert torch.equal(in_window(times, settings), sampled)
+    # each of the others goes with the step whose 20 timesteps it is among
+    everywhere = in_window(torch.arange(1000), settings)
+    assert torch.equal(everywhere, sampled.flip(0).repeat_interleave(20))
 
 
 def test_windows_of_the_two_halves_share_no_step() -> None:

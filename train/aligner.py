@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from hcma_fast.models.aligner import Aligner
@@ -23,7 +22,7 @@ from hcma_fast.train.objective import (
     summary,
 )
 from hcma_fast.train.run_folder import Provenance, RunFolder
-from hcma_fast.train.stage import Report, Stage, train_stage
+from hcma_fast.train.stage import Report, Stage, make_accelerator, train_stage
 from hcma_fast.train.stage_settings import FREE
 
 if TYPE_CHECKING:
@@ -87,7 +86,7 @@ def train_aligner(
         DivergenceError: loss or gradient is not finite; the batch was saved.
         OutputError: ``out`` cannot be written, or the disk is full.
     """
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = make_accelerator(cpu=cpu)
     cache = LatentCache(cache) if isinstance(cache, Path) else cache
     check_fits(aligner.config, cache.header, "the aligner")
     provenance = Provenance(

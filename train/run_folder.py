@@ -212,16 +212,21 @@ class RunFolder:
     def logging(self, step: int, *, tensorboard: bool) -> Iterator[None]:
         """Open the logs, cut back to ``step``: a run that was killed repeats what came after.
 
+        What it left half written goes.
+
         Raises:
             UsageError: TensorBoard is not installed.
+            OutputError: the folder cannot be written.
         """
         if not self.main:
             yield
             return
+        self._remove_halves()
         path = self.work / LOG_FILE
         if path.exists():
-            lines = path.read_bytes().splitlines(keepends=True)
-            kept = b"".join(line for line in lines if _step_of(line) <= step)
+            lines = path.read_bytes().splitlines()
+            # the last can be whole but for its end, to which the next record would be glued
+            kept = b"".join(line + b"\n" for line in lines if _step_of(line) <= step)
             write_whole(path, lambda file: file.write(kept))
         if tensorboard:
             try:
@@ -238,6 +243,14 @@ class RunFolder:
             if self._events is not None:
                 self._events.close()
                 self._events = None
+
+    def _remove_halves(self) -> None:
+        """Remove what a killed process was writing: a state is larger than its model."""
+        for half in self.work.rglob(".*.part"):
+            try:
+                half.unlink(missing_ok=True)
+            except OSError as error:
+                raise OutputError.from_os(error, half) from error
 
     def draw(self, samples: SamplePlan, step: int, parts: Mapping[str, Any]) -> None:
         """Write a sheet of samples to ``NAME-run/samples/``, and to TensorBoard.

@@ -46,6 +46,15 @@ Report: TypeAlias = Callable[[int, int, dict[str, object] | None], None]
 Drawn = TypeVar("Drawn", bound=Noised)
 
 
+def make_accelerator(*, cpu: bool) -> Accelerator:
+    """This process's part in a run, as ``accelerate launch`` or ``torchrun`` started it.
+
+    A mixed precision in the user's configuration of accelerate is not followed: it would cast the
+    forward, and scale gradients that nothing here unscales. ``bf16`` of the settings decides.
+    """
+    return Accelerator(cpu=cpu, mixed_precision="no")
+
+
 class Objective(Protocol[Drawn]):
     """What a stage trains, and by which loss; its modules are on their device."""
 
@@ -222,7 +231,8 @@ class Stage(Generic[Drawn]):
             with nullcontext() if last else self.accelerator.no_sync(self.prepared):
                 losses, found = self.objective.losses(self.prepared, drawn)
                 self._check_finite("loss", losses, step, drawn)
-                self.accelerator.backward(losses.mean() / self.accumulation)
+                # not accelerate's, which divides by the user's configuration once more
+                (losses.mean() / self.accumulation).backward()
             statistics += found
         limit = training.clip_norm or float("inf")
         norm = nn.utils.clip_grad_norm_(self.objective.trained.parameters(), limit)
@@ -233,8 +243,15 @@ class Stage(Generic[Drawn]):
         return statistics
 
     @torch.no_grad()
-    def validate(self) -> Tensor:
-        """Statistics over the val part: first captions, not mirrored, the same noise each time."""
+    def validate(self, step: int) -> Tensor:
+        """Statistics over the val part: first captions, not mirrored, the same noise each time.
+
+        Args:
+            step: after which, for the error.
+
+        Raises:
+            DivergenceError: a loss is not finite; its batch was saved.
+        """
         network = self.objective.network.eval()
         statistics = self.statistics()
         size, count = self.training.micro_batch, len(self.held_out)
@@ -246,7 +263,10 @@ class Stage(Generic[Drawn]):
             times = torch.from_numpy((places * _GOLDEN % 1 * TRAIN_STEPS).astype(np.int64))
             seed = _seed(_VALIDATION_SEED, start, 0)
             drawn = self.objective.draw(batch, seed, times.to(self.device))
-            statistics += self.objective.losses(network, drawn)[1]
+            losses, found = self.objective.losses(network, drawn)
+            # as the best of all it would stay for ever: nothing is less than NaN
+            self._check_finite("validation loss", losses, step, drawn)
+            statistics += found
         network.train()
         return self.accelerator.reduce(statistics, reduction="sum")  # type: ignore[no-any-return]
 
@@ -327,7 +347,7 @@ def _loop(
             clock, counted, stage.waited = time.monotonic(), 0, 0.0
         if ends_epoch:
             with stage.averaged():
-                found = objective.summary(stage.validate())
+                found = objective.summary(stage.validate(done))
                 run.log("val", {"step": done, **found})
                 loss = found["loss"]
                 assert isinstance(loss, float)

@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from accelerate import Accelerator
-
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError, WeightsError
 from hcma_fast.models.weights import load_components, locate
@@ -21,7 +19,7 @@ from hcma_fast.train.encode import hash_annotations
 from hcma_fast.train.encoders import made_with
 from hcma_fast.train.run_folder import Provenance, RunFolder, check_provenance
 from hcma_fast.train.samples import plan_samples
-from hcma_fast.train.stage import Report, Stage, train_stage
+from hcma_fast.train.stage import Report, Stage, make_accelerator, train_stage
 from hcma_fast.train.stage2_export import CheckpointWriter
 from hcma_fast.train.stage2_objective import NoiseObjective
 from hcma_fast.train.stage2_settings import FREE, DenoiserTraining
@@ -79,7 +77,7 @@ def train_denoiser(
     plan = None
     if sample_every is not None:
         plan = plan_samples(parts, data, opened.header, sample_every)
-    accelerator = Accelerator(cpu=cpu)
+    accelerator = make_accelerator(cpu=cpu)
     provenance = Provenance(
         cache=opened.header.digest,
         vae_sha256=opened.header.vae_sha256,

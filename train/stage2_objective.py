@@ -23,7 +23,7 @@ from hcma_fast.models.aligner import AlignStep
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.models.unet import attention_blocks
 from hcma_fast.models.weights import Components
-from hcma_fast.schedule import TRAIN_STEPS
+from hcma_fast.schedule import in_window
 from hcma_fast.train.alignment import align_rows
 from hcma_fast.train.cache import Batch, LatentCache
 from hcma_fast.train.objective import BUCKETS, Noised, by_bucket, draw_noised, means
@@ -126,7 +126,8 @@ class NoiseObjective:
         device, count, training = noised.z.device, len(noised.z), self.training
         rng = np.random.default_rng(seed)
         lots = rng.random((4, count))
-        aligned = (lots[0] < training.aligned_share) & self._in_window(noised.timesteps)
+        inside = in_window(noised.timesteps.cpu(), self.settings).numpy()
+        aligned = (lots[0] < training.aligned_share) & inside
         learning = timesteps is None
         silent = (lots[1] < training.drop_caption) & learning
         kept = (lots[2] >= training.drop_boxes) | (not learning)
@@ -143,13 +144,6 @@ class NoiseObjective:
             aligned=torch.from_numpy(aligned).to(device),
         )
         return self._align(found, lots[3][aligned])
-
-    def _in_window(self, timesteps: Tensor) -> NDArray[np.bool_]:
-        """Does sampling align at these timesteps? It begins at the last one."""
-        start, end = self.settings.window
-        share = 1 - (timesteps.cpu().numpy() + 1) / TRAIN_STEPS
-        found: NDArray[np.bool_] = (share >= start) & (share < end)
-        return found
 
     def _align(self, found: Conditioned, lots: NDArray[np.float64]) -> Conditioned:
         device, rows = found.z.device, found.aligned.nonzero().squeeze(1)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -33,7 +34,7 @@ this_test.run(*map(Path, sys.argv[4:]), progress=progress, **changes)
 
 
 def run_as_process(
-    file: str, stop: int, paths: Sequence[Path], launcher: Sequence[str] = (), **changes: int
+    file: str, stop: int, paths: Sequence[Path], launcher: Sequence[str] = (), **changes: float | None
 ) -> subprocess.CompletedProcess[str]:
     """``run(*paths, **changes)`` of the test module ``file``; it kills itself after step ``stop``.
 
@@ -57,6 +58,12 @@ def run_as_process(
     )
 
 
+def configure_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``accelerate launch`` sets for a user whose configuration says so."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+
+
 def records(work: Path) -> list[dict[str, Any]]:
     """The log of a run."""
     return [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -72,6 +79,20 @@ def same(first: Path, second: Path) -> bool:
     """Do two files of weights hold the same bits?"""
     a, b = load_file(first), load_file(second)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@contextmanager
+def plain_descent(*, wanted: bool) -> Iterator[None]:
+    """Stages take SGD, whose steps are as long as the gradient is: Adam's hide a wrong scale."""
+
+    def descent(parameters: Any, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(parameters, lr=lr, weight_decay=weight_decay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if wanted:
+            patch.setattr("torch.optim.Adam", descent)
+            patch.setattr("torch.optim.AdamW", descent)
+        yield
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
 from hcma_fast.train.run_folder import check_provenance
 
-from training_runs import one_thread, records, run_as_process, same, untimed
+from training_runs import configure_accelerate, one_thread, plain_descent, records, run_as_process, same, untimed
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16
@@ -43,12 +43,19 @@ TRAINING = AlignerTraining(
     tensorboard=False,
 )
 
+#: four micro-batches a step; the gradient's scale shows in the weights
+DESCENT = {
+    "micro_batch": 4, "plain_descent": True, "clip_norm": None, "weight_decay": 0.0, "lr": 0.1
+}  # fmt: skip
+
 
 def run(cache: Path, out: Path, config: AlignerConfig = CONFIG, **changes: Any) -> Path:
     torch.manual_seed(0)
     progress = changes.pop("progress", lambda *_: None)
+    descends = changes.pop("plain_descent", False)
     training = TRAINING.model_copy(update=changes)
-    return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
+    with plain_descent(wanted=descends):
+        return train_aligner(cache, out, training, Aligner(config), cpu=True, progress=progress)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -136,6 +143,12 @@ def test_kill_and_resume_is_bitwise_the_same(
 
         with pytest.raises(KeyboardInterrupt):
             run(small_cache, tmp_path, progress=progress)
+        if stop == 7:
+            # killed while it wrote the last record, of which the line's end is missing
+            log_file = tmp_path / "aligner-run" / "log.jsonl"
+            content = log_file.read_bytes()
+            assert content.endswith(b"}\n")
+            log_file.write_bytes(content[:-1])
     else:
         done = run_as_process(__file__, stop, (small_cache, tmp_path))
         assert done.returncode == -signal.SIGKILL, done.stderr
@@ -155,6 +168,7 @@ def test_kill_and_resume_is_bitwise_the_same(
     # losses of a window that the stop cut in two are of its second half
     steps = [record["step"] for record in log(tmp_path)]
     assert steps == [record["step"] for record in log(uninterrupted)]
+    assert not list(tmp_path.rglob(".*.part"))
     work = Path("aligner-run")
     assert untimed(tmp_path / work)[-2:] == untimed(uninterrupted / work)[-2:]
 
@@ -169,6 +183,18 @@ def test_a_finished_run_does_nothing(small_cache: Path, uninterrupted: Path) -> 
     assert log(uninterrupted) == before
 
 
+def test_accelerate_is_configured_by_the_settings_alone(
+    small_cache: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process of its own: accelerate reads its environment once
+    configure_accelerate(monkeypatch)
+    done = run_as_process(__file__, -1, (small_cache, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("aligner", "aligner-last"):
+        file = Path(name) / "model.safetensors"
+        assert same(tmp_path / file, uninterrupted / file)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
 def test_two_processes_are_one_that_accumulates(
@@ -176,14 +202,14 @@ def test_two_processes_are_one_that_accumulates(
 ) -> None:
     # one process takes all four micro-batches of a step, of two each takes two
     alone, both = tmp_path / "one", tmp_path / "two"
-    run(small_cache, alone, micro_batch=4)
+    run(small_cache, alone, **DESCENT)
     if launcher == "torchrun":
         head = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617"]
     else:
         head = ["accelerate.commands.launch", "--cpu", "--num_processes", "2"]
         head += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
         head += ["--main_process_port", "29618"]
-    done = run_as_process(__file__, -1, (small_cache, both), head, micro_batch=4)
+    done = run_as_process(__file__, -1, (small_cache, both), head, **DESCENT)
     assert done.returncode == 0, done.stderr[-3000:]
     found, wanted = (untimed(folder / "aligner-run") for folder in (both, alone))
     assert len(found) == len(wanted)
@@ -215,13 +241,17 @@ def test_validation_draws_the_same_each_time(small_cache: Path, tmp_path: Path) 
     assert len(losses) == 3 and len(set(losses)) == 1
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    """Make the caption of one image NaN, as a damaged cache would."""
+def poison(monkeypatch: pytest.MonkeyPatch, number: int, *, held_out: bool = False) -> None:
+    """Make the caption of one image NaN, as a damaged cache would.
+
+    Args:
+        held_out: the image is of the val part.
+    """
     plain = LatentCache.batch
 
     def batch(self: LatentCache, indices: Any, *draws: Any) -> Any:
         found = plain(self, indices, *draws)
-        if draws:
+        if bool(draws) is not held_out:
             found.caption[np.asarray(found.image_ids) == number] = float("nan")
         return found
 
@@ -240,6 +270,24 @@ def test_a_loss_that_is_not_finite_stops_and_saves_the_batch(
     bad = ~torch.isfinite(saved["caption"]).all(1)
     assert saved["image_ids"][bad].tolist() == [7]
     assert saved["z"].shape == (8, 4, 8, 8) and saved["timesteps"].shape == (8,)
+
+
+def test_a_validation_loss_that_is_not_finite_stops_and_is_no_best(
+    small_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = LatentCache(small_cache)
+    number = int(cache.image_ids[cache.indices_of("val")[0]])
+    poison(monkeypatch, number, held_out=True)
+    with pytest.raises(DivergenceError, match="the validation loss of step 3 is not finite"):
+        run(small_cache, tmp_path)
+    (path,) = (tmp_path / "aligner-run").glob("bad-batch-3-*.safetensors")
+    assert number in load_file(path)["image_ids"].tolist()
+    # the state before it is there to go on from, and nothing was exported
+    states = [path.name for path in (tmp_path / "aligner-run" / "states").iterdir()]
+    assert states == ["step-00000002.pt"] and not (tmp_path / "aligner").exists()
+    monkeypatch.undo()
+    run(small_cache, tmp_path)
+    assert json.loads((tmp_path / "aligner" / "training.json").read_text())["val"]["loss"] > 0
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "code"])

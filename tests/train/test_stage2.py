@@ -26,7 +26,7 @@ from hcma_fast.train.samples import SamplePlan, plan_samples
 from hcma_fast.train.stage2 import train_denoiser
 from hcma_fast.train.stage2_settings import DenoiserTraining
 
-from training_runs import one_thread, records, run_as_process, same, untimed
+from training_runs import configure_accelerate, one_thread, plain_descent, records, run_as_process, same, untimed
 
 #: 51 images in the train part: 3 steps an epoch, 6 in all
 TRAINING = DenoiserTraining(
@@ -44,11 +44,18 @@ TRAINING = DenoiserTraining(
 OPTIONS = ("progress", "aligner", "sample_every")
 UNET = Path("unet") / "diffusion_pytorch_model.safetensors"
 
+#: four micro-batches a step; the gradient's scale shows in the weights
+DESCENT = {
+    "micro_batch": 4, "plain_descent": True, "clip_norm": None, "weight_decay": 0.0, "lr": 0.1
+}  # fmt: skip
+
 
 def run(model: Path, cache: Path, data: Path, out: Path, **changes: Any) -> Path:
     options = {name: changes.pop(name) for name in OPTIONS if name in changes}
+    descends = changes.pop("plain_descent", False)
     training = TRAINING.model_copy(update=changes)
-    return train_denoiser(model, cache, data, out, training, cpu=True, **options)
+    with plain_descent(wanted=descends):
+        return train_denoiser(model, cache, data, out, training, cpu=True, **options)
 
 
 @pytest.fixture(scope="module")
@@ -139,19 +146,32 @@ def test_a_killed_run_ends_with_the_same_bits(
     assert untimed(tmp_path / "denoiser-run")[-2:] == untimed(uninterrupted / "denoiser-run")[-2:]
 
 
+def test_accelerate_is_configured_by_the_settings_alone(
+    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a process of its own: accelerate reads its environment once
+    configure_accelerate(monkeypatch)
+    done = run_as_process(__file__, -1, (*inputs, tmp_path))
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("denoiser", "denoiser-last"):
+        assert same(tmp_path / name / UNET, uninterrupted / name / UNET)
+
+
 @pytest.mark.slow
 def test_two_processes_are_one_that_accumulates(
-    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path
+    inputs: tuple[Path, ...], tmp_path: Path
 ) -> None:
+    # one process takes all four micro-batches of a step, of two each takes two
+    alone, both = tmp_path / "one", tmp_path / "two"
+    run(*inputs, alone, **DESCENT)
     head = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29619"]
-    out = tmp_path / "out"
-    done = run_as_process(__file__, -1, (*inputs, out), head)
+    done = run_as_process(__file__, -1, (*inputs, both), head, **DESCENT)
     assert done.returncode == 0, done.stderr[-3000:]
-    found, wanted = (untimed(folder / "denoiser-run") for folder in (out, uninterrupted))
+    found, wanted = (untimed(folder / "denoiser-run") for folder in (both, alone))
     for a, b in zip(found, wanted, strict=True):
         assert (a["step"], a["part"]) == (b["step"], b["part"])
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-5)
-    ours, theirs = (load_file(f / "denoiser-last" / UNET) for f in (out, uninterrupted))
+    ours, theirs = (load_file(f / "denoiser-last" / UNET) for f in (both, alone))
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], atol=1e-4, rtol=1e-3)
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
@@ -18,7 +17,7 @@ from hcma_fast.losses import local_mean
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.schedule import alphas_cumprod
 from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.stage import Stage
+from hcma_fast.train.stage import Stage, make_accelerator
 from hcma_fast.train.stage2 import cached_captions
 from hcma_fast.train.stage2_objective import Conditioned, NoiseObjective
 from hcma_fast.train.stage2_settings import DenoiserTraining
@@ -51,7 +50,7 @@ def test_accumulation_has_the_gradient_of_the_larger_batch(
 ) -> None:
     objective = make_objective(inputs, parts)
     cache, training = LatentCache(inputs[1]), objective.training
-    stage = Stage(cache, objective, training, Accelerator(cpu=True), tmp_path)
+    stage = Stage(cache, objective, training, make_accelerator(cpu=True), tmp_path)
     drawn: list[Conditioned] = []
     plain = objective.draw
 
@@ -148,7 +147,7 @@ def test_latents_are_aligned_as_in_sampling(
     objective = make_objective(inputs, parts, **options)
     plain = make_objective(inputs, parts, aligned_share=0.0).draw(batch, 1, times)
     found = objective.draw(batch, 1, times)
-    # sampling begins at t = 999: the first fifth and the last tenth of the steps are outside
+    # sampling begins with the noise: the first fifth and the last tenth of the steps are outside
     assert found.aligned.tolist() == [False, True, True, True, False]
     assert not plain.aligned.any() and torch.equal(plain.noise, found.noise)
     assert torch.equal(found.z[~found.aligned], plain.z[~found.aligned])

@@ -19,6 +19,7 @@ from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import load_components, load_part
 from hcma_fast.program import run_program
 from hcma_fast.train.aligner_settings import architecture
+from hcma_fast.train.denoiser import MAX_ETA0
 from hcma_fast.train.emoji_scenes import render_scene, sample_scene
 
 SCENES = 24
@@ -98,18 +99,21 @@ def test_a_finished_run_does_nothing(
     assert start(name, *options_of(name, trained)) == 0
 
 
-def test_stage_2_trains_on_aligned_latents(trained: Path, tmp_path: Path) -> None:
-    ends = []
-    for share in (0.0, 1.0):
-        out = tmp_path / str(share)
+def test_stage_2_trains_on_aligned_latents(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # a share of 0 would draw other numbers for the rest; a rate of 0 differs in the alignment alone
+    unets = []
+    for rate in (0.0, MAX_ETA0):
+        monkeypatch.setattr("hcma_fast.train.denoiser.MAX_ETA0", rate)
+        out = tmp_path / str(rate)
         out.mkdir()
         for path in trained.iterdir():
             if path.name not in ("denoiser-state", "unet"):
                 (out / path.name).symlink_to(path)
-        assert start("denoiser", *options_of("denoiser", out), "--aligned-share", share) == 0
-        ends.append((out / "denoiser-state" / "log.jsonl").read_text())
-    losses = [json.loads(end)["loss"] for end in ends]
-    assert losses[0] != losses[1]
+        assert start("denoiser", *options_of("denoiser", out), "--aligned-share", 1) == 0
+        unets.append(load_file(out / "unet" / "diffusion_pytorch_model.safetensors"))
+    assert any(not torch.equal(value, unets[1][name]) for name, value in unets[0].items())
 
 
 def test_a_loss_that_is_not_finite_leaves_its_batch(
