@@ -34,7 +34,11 @@ this_test.run(*map(Path, sys.argv[4:]), progress=progress, **changes)
 
 
 def run_as_process(
-    file: str, stop: int, paths: Sequence[Path], launcher: Sequence[str] = (), **changes: float | None
+    file: str,
+    stop: int,
+    paths: Sequence[Path],
+    launcher: Sequence[str] = (),
+    **changes: float | None,
 ) -> subprocess.CompletedProcess[str]:
     """``run(*paths, **changes)`` of the test module ``file``; it kills itself after step ``stop``.
 

@@ -24,7 +24,15 @@ from hcma_fast.train.cache import LatentCache, read_header
 from hcma_fast.train.loop import DivergenceError
 from hcma_fast.train.run_folder import check_provenance
 
-from training_runs import configure_accelerate, one_thread, plain_descent, records, run_as_process, same, untimed
+from training_runs import (
+    configure_accelerate,
+    one_thread,
+    plain_descent,
+    records,
+    run_as_process,
+    same,
+    untimed,
+)
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16

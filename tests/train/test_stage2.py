@@ -26,7 +26,15 @@ from hcma_fast.train.samples import SamplePlan, plan_samples
 from hcma_fast.train.stage2 import train_denoiser
 from hcma_fast.train.stage2_settings import DenoiserTraining
 
-from training_runs import configure_accelerate, one_thread, plain_descent, records, run_as_process, same, untimed
+from training_runs import (
+    configure_accelerate,
+    one_thread,
+    plain_descent,
+    records,
+    run_as_process,
+    same,
+    untimed,
+)
 
 #: 51 images in the train part: 3 steps an epoch, 6 in all
 TRAINING = DenoiserTraining(
@@ -158,9 +166,7 @@ def test_accelerate_is_configured_by_the_settings_alone(
 
 
 @pytest.mark.slow
-def test_two_processes_are_one_that_accumulates(
-    inputs: tuple[Path, ...], tmp_path: Path
-) -> None:
+def test_two_processes_are_one_that_accumulates(inputs: tuple[Path, ...], tmp_path: Path) -> None:
     # one process takes all four micro-batches of a step, of two each takes two
     alone, both = tmp_path / "one", tmp_path / "two"
     run(*inputs, alone, **DESCENT)
