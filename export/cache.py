@@ -48,7 +48,7 @@ def cached_engine(weights_hash: str, target: Target) -> Path | None:
     if not (folder / MANIFEST_FILE).is_file():
         differs = _nearest_difference(key_parts(weights_hash, target))
         if differs:
-            _log.info("The engines in the cache are for another %s.", " and ".join(differs))
+            _log.info("The engines in the cache differ in: %s.", ", ".join(differs))
         return None
     try:
         load_manifest(folder)
@@ -252,12 +252,15 @@ def _judge(folder: Path) -> tuple[Manifest | None, State, str]:
 
 
 def _nearest_difference(parts: dict[str, str]) -> list[str]:
-    """In what the most similar engine of the cache differs; nothing when there is no engine."""
+    """In what the most similar engine of the cache differs; nothing when there is no engine.
+
+    One of the same model, if there is any.
+    """
     found = [
         [name for name, value in parts.items() if other.get(name) != value]
         for other in _all_key_parts()
     ]
-    return min(found, key=len, default=[])
+    return min(found, key=lambda names: ("weights" in names, len(names)), default=[])
 
 
 def _all_key_parts() -> Iterator[dict[str, Any]]:

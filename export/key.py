@@ -56,6 +56,8 @@ def code_hash() -> str:
     files = [_PACKAGE / name for name in ("specs.py", "losses.py", "config.py")]
     files.append(Path(cosine_loss.__file__))
     folders = [Path(__file__).parent, _PACKAGE / "models"]
-    for path in sorted([*files, *(p for folder in folders for p in folder.glob("*.py"))]):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    files += [path for folder in folders for path in folder.glob("*.py")]
+    # by content, not by place: the same in a checkout and where it is installed
+    for name, content in sorted((path.name.encode(), path.read_bytes()) for path in files):
+        digest.update(name + b"\0" + content)
     return digest.hexdigest()

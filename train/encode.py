@@ -101,10 +101,10 @@ def make_cache(
     }
     missing = {index for index in shards if not (out / shard_file(index)).is_file()}
     total = sum(len(shards[index]) for index in missing)
-    report = CacheReport(skipped=early)
+    report, seen = CacheReport(skipped=early), 0
     progress(0, total)
     for index, some in shards.items():
-        path = out / shard_file(index)
+        path, there = out / shard_file(index), report.images
         if index in missing:
             crops = DataLoader(
                 _Crops(some, header.image_size, skip_bad=skip_bad),
@@ -113,12 +113,15 @@ def make_cache(
                 collate_fn=list,
             )
 
-            def advance(count: int, before: int = report.encoded) -> None:
+            def advance(count: int, before: int = seen) -> None:
                 progress(before + count, total)
 
             _write_shard(path, some, crops, header, encoders, advance)
-            report.encoded += len(some)
+            seen += len(some)
         _count(report, path, header)
+        if index in missing:
+            # without those that were skipped
+            report.encoded += report.images - there
     return report
 
 
