@@ -199,13 +199,12 @@ def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) 
     """
     first = schedules[0]
     able = first.guidance_scale > 1 and not first.savings.approximate
+    if "step_grounded" not in engines or not able:
+        return False
     moves = first.etas[first.table.aligns] > 0
     idle = not first.savings.skip_idle_alignment
-    return (
-        "step_grounded" in engines
-        and able
-        and bool(moves.all() or (idle and moves.any()))
-        and all(other is first or _same_but_lambdas(first, other) for other in schedules)
+    return bool(moves.all() or (idle and moves.any())) and all(
+        other is first or _same_but_lambdas(first, other) for other in schedules
     )
 
 
