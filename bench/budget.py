@@ -27,9 +27,10 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.parts import rows_of
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.sampler import Schedule, sample
-from hcma_fast.specs import BATCH, GRAPH_NAMES, GraphName, IOSpec
+from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
 STEPS = 50
 IMAGES = 4
@@ -101,8 +102,8 @@ class _Empty:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         self.calls += 1
-        first = next(tensor.name for tensor in self.spec.inputs if tensor.shape[:1] == (BATCH,))
-        return {tensor.name: zeros(tensor, len(inputs[first])) for tensor in self.spec.outputs}
+        batch = rows_of(inputs, self.spec)
+        return {tensor.name: zeros(tensor, batch) for tensor in self.spec.outputs}
 
 
 def count_pipeline(parts: Components, images: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcma_fast.bench.contestants import SD14, weights_hash_of
+from hcma_fast.bench.contestants import components_of, weights_hash_of
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.plan import Plan
 from hcma_fast.bench.workers import Contestant
@@ -109,11 +109,9 @@ def load_sampler(
     """
     from time import perf_counter
 
-    from hcma_fast.models.random_sd14 import RandomSD14
-    from hcma_fast.models.weights import load_components
     from hcma_fast.runtime.sampler import Schedule
 
-    parts = RandomSD14().without_weights() if model == SD14 else load_components(model)
+    parts = components_of(model, drawn=())
     specs = parts.specs()
     engines = no_op_engines(specs, _SAMPLERS[name], device=device)
     schedule = Schedule.of(steps, AlignmentSettings())

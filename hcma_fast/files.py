@@ -51,25 +51,12 @@ def write_folder(folder: Path, save: Callable[[Path], object]) -> None:
     Raises:
         OutputError: the folder is not writable, or the disk is full.
     """
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial.mkdir()
+    with _beside(folder) as partial:
+        folder.mkdir(exist_ok=True)
         save(partial)
         sync_folder(partial)
         for path in sorted(partial.iterdir()):
             path.replace(folder / path.name)
-    except OSError as error:
-        raise OutputError.from_os(error, folder) from error
-    except SafetensorError as error:
-        # its writer does not raise the system's error, but quotes it
-        raise OutputError(
-            f"cannot write here: {error}",
-            value=str(folder),
-            remedy="Check the free space, or choose another folder.",
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def append_line(path: Path, line: str) -> None:
@@ -106,12 +93,19 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         OutputError: the folder cannot be made or written, or the disk is full.
     """
+    with _beside(path) as partial:
+        yield partial
+        sync_folder(partial)
+        partial.rename(path)
+
+
+@contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """An empty folder beside ``path``, which is gone at the end; what fails inside is typed."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         partial.mkdir(parents=True)
         yield partial
-        sync_folder(partial)
-        partial.rename(path)
     except shutil.Error as error:
         raise OutputError(
             f"files cannot be copied ({error})",
@@ -120,6 +114,13 @@ def new_folder(path: Path) -> Iterator[Path]:
         ) from error
     except OSError as error:
         raise OutputError.from_os(error, path) from error
+    except SafetensorError as error:
+        # its writer does not raise the system's error, but quotes it
+        raise OutputError(
+            f"cannot write here: {error}",
+            value=str(path),
+            remedy="Check the free space, or choose another folder.",
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -229,30 +229,10 @@ def aligner(
         raise UsageError(
             "no aligner is known for this cache's preset", value=chosen, remedy="Give --preset."
         )
-    given = {
-        "epochs": epochs,
-        "batch": batch,
-        "micro_batch": micro_batch,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "decoupled_decay": decoupled_decay,
-        "warmup": warmup,
-        "cosine": cosine,
-        "clip_norm": clip_norm,
-        "ema_decay": ema_decay,
-        "bf16": bf16,
-        "seed": seed,
-        "max_steps": max_steps,
-        "workers": workers,
-        "log_every": log_every,
-        "checkpoint_every": checkpoint_every,
-        "keep": keep,
-        "tensorboard": tensorboard,
-    }
     from hcma_fast.train.aligner_settings import TINY, AlignerTraining
 
     base = TINY if chosen == "tiny" else AlignerTraining()
-    training = training_settings(base, given, "aligner")
+    training = training_settings(base, locals(), "aligner")
 
     import torch
     from accelerate import PartialState

@@ -132,34 +132,7 @@ def denoiser(
     """
     from hcma_fast.train.stage2_settings import DenoiserTraining
 
-    given = {
-        "trainable": trainable,
-        "aligned_share": aligned_share,
-        "eta0": eta0,
-        "rates": rates,
-        "drop_caption": drop_caption,
-        "drop_boxes": drop_boxes,
-        "gradient_checkpointing": gradient_checkpointing,
-        "epochs": epochs,
-        "batch": batch,
-        "micro_batch": micro_batch,
-        "lr": lr,
-        "weight_decay": weight_decay,
-        "decoupled_decay": decoupled_decay,
-        "warmup": warmup,
-        "cosine": cosine,
-        "clip_norm": clip_norm,
-        "ema_decay": ema_decay,
-        "bf16": bf16,
-        "seed": seed,
-        "max_steps": max_steps,
-        "workers": workers,
-        "log_every": log_every,
-        "checkpoint_every": checkpoint_every,
-        "keep": keep,
-        "tensorboard": tensorboard,
-    }
-    training = training_settings(DenoiserTraining(), given, "denoiser")
+    training = training_settings(DenoiserTraining(), locals(), "denoiser")
 
     from accelerate import PartialState
 

@@ -47,6 +47,7 @@ def training_settings(base: _Settings, given: Mapping[str, object], command: str
     """``base`` with what was given on the command line; None stands for an option left out.
 
     Args:
+        given: a command's parameters by name; those that are no settings are not looked at.
         command: whose help has more to say.
 
     Raises:
@@ -54,8 +55,9 @@ def training_settings(base: _Settings, given: Mapping[str, object], command: str
     """
     from pydantic import ValidationError
 
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = base.model_dump() | given
+    settings = base.model_dump()
+    given = {name: given[name] for name in settings if given.get(name) is not None}
+    settings |= given
     if "batch" in given and "micro_batch" not in given:
         settings["micro_batch"] = min(base.micro_batch, base.batch, int(str(given["batch"])))
     try:
