@@ -33,24 +33,24 @@ def condition(
     Raises:
         InputError: a text is too long; all are checked before the first engine runs.
     """
-    prompt_ids = tokenize(tokenizer, prompts).to(device)
-    negative_ids = tokenize(tokenizer, negatives or [], "negative prompt").to(device)
-    # each distinct phrase is encoded once, in a fixed order
     phrases = sorted({phrase for layout in layouts for phrase in layout.phrases})
-    phrase_ids = tokenize(tokenizer, phrases, "phrase").to(device)
+    kinds = {"prompt": prompts, "negative prompt": negatives or [], "phrase": phrases}
+    ids = torch.cat([tokenize(tokenizer, texts, kind) for kind, texts in kinds.items()])
+    # each distinct text is encoded once, all in one batch; `place` has a row for each text above
+    distinct, place = ids.unique(dim=0, return_inverse=True)
+    encoded = _in_chunks(engines["text_encoder"], distinct.to(device))
+    rows = place.to(device).split([len(texts) for texts in kinds.values()])
+    (hidden, negative_hidden, _), (caption, _, pooled) = (
+        [encoded[name][row] for row in rows] for name in ("last_hidden_state", "pooler_output")
+    )
 
-    text = engines["text_encoder"]
-    encoded = _in_chunks(text, prompt_ids)
-    hidden, caption = encoded["last_hidden_state"], encoded["pooler_output"]
     padded = [layout.padded() for layout in layouts]
     boxes = torch.from_numpy(np.stack([box for box, _ in padded])).to(device)
     mask = torch.from_numpy(np.stack([valid for _, valid in padded])).to(device)
     labels = torch.zeros(*mask.shape, caption.shape[-1], device=device)
-    if phrases:
-        pooled = _in_chunks(text, phrase_ids)["pooler_output"]
-        for row, layout in enumerate(layouts):
-            for slot, phrase in enumerate(layout.phrases):
-                labels[row, slot] = pooled[phrases.index(phrase)]
+    for row, layout in enumerate(layouts):
+        for slot, phrase in enumerate(layout.phrases):
+            labels[row, slot] = pooled[phrases.index(phrase)]
 
     inputs = {
         "boxes": boxes,
@@ -63,7 +63,7 @@ def condition(
     if negatives is not None:
         unconditional = {
             "region_mask": torch.zeros_like(mask),
-            "encoder_hidden_states": _in_chunks(text, negative_ids)["last_hidden_state"],
+            "encoder_hidden_states": negative_hidden,
         }
         halves.insert(0, engines["grounding"]({**inputs, **unconditional}))
     text_context, grounding_context = (
