@@ -128,11 +128,26 @@ class Judge:
             ) from error
         return cls(net, card)
 
-    @torch.no_grad()
     def predict(
         self, images: NDArray[np.uint8], boxes: Sequence[Sequence[Box]]
     ) -> list[list[Verdict]]:
-        """What each box shows.
+        """What each box shows; the arguments are those of :meth:`log_probabilities`."""
+        best = [values.max(-1) for values in self.log_probabilities(images, boxes)]
+        return [
+            [
+                Verdict(self.card.classes[index], probability)
+                for index, probability in zip(
+                    some.indices.tolist(), some.values.exp().tolist(), strict=True
+                )
+            ]
+            for some in best
+        ]
+
+    @torch.no_grad()
+    def log_probabilities(
+        self, images: NDArray[np.uint8], boxes: Sequence[Sequence[Box]]
+    ) -> list[Tensor]:
+        """Per image (boxes, classes) float32: the logarithm of each class's probability.
 
         Args:
             images: (B, H, W, 3) uint8.
@@ -144,14 +159,10 @@ class Judge:
             for box in some
         ]
         if not crops:
-            return [[] for _ in boxes]
+            return [torch.zeros(0, len(self.card.classes)) for _ in boxes]
         logits = torch.cat([self.net(part) for part in to_tensor(crops).split(256)])
-        best = logits.softmax(-1).max(-1)
-        verdicts = iter(
-            Verdict(self.card.classes[index], probability)
-            for index, probability in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        )
-        return [[next(verdicts) for _ in some] for some in boxes]
+        values: list[Tensor] = list(logits.log_softmax(-1).split([len(some) for some in boxes]))
+        return values
 
 
 def held_out_accuracy(

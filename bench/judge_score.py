@@ -9,7 +9,7 @@ import numpy as np
 
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.scene_images import generate_images
-from hcma_fast.bench.tune_records import Scores
+from hcma_fast.bench.tune_records import CONFIDENCE_FLOOR, Readings
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.runtime.pipeline import HCMAPipeline
@@ -17,7 +17,7 @@ from hcma_fast.train.emoji_scenes import sample_scene
 
 
 class JudgeScore:
-    """Per image the share of large boxes in which the judge sees what was asked for.
+    """Per image how well the judge sees what was asked for, by each of the scores' names.
 
     Args:
         seed: layout i uses seed + i, whatever the settings are.
@@ -44,8 +44,12 @@ class JudgeScore:
         self._seed, self._batch_size, self._steps = seed, batch_size, num_inference_steps
         self._work, self._min_side = work, min_side
 
-    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Scores:
-        """Scores of the layouts start .. stop-1 of "val", (stop - start,); NaN: no large box."""
+    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Readings:
+        """Scores of the layouts start .. stop-1 of "val", (stop - start,).
+
+        ``recognised`` is in [0, 1], NaN where no box is large; ``confidence`` is in
+        [CONFIDENCE_FLOOR, 0].
+        """
         scenes = [sample_scene("val", index) for index in range(start, stop)]
         images = generate_images(
             self._pipe,
@@ -59,17 +63,17 @@ class JudgeScore:
             None,
             first=start,
         )
-        verdicts = self._judge.predict(images, [[o.box for o in s.objects] for s in scenes])
-        scores = np.full(len(scenes), np.nan)
-        for i, (scene, seen) in enumerate(zip(scenes, verdicts, strict=True)):
-            hits = [
-                verdict.category == item.category
-                for item, verdict in zip(scene.objects, seen, strict=True)
-                if min(item.box[2] - item.box[0], item.box[3] - item.box[1]) >= self._min_side
-            ]
-            if hits:
-                scores[i] = np.mean(hits)
-        return scores
+        seen = self._judge.log_probabilities(images, [[o.box for o in s.objects] for s in scenes])
+        recognised, confidence = np.full((2, len(scenes)), np.nan)
+        for i, (scene, values) in enumerate(zip(scenes, seen, strict=True)):
+            wanted = [self._judge.card.classes.index(item.category) for item in scene.objects]
+            own = values[range(len(wanted)), wanted].double().numpy()
+            confidence[i] = np.maximum(own, CONFIDENCE_FLOOR).mean()
+            x0, y0, x1, y1 = np.array([item.box for item in scene.objects]).T
+            large = np.minimum(x1 - x0, y1 - y0) >= self._min_side
+            if large.any():
+                recognised[i] = (values.argmax(-1).numpy() == wanted)[large].mean()
+        return {"recognised": recognised, "confidence": confidence}
 
     def forget(self) -> None:
         """Remove the images: finished settings need their scores only."""

@@ -7,6 +7,10 @@ There is no second objective for other checkpoints: the aligner's own losses fal
 step along their gradient, so a search on them answers "the largest eta0", whatever the images look
 like.
 
+Which score a search maximises is part of its plan; the scorer gives all of them. Shares of boxes
+recognised say little where nearly all of them are: then the judge's confidence tells settings apart
+that no box flips between.
+
 Every setting is tried on the same layouts and seeds (paired), in chunks, so that optuna can prune a
 hopeless one early. The best one was picked for its score, which flatters it: it is compared with
 no alignment once more, on layouts that the search never saw, and only this comparison counts.
@@ -25,8 +29,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from hcma_fast.bench.tune_records import (
+    WORST,
     Comparison,
     Plan,
+    Readings,
     Scores,
     TrialRecord,
     TuningReport,
@@ -48,8 +54,8 @@ _RANDOM_TRIALS, _UNPRUNED_TRIALS = 6, 4
 class Scorer(Protocol):
     """What the search asks: how good are the images of some layouts under some settings?"""
 
-    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Scores:
-        """A score in [0, 1] for each layout start .. stop-1, NaN where there is none.
+    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Readings:
+        """Each score of the layouts start .. stop-1, the larger the better; NaN: there is none.
 
         Raises:
             DivergenceError: the settings give no image.
@@ -90,7 +96,7 @@ def search(
     Raises:
         BackendError: optuna is missing.
         InputError: the study in ``folder`` is damaged.
-        UsageError: eta0's range is empty, or no layout can be judged.
+        UsageError: eta0's range is empty, or no layout has a score.
     """
     check_installed()
     from optuna.trial import TrialState
@@ -109,30 +115,31 @@ def search(
         study.tell(trial.number, state=TrialState.FAIL)
     switched_off = plan.base.model_copy(update={"eta0": 0.0})
     off = _kept(study, "off", lambda: _score(score, switched_off, 0, plan, "off", progress))
-    compare(off, off)  # is there anything to judge?
+    off_scores = off[plan.score]
+    compare(off_scores, off_scores)  # is there anything to judge?
     while (number := len(_finished(study))) < trials:
         if timeout is not None and time.monotonic() - started > timeout:
             break
         _try_one(study, score, plan, number, progress)
-    records = [_record(0, "off", switched_off, off, off)]
+    records = [_record(0, "off", switched_off, off_scores, off_scores)]
     for number, trial in enumerate(_finished(study), 1):
-        records.append(_recorded(number, trial, plan, off))
+        records.append(_recorded(number, trial, plan, off_scores))
     ranked = sorted(
         (r for r in records if r.state == "complete"),
         key=lambda r: (-_value(r), r.eta0, r.number),
     )
     if not ranked:
-        return _report(plan, records, [], None)
+        return _report(plan, records, [], None, None)
     chosen = _settings_of(ranked[0], plan)
     first, last = plan.count, plan.count + plan.confirm
 
-    def confirm(settings: AlignmentSettings) -> Scores:
+    def confirm(settings: AlignmentSettings) -> Readings:
         return _score(score, settings, first, plan, "confirm", progress, last)
 
     fresh_off = _kept(study, "fresh off", lambda: confirm(switched_off))
     # kept by settings: more trials may find another winner
     fresh = _kept(study, chosen.model_dump_json(), lambda: confirm(chosen))
-    return _report(plan, records, ranked, compare(fresh, fresh_off))
+    return _report(plan, records, ranked, fresh, fresh_off)
 
 
 def _open(path: Path) -> Study:
@@ -172,13 +179,14 @@ def _open(path: Path) -> Study:
         ) from error
 
 
-def _kept(study: Study, name: str, compute: Callable[[], Scores]) -> Scores:
+def _kept(study: Study, name: str, compute: Callable[[], Readings]) -> Readings:
     """Scores from the study, computed and stored when it has none."""
     kept = study.user_attrs.get("scores", {})
     if name not in kept:
-        kept = {**kept, name: _to_json(compute())}
+        readings = {which: _to_json(scores) for which, scores in compute().items()}
+        kept = {**kept, name: readings}
         study.set_user_attr("scores", kept)
-    return _from_json(kept[name])
+    return {which: _from_json(scores) for which, scores in kept[name].items()}
 
 
 def _score(
@@ -189,14 +197,14 @@ def _score(
     label: str,
     progress: Progress,
     stop: int | None = None,
-) -> Scores:
+) -> Readings:
     stop = plan.count if stop is None else stop
     parts = []
     for first in range(start, stop, plan.chunk):
         parts.append(score(settings, first, min(first + plan.chunk, stop)))
         progress(label, min(first + plan.chunk, stop) - start, stop - start)
     score.forget()
-    return np.concatenate(parts)
+    return {which: np.concatenate([part[which] for part in parts]) for which in parts[0]}
 
 
 def _finished(study: Study) -> list[FrozenTrial]:
@@ -224,11 +232,11 @@ def _try_one(study: Study, score: Scorer, plan: Plan, number: int, progress: Pro
     for start in range(0, plan.count, plan.chunk):
         stop = min(start + plan.chunk, plan.count)
         try:
-            scores += score(settings, start, stop).tolist()
+            scores += score(settings, start, stop)[plan.score].tolist()
         except DivergenceError:
             trial.set_user_attr("diverged", True)
             # the worst score, so that the sampler keeps away
-            study.tell(trial, 0.0)
+            study.tell(trial, WORST[plan.score])
             score.forget()
             return
         progress(f"trial {number + 1}, eta0 {settings.eta0:g}", stop, plan.count)
@@ -308,15 +316,24 @@ def _settings_of(record: TrialRecord, plan: Plan) -> AlignmentSettings:
 
 
 def _value(record: TrialRecord) -> float:
-    return record.comparison.score if record.comparison else 0.0
+    assert record.comparison is not None  # a finished trial has scores
+    return record.comparison.score
 
 
 def _report(
     plan: Plan,
     records: list[TrialRecord],
     ranked: list[TrialRecord],
-    confirmation: Comparison | None,
+    fresh: Readings | None,
+    fresh_off: Readings | None,
 ) -> TuningReport:
+    confirmation: Comparison | None = None
+    recognised: Comparison | None = None
+    if fresh is not None and fresh_off is not None:
+        confirmation = compare(fresh[plan.score], fresh_off[plan.score])
+        hits, hits_off = fresh["recognised"], fresh_off["recognised"]
+        if plan.score != "recognised" and not np.isnan(hits).all():
+            recognised = compare(hits, hits_off)
     verdict: Verdict = "not better"
     if confirmation is not None and confirmation.difference > 0:
         verdict = "better" if confirmation.interval[0] > 0 else "undecided"
@@ -327,6 +344,7 @@ def _report(
         tied=[r.number for r in ranked[1:] if _value(r) == _value(ranked[0])],
         settings=_settings_of(ranked[0], plan) if ranked else None,
         confirmation=confirmation,
+        recognised=recognised,
         verdict=verdict,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )

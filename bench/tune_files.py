@@ -1,4 +1,4 @@
-"""What a search leaves behind: the trials as a table and the curves as a plot."""
+"""What a search leaves behind: the trials as CSV and Markdown, and the curves as a plot."""
 
 from __future__ import annotations
 
@@ -6,12 +6,33 @@ import csv
 import io
 
 from hcma_fast.bench.plots import figure_png, new_figure
-from hcma_fast.bench.tune_records import TrialRecord, TuningReport
+from hcma_fast.bench.tune_records import Comparison, ScoreName, TrialRecord, TuningReport
 
 _COLUMNS = (
     *("number", "state", "eta0", "window_start", "window_end", "lambda_global", "lambda_local"),
-    *("images", "score", "off", "difference", "low", "high"),
+    *("scored_by", "images", "score", "off", "difference", "low", "high"),
 )
+_AXIS: dict[ScoreName, str] = {
+    "recognised": "large boxes recognised, minus off",
+    "confidence": "log-probability of the category, minus off",
+}
+
+_SCORES = {
+    "recognised": "Large boxes that the judge recognises",
+    "confidence": "The judge's log-probability of what was asked for (0 is best, at least log 0.01 "
+    "a box), mean over an image's boxes",
+}
+_VERDICTS = {
+    "better": "It beats no alignment: the interval is above 0.",
+    "undecided": "Undecided: it scores higher than no alignment, but the interval holds 0.",
+    "not better": "No setting beats no alignment: the best one does not on fresh layouts.",
+}
+
+
+def _shown(value: float, name: ScoreName, *, sign: bool = False) -> str:
+    """A score for people: a share in percent, a log-probability (nats) as it is."""
+    shape = ("+" if sign else "") + (".1%" if name == "recognised" else ".3f")
+    return format(value, shape)
 
 
 def trials_csv(report: TuningReport) -> str:
@@ -26,9 +47,55 @@ def trials_csv(report: TuningReport) -> str:
             if found
             else ("",) * 6
         )
-        weights = (trial.lambda_global, trial.lambda_local)
-        writer.writerow([trial.number, trial.state, trial.eta0, *trial.window, *weights, *scores])
+        settings = (trial.eta0, *trial.window, trial.lambda_global, trial.lambda_local)
+        writer.writerow([trial.number, trial.state, *settings, report.plan.score, *scores])
     return text.getvalue()
+
+
+def tuning_table(found: TuningReport) -> str:
+    """The report in Markdown: all trials, then the best one and what it is worth."""
+    plan = found.plan
+    name = plan.score
+    mode = ", normalized" if plan.base.normalized else ""
+    lines = [
+        f"{_SCORES[name]}, mean over images; {plan.count} val layouts{mode}; difference to off on "
+        "the same images (95% interval)",
+        "",
+        "| trial | eta0 | window | lambda global, local | images | score | difference | |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for trial in found.trials:
+        weights = f"{trial.lambda_global:g}, {trial.lambda_local:g}"
+        cells = [str(trial.number), f"{trial.eta0:g}", "{:g} to {:g}".format(*trial.window)]
+        shown = trial.comparison
+        value = (str(shown.images), _shown(shown.score, name)) if shown else ("", "")
+        cells += [weights, *value, _gain(shown, name) if shown and trial.number else ""]
+        cells.append(trial.state)
+        lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    if found.settings is None or found.confirmation is None:
+        return "\n".join([*lines, "No setting beats no alignment: all trials diverged."])
+    tied = f" (tied with {', '.join(map(str, found.tied))}; smallest eta0)" if found.tied else ""
+    lines.append(
+        f"Best: trial {found.best}{tied}. On fresh layouts {_compared(found.confirmation, name)}."
+    )
+    if found.recognised is not None:
+        shown = _compared(found.recognised, "recognised")
+        lines.append(f"Large boxes recognised there: {shown}.")
+    lines.append(_VERDICTS[found.verdict])
+    return "\n".join(lines)
+
+
+def _compared(found: Comparison, name: ScoreName) -> str:
+    score, off = (_shown(value, name) for value in (found.score, found.off))
+    return f"({found.images} images) {score}, off {off}, difference {_gain(found, name)}"
+
+
+def _gain(comparison: Comparison, name: ScoreName) -> str:
+    gain, low, high = (
+        _shown(value, name, sign=True) for value in (comparison.difference, *comparison.interval)
+    )
+    return f"{gain} ({low} to {high})"
 
 
 def plot_png(report: TuningReport) -> bytes:
@@ -62,9 +129,10 @@ def plot_png(report: TuningReport) -> bytes:
     complete = [trial for trial in tried if trial.state == "complete"]
     history = [max(_interval(t)[1] for t in complete[: i + 1]) for i in range(len(complete))]
     axes[3].step([t.number for t in complete], history, where="post", color="tab:orange")
-    axes[0].set_ylabel("large boxes recognised, minus off")
+    name = report.plan.score
+    axes[0].set_ylabel(_AXIS[name])
     figure.suptitle(
-        f"{report.plan.count} layouts, off {_interval_off(report):.1%}; "
+        f"{report.plan.count} layouts, off {_shown(_interval_off(report), name)}; "
         "orange: best, crosses: pruned"
     )
     return figure_png(figure)

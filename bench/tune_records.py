@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -14,6 +15,14 @@ from hcma_fast.errors import UsageError
 
 Scores = NDArray[np.float64]
 """of layouts, (B,); NaN where there is none"""
+ScoreName = Literal["recognised", "confidence"]
+"""of an image: the share of its large boxes in which the judge sees the requested category; or the
+judge's log-probability of that category, mean over all of its boxes"""
+Readings = dict[ScoreName, Scores]
+"""every score of the same layouts"""
+CONFIDENCE_FLOOR = math.log(0.01)
+"""of a box: below it the object is lost, and how surely says nothing about the settings"""
+WORST: dict[ScoreName, float] = {"recognised": 0.0, "confidence": CONFIDENCE_FLOOR}
 Verdict = Literal["better", "undecided", "not better"]
 
 
@@ -32,6 +41,8 @@ class Plan(BaseModel):
     chunk: int = Field(40, ge=1)
     """layouts between two chances to prune"""
     seed: int = Field(0, ge=0)
+    score: ScoreName
+    """what the search makes as large as it can"""
 
 
 class Comparison(BaseModel):
@@ -76,6 +87,9 @@ class TuningReport(BaseModel):
     """the best trial's"""
     confirmation: Comparison | None
     """the best trial on layouts that the search never saw"""
+    recognised: Comparison | None
+    """the same by the large boxes recognised; None where the search went by them, or none is large
+    """
     verdict: Verdict
     """"better": the confirmation's interval is above 0; "not better": its difference is not"""
     date: str
@@ -87,7 +101,7 @@ def compare(scores: Scores, off: Scores) -> Comparison:
     both = both[:, ~np.isnan(both).any(0)]
     if not both.shape[1]:
         raise UsageError(
-            "none of these layouts has a large box to judge",
+            "none of these layouts has a box that counts",
             value=len(scores),
             remedy="Use more layouts, such as --count 100.",
         )

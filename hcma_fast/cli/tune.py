@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from filelock import FileLock, Timeout
@@ -33,16 +33,11 @@ from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.files import new_folder
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.tune_records import Comparison, TuningReport
+    from hcma_fast.bench.tune_records import TuningReport
     from hcma_fast.models.checkpoint import CheckpointInfo
 
 #: about a factor of 100 around tiny's best; a normalized step is a share of the latent's norm
 _RANGES = {False: (1.0, 200.0), True: (0.001, 0.3)}
-_VERDICTS = {
-    "better": "It beats no alignment: the interval is above 0.",
-    "undecided": "Undecided: it scores higher than no alignment, but the interval holds 0.",
-    "not better": "No setting beats no alignment: the best one does not on fresh layouts.",
-}
 
 
 def _shown_ranges() -> str:
@@ -53,6 +48,13 @@ def _shown_ranges() -> str:
 def tune_alignment(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
     backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    score: Annotated[
+        Literal["recognised", "confidence"],
+        typer.Option(
+            help="Share of large boxes that the judge recognises, or its log-probability of what "
+            "was asked for, in all boxes."
+        ),
+    ] = "confidence",
     trials: Annotated[
         int, typer.Option(min=1, help="Settings to try, those of a stopped search included.")
     ] = 20,
@@ -109,7 +111,7 @@ def tune_alignment(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
-    """Search eta0, window and lambdas on held-out scenes, by what the judge recognises.
+    """Search eta0, window and lambdas on held-out scenes, by what the judge sees.
 
     The winner is compared with no alignment on fresh layouts. Without --write or --out it is only
     shown; nothing is written unless the interval of its gain is above 0, or with --force.
@@ -117,6 +119,7 @@ def tune_alignment(
     from hcma_fast.bench.judge import Judge
     from hcma_fast.bench.judge_score import JudgeScore, check_emoji_scenes
     from hcma_fast.bench.tune_alignment import check_installed, search
+    from hcma_fast.bench.tune_files import tuning_table
     from hcma_fast.bench.tune_records import Plan
     from hcma_fast.models.checkpoint import CheckpointInfo, read_info
     from hcma_fast.models.weights import locate
@@ -138,6 +141,7 @@ def tune_alignment(
         confirm=confirm or count,
         chunk=chunk,
         seed=seed,
+        score=score,
     )
     judge = Judge.load()
     root = work or cache_root() / "tune-alignment"
@@ -150,7 +154,7 @@ def tune_alignment(
         key = [plan.model_dump_json(), pipe.weights_hash, pipe.engine_hash, backend]
         key += [judge.card.sha256, str(steps), str(batch_size)]
         place = root / hashlib.sha256("\n".join(map(str, key)).encode()).hexdigest()[:16]
-        score = JudgeScore(
+        scorer = JudgeScore(
             pipe,
             judge,
             seed=seed,
@@ -168,7 +172,9 @@ def tune_alignment(
                 redirect_stdout=False,
             ) as bars,
         ):
-            found = search(score, plan, place, trials=trials, timeout=timeout, progress=_Bars(bars))
+            found = search(
+                scorer, plan, place, trials=trials, timeout=timeout, progress=_Bars(bars)
+            )
     _write_report(found, report or place)
     if json_:
         print_json(found.model_dump(mode="json"))
@@ -280,39 +286,3 @@ def _keep(
         f"wrote the settings of trial {found.best} into {out or folder} (engines of compiled "
         "backends are built again for it)"
     )
-
-
-def tuning_table(found: TuningReport) -> str:
-    """The report in Markdown: all trials, then the best one and what it is worth."""
-    plan = found.plan
-    mode = ", normalized" if plan.base.normalized else ""
-    lines = [
-        f"Large boxes that the judge recognises, mean over images; {plan.count} val layouts{mode}; "
-        "difference to off on the same images (95% interval)",
-        "",
-        "| trial | eta0 | window | lambda global, local | images | score | difference | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for trial in found.trials:
-        weights = f"{trial.lambda_global:g}, {trial.lambda_local:g}"
-        cells = [str(trial.number), f"{trial.eta0:g}", "{:g} to {:g}".format(*trial.window)]
-        shown = trial.comparison
-        cells += [weights, *((str(shown.images), f"{shown.score:.1%}") if shown else ("", ""))]
-        cells += [_gain(shown) if shown and trial.number else "", trial.state]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines.append("")
-    if found.settings is None or found.confirmation is None:
-        return "\n".join([*lines, "No setting beats no alignment: all trials diverged."])
-    tied = f" (tied with {', '.join(map(str, found.tied))}; smallest eta0)" if found.tied else ""
-    fresh = found.confirmation
-    lines.append(
-        f"Best: trial {found.best}{tied}. On fresh layouts ({fresh.images} images): "
-        f"{fresh.score:.1%}, off {fresh.off:.1%}, difference {_gain(fresh)}."
-    )
-    lines.append(_VERDICTS[found.verdict])
-    return "\n".join(lines)
-
-
-def _gain(comparison: Comparison) -> str:
-    low, high = comparison.interval
-    return f"{comparison.difference:+.1%} ({low:+.1%} to {high:+.1%})"

@@ -86,6 +86,13 @@ def test_is_deterministic_and_independent_of_the_batch(judge: Judge) -> None:
         assert [v.category for v in alone] == [v.category for v in first[i]]
         assert [v.probability for v in alone] == pytest.approx([v.probability for v in first[i]])
     assert judge.predict(pictures[:2], [[], []]) == [[], []]
+    # and probabilities are those of the verdicts, image by image
+    for some, values in zip(first, judge.log_probabilities(pictures, boxes), strict=True):
+        assert values.shape == (len(some), len(judge.card.classes))
+        assert torch.allclose(values.exp().sum(-1), torch.ones(len(some)))
+        for verdict, own in zip(some, values, strict=True):
+            assert judge.card.classes[int(own.argmax())] == verdict.category
+            assert float(own.max().exp()) == pytest.approx(verdict.probability)
 
 
 def test_refuses_a_flipped_byte(copy: Path) -> None:

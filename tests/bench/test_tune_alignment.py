@@ -21,8 +21,8 @@ from hcma_fast.bench import tune_alignment
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.judge_score import JudgeScore
 from hcma_fast.bench.tune_alignment import search
-from hcma_fast.bench.tune_files import plot_png, trials_csv
-from hcma_fast.bench.tune_records import Plan, Scores, TuningReport
+from hcma_fast.bench.tune_files import plot_png, trials_csv, tuning_table
+from hcma_fast.bench.tune_records import CONFIDENCE_FLOOR, Plan, Readings, TuningReport
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.models.weights import Components
@@ -35,17 +35,22 @@ PLAN = Plan(
     count=40,
     confirm=40,
     chunk=10,
+    score="recognised",
 )
+CONFIDENCE = PLAN.model_copy(update={"score": "confidence"})
 
 
 class Peak:
-    """Scores fall with the distance of eta0 from 20 in octaves; every fifth image has no score."""
+    """Scores fall with the distance of eta0 from 20 in octaves; every fifth has no large box.
+
+    Confidence is negative throughout and has a value for every image.
+    """
 
     def __init__(self, *, height: float = 0.4, limit: float = math.inf, stop: float = math.inf):
         self.height, self.limit, self.stop = height, limit, stop
         self.calls: list[tuple[AlignmentSettings, int, int]] = []
 
-    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Scores:
+    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Readings:
         if settings.eta0 > self.limit:
             raise DivergenceError("the latent diverged", remedy="Lower eta0.")
         if len(self.calls) >= self.stop:
@@ -56,7 +61,10 @@ class Peak:
         scores = 0.3 + 0.2 * np.sin(places)
         if settings.eta0:
             scores = scores + self.height * max(0, 1 - abs(math.log2(settings.eta0 / 20)) / 3)
-        return np.where(places % 5 == 0, np.nan, scores)
+        return {
+            "recognised": np.where(places % 5 == 0, np.nan, scores),
+            "confidence": scores - 4,
+        }
 
     def forget(self) -> None:
         pass
@@ -100,7 +108,7 @@ def test_hopeless_trials_stop_early_and_are_compared_on_what_they_saw(tmp_path: 
         assert trial.comparison is not None and trial.comparison.images < 32
         # eight of ten images have a score
         off = Peak()(AlignmentSettings(eta0=0), 0, trial.comparison.images * 10 // 8)
-        assert trial.comparison.off == pytest.approx(np.nanmean(off))
+        assert trial.comparison.off == pytest.approx(np.nanmean(off["recognised"]))
 
 
 @pytest.mark.slow
@@ -178,9 +186,10 @@ def test_no_improvement_is_said_and_ties_go_to_the_smallest_step(
 class Luck(Peak):
     """A gain of one image in four, a loss of the same size in another: no evidence of anything."""
 
-    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Scores:
+    def __call__(self, settings: AlignmentSettings, start: int, stop: int) -> Readings:
         places = np.arange(start, stop)
-        return 0.5 + bool(settings.eta0) * (0.1 * (places % 4 == 1) - 0.09 * (places % 4 == 2))
+        scores = 0.5 + bool(settings.eta0) * (0.1 * (places % 4 == 1) - 0.09 * (places % 4 == 2))
+        return {"recognised": scores, "confidence": scores - 4}
 
 
 def test_a_gain_within_the_noise_is_undecided(tmp_path: Path) -> None:
@@ -224,8 +233,43 @@ def test_bad_ranges_are_refused(tmp_path: Path, low_high: tuple[float, float]) -
 
 
 def test_layouts_without_a_large_box_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="large box"):
+    with pytest.raises(UsageError, match="box that counts"):
         search(Peak(), PLAN.model_copy(update={"count": 1, "chunk": 1}), tmp_path)
+    # a confidence they have; there is only nothing to say of large boxes
+    few = CONFIDENCE.model_copy(update={"count": 5, "confirm": 1, "chunk": 5})
+    report = search(Peak(), few, tmp_path / "confidence", trials=1)
+    assert report.confirmation is not None and report.recognised is None
+
+
+def test_a_search_by_confidence_reports_the_boxes_recognised_too(tmp_path: Path) -> None:
+    report = search(Peak(), CONFIDENCE, tmp_path, trials=2)
+    assert report.verdict == "better"
+    sure, seen = report.confirmation, report.recognised
+    assert sure is not None and seen is not None
+    assert -4 < sure.off < sure.score < 0 and sure.images == 40
+    assert seen.images == 32 and 0 < seen.off < seen.score
+    lines = tuning_table(report).splitlines()
+    assert f"40 images) {sure.score:.3f}, off {sure.off:.3f}" in lines[-3]
+    assert f"(32 images) {seen.score:.1%}, off {seen.off:.1%}" in lines[-2]
+    assert "log-probability" in lines[0] and "%" not in "".join(lines[4:-3])
+    rows = list(csv.DictReader(io.StringIO(trials_csv(report))))
+    assert {row["scored_by"] for row in rows} == {"confidence"}
+    # the same search by the other score says it once
+    other = search(Peak(), PLAN, tmp_path / "other", trials=2)
+    assert other.recognised is None
+    assert "log-probability" not in tuning_table(other)
+    assert plot_png(report) != plot_png(other)
+
+
+def test_a_diverging_setting_is_the_worst_by_any_score(tmp_path: Path) -> None:
+    for plan in (PLAN, CONFIDENCE):
+        folder = tmp_path / plan.score
+        report = search(Peak(limit=8), plan, folder, trials=5)
+        study = tune_alignment._open(folder / "study.sqlite")
+        values = {trial.state: [] for trial in report.trials}
+        for trial, told in zip(report.trials[1:], tune_alignment._finished(study), strict=True):
+            values[trial.state].append(told.value)
+        assert max(values["diverged"]) < min(values["complete"])
 
 
 def test_a_damaged_study_is_named(tmp_path: Path) -> None:
@@ -262,9 +306,15 @@ def test_judge_score_passes_the_settings_on_and_keeps_images_until_forgotten(
     pipe.info = pipe.info.model_copy(update={"preset": "tiny"})
     score = JudgeScore(pipe, Judge.load(), **arguments, work=tmp_path / "images")
     good = AlignmentSettings(eta0=2, window=(0.1, 0.9), lambda_global=0.5, lambda_local=1.5)
-    scores = score(good, 10, 18)
+    readings = score(good, 10, 18)
+    scores, sure = readings["recognised"], readings["confidence"]
     assert scores.shape == (8,) and np.nanmean(scores) > 0.9
-    assert np.nanmean(score(good.model_copy(update={"eta0": 0.0}), 10, 18)) < 0.2
+    assert sure.shape == (8,) and sure.mean() > -0.3 and sure.max() < 0
+    blank = score(good.model_copy(update={"eta0": 0.0}), 10, 18)
+    assert np.nanmean(blank["recognised"]) < 0.2
+    # a lost object counts as log 0.01, however sure the judge is that it is none
+    assert blank["confidence"] == pytest.approx(CONFIDENCE_FLOOR, abs=1.5)
+    assert blank["confidence"].min() >= CONFIDENCE_FLOOR
     large = [
         any(min(o.box[2] - o.box[0], o.box[3] - o.box[1]) >= 0.25 for o in scene.objects)
         for scene in (sample_scene("val", index) for index in range(10, 18))

@@ -36,6 +36,7 @@ def test_a_real_search(start: Start, scenes_checkpoint: Path, tmp_path: Path) ->
         *("train", "tune-alignment", "--model", scenes_checkpoint, "--backend", "eager"),
         *("--trials", 2, "--count", 4, "--confirm", 4, "--chunk", 2, "--steps", 4),
         *("--eta0-range", 0.1, 2, "--report", tmp_path / "report", "--json"),
+        *("--score", "recognised"),
     ]
     process = start(*command)
     out, err = process.communicate(timeout=600)
@@ -46,6 +47,7 @@ def test_a_real_search(start: Start, scenes_checkpoint: Path, tmp_path: Path) ->
     assert json.loads((tmp_path / "report" / "trials.json").read_text()) == found
     assert (tmp_path / "report" / "curve.png").read_bytes().startswith(b"\x89PNG")
     assert len((tmp_path / "report" / "trials.csv").read_text().splitlines()) == 4
+    assert found["plan"]["score"] == "recognised" and found["recognised"] is None
     # only shown
     assert (scenes_checkpoint / "hcma.json").read_bytes() == before
 
@@ -64,6 +66,14 @@ def test_a_real_search(start: Start, scenes_checkpoint: Path, tmp_path: Path) ->
     out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert load_components(scenes_checkpoint).settings == load_components(copy).settings
+
+    # by default another score is maximised, which is another search
+    process = start(*command[:-2], "--model", copy)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err
+    other = json.loads(out)
+    assert other["plan"]["score"] == "confidence" and other["recognised"]["images"] > 0
+    assert all(trial["comparison"]["score"] < 0 for trial in other["trials"])
 
 
 def test_the_installed_package_and_existing_folders_are_not_written(
