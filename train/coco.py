@@ -96,8 +96,22 @@ def read_split(
     root: str | Path, split: str, *, skipped: list[BadImage] | None = None
 ) -> list[CocoExample]:
     """``root/split/*`` and ``root/annotations/{instances,captions}_split.json``; see
-    :func:`read_coco`."""
-    return read_coco(Path(root) / split, *annotation_files(root, split), skipped=skipped)
+    :func:`read_coco`.
+
+    Raises:
+        InputError: what :func:`read_coco` raises, or there is no such split; names those there are.
+    """
+    instances, captions = annotation_files(root, split)
+    there = sorted(
+        path.stem.removeprefix("instances_") for path in instances.parent.glob("instances_*.json")
+    )
+    if there and split not in there:
+        raise InputError(
+            f"there is no split {split} here",
+            value=str(instances),
+            remedy=f"There are annotations of {', '.join(there)}: give one of them, or other data.",
+        )
+    return read_coco(Path(root) / split, instances, captions, skipped=skipped)
 
 
 def read_coco(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -13,6 +14,9 @@ from hcma_fast.cli.output import print_json, print_note, stderr
 from hcma_fast.config import cache_root
 
 _MIB = 2**20
+#: in the name of everything in the cache
+_HASH = re.compile("[0-9a-f]{24}")
+_SHOWN = 8
 cache_app = typer.Typer(
     help="Engines that were built before.", no_args_is_help=True, rich_markup_mode=PLAIN_HELP
 )
@@ -29,14 +33,17 @@ def list_(
     if json_:
         print_json([entry.model_dump(mode="json") for entry in entries])
         return
-    table = Table("folder", "model", "backend", "precision", box=box.SIMPLE)
+    table = Table(box=box.SIMPLE)
+    for column in ("key", "model", "backend", "precision"):
+        table.add_column(column, no_wrap=True)
     for column in ("MiB", "days"):
         table.add_column(column, justify="right")
     table.add_column("state")
     for entry in entries:
         known = (entry.preset, entry.backend, entry.precision)
         table.add_row(
-            entry.folder.name,
+            # what tells folders apart; their whole names take half of a line, and are on stdout
+            (found[0] if (found := _HASH.search(entry.folder.name)) else "")[:_SHOWN],
             *(value or "" for value in known),
             f"{entry.size_bytes / _MIB:.0f}",
             f"{entry.age_days:.1f}",

@@ -186,6 +186,22 @@ def test_cache_list_and_prune(cli: Any, cached: Path) -> None:
     assert cli("cache", "list").out == ""
 
 
+def test_the_cache_is_readable_at_80_columns(
+    cli: Any, cached: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("openvino-" + "ab" * 12, ".onnxruntime-" + "cd" * 12 + ".part-gj7mgo6z"):
+        (cached.parent / name).mkdir()
+    (cached.parent / "kernels" / ("ef" * 12)).mkdir(parents=True)
+    *lines, _ = cli("cache", "list").err.splitlines()  # the last one names the cache's folder
+    assert max(map(len, lines)) <= 80
+    firsts = [line.split()[0] for line in lines if line.strip()]
+    keys = {cached.name.rpartition("-")[2][:8], "abababab", "cdcdcdcd", "efefefef"}
+    assert keys < set(firsts)
+    (line,) = [line for line in lines if line.split()[:1] == [cached.name.rpartition("-")[2][:8]]]
+    assert line.split()[1:4] == ["random", "onnxruntime", "float32"]
+
+
 def test_full_size_dry_run_needs_no_weights(cli: Any) -> None:
     options = ("--backend", "tensorrt-rtx", "--precision", "fp16", "--gpu-arch", "sm89")
     result = cli("build", "--model", "sd14", "--random-weights", *options, "--dry-run", "--json")

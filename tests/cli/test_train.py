@@ -73,7 +73,7 @@ def test_from_images_to_an_aligner(data: Path, cli: Any, tmp_path: Path) -> None
     ("options", "code", "words"),
     [
         (("--data", "nowhere"), 3, ("cannot read the annotations", "nowhere")),
-        (("--split", "val2014"), 3, ("instances_val2014.json",)),
+        (("--split", "val2014"), 3, ("instances_val2014.json", "annotations of train2014:")),
         (("--model", "nowhere"), 3, ("no such preset or folder",)),
         (("--size", "63"), 3, ("multiple of the VAE's factor, 4", "63")),
         (("--share", "2/2"), 2, ("a share must read I/N", "2/2")),
