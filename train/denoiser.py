@@ -8,6 +8,7 @@ trained: stage 2 of Algorithm 1, for the whole UNet instead of GLIGEN's layers a
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +32,8 @@ from hcma_fast.train.alignment import align_rows
 from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import Batch, SceneLatents
 from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.options import check_batch, recipe_parser
 from hcma_fast.train.samples import plan_scene_samples
+from hcma_fast.train.scenes_cache import check_batch
 from hcma_fast.train.text import WIDTH
 
 PLAIN_SHARE = 0.05
@@ -121,8 +122,21 @@ def sampling(
         yield sample
 
 
+def _positive(text: str) -> int:
+    """A whole number above 0; argparse makes a usage error of the ValueError."""
+    value = int(text)
+    if value <= 0:
+        raise ValueError(text)
+    return value
+
+
 def main() -> None:
-    parser = recipe_parser(__doc__, steps=8000, batch=16, scenes=30000, lr=1e-3)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
+    parser.add_argument("--steps", type=_positive, default=8000)
+    parser.add_argument("--batch", type=_positive, default=16)
+    parser.add_argument("--scenes", type=_positive, default=30000)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--aligned-share", type=float, default=0.0, help="of the examples")
     parser.add_argument("--sample-every", type=int, default=0, help="steps; 0 for no samples")
     args = parser.parse_args()

@@ -22,6 +22,8 @@ from hcma_fast.errors import HcmaError
 from hcma_fast.files import append_line, make_folder
 from hcma_fast.train.checkpoints import load_state, save_state, write_tensors
 
+Record = dict[str, float]
+"""what is logged of a step: its number and named figures"""
 _Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
 _Model = TypeVar("_Model", bound=nn.Module)
 
@@ -43,6 +45,11 @@ class LoopConfig(BaseModel):
     ema_decay: float = 0.0
     log_every: int = 50
     checkpoint_every: int = 200
+
+
+def print_record(record: Record) -> None:
+    """A line of JSON on stdout."""
+    print(json.dumps(record), flush=True)
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:
@@ -69,6 +76,7 @@ def run(
     on_checkpoint: Callable[[int, _Model], None] | None = None,
     on_step: Callable[[int, _Model], None] | None = None,
     batch_of_step: Callable[[int], Mapping[str, Tensor]] | None = None,
+    on_log: Callable[[Record], None] = print_record,
 ) -> _Model:
     """Train ``model`` in place from the newest state in ``folder``; returns the averaged copy.
 
@@ -78,6 +86,7 @@ def run(
         on_step: called with both after each step; its time is not counted in the log.
         batch_of_step: draws again what the losses of a step are computed from, to be kept for
             inspection where one of them is not finite.
+        on_log: called with each record that goes into log.jsonl.
 
     Raises:
         DivergenceError: a loss or gradient is not finite; the last state stays as it was, and the
@@ -121,7 +130,7 @@ def run(
                 "steps_per_second": round(count / seconds, 3),
             }
             append_line(folder / "log.jsonl", json.dumps(record))
-            print(json.dumps(record), flush=True)
+            on_log(record)
             totals, count, clock = {}, 0, time.monotonic()
         if on_step is not None:
             begun = time.monotonic()

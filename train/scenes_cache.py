@@ -9,6 +9,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from hcma_fast.errors import UsageError
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.emoji_scenes import Split, render_scene, sample_scene
 
@@ -54,3 +55,17 @@ def rendered_scenes(
         write_whole(path, write)
     loaded: NDArray[np.uint8] = np.load(path, mmap_mode="r")
     return loaded
+
+
+def check_batch(batch: int, scenes: int) -> None:
+    """A step's scenes are all different.
+
+    Raises:
+        UsageError: there are fewer than the batch takes.
+    """
+    if batch > scenes:
+        raise UsageError(
+            f"a batch takes more scenes than the {scenes} that there are",
+            value=batch,
+            remedy="Lower --batch or raise --scenes.",
+        )

@@ -1,4 +1,4 @@
-"""Train tokenizer and text encoder of `tiny`: ``python -m hcma_fast.train.text --out .runs/tiny``.
+"""Train tokenizer and text encoder of `tiny`: ``hcma-fast train text``.
 
 There is no image-text corpus to contrast on, so the pooled embedding learns to carry what a caption
 says: linear read-outs must find the count of each category, the background and the relation in it.
@@ -9,8 +9,9 @@ them.
 from __future__ import annotations
 
 import json
-import sys
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,10 +22,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.files import write_folder
-from hcma_fast.program import run_program
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
-from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.options import recipe_parser
+from hcma_fast.train.loop import LoopConfig, Record, run
 
 WIDTH = 128
 START, END = "<|startoftext|>", "<|endoftext|>"
@@ -109,18 +108,29 @@ def _example(rng: np.random.Generator, index: int) -> tuple[str, list[int], int,
     return text, counts, list(BACKGROUNDS).index(scene.background), relation
 
 
-def main() -> None:
-    args = recipe_parser(__doc__, steps=1500, batch=96).parse_args()
+def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], None]) -> Path:
+    """Write ``out/tokenizer`` and ``out/text_encoder``, whose folder is returned.
 
+    Goes on from the newest state in ``out/text-state``, where log.jsonl is too.
+
+    Args:
+        batch: captions and labels in a step.
+        on_log: called with each record of log.jsonl.
+
+    Raises:
+        DivergenceError: a loss is not finite; its batch was saved.
+        OutputError: ``out`` cannot be written, or the disk is full.
+        WeightsError: the state is another model's, or damaged.
+    """
     torch.manual_seed(0)
     captions = [text for i in range(3000) for text in sample_scene("train", i).captions]
     tokenizer = make_tokenizer([*captions, *CATEGORY_NAMES])
-    write_folder(args.out / "tokenizer", tokenizer.save_pretrained)
+    write_folder(out / "tokenizer", tokenizer.save_pretrained)
     model = _ReadOut(make_text_encoder(tokenizer))
 
     def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, step])
-        examples = [_example(rng, int(rng.integers(20000))) for _ in range(args.batch)]
+        examples = [_example(rng, int(rng.integers(20000))) for _ in range(batch)]
         texts, counts, backgrounds, relations = zip(*examples, strict=True)
         # attention is causal and pads come last, so the short batch gives the same pooled embedding
         ids = tokenizer(list(texts), padding=True, return_tensors="pt").input_ids
@@ -132,16 +142,16 @@ def main() -> None:
         }
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
-        batch = batch_of_step(step)
-        pooled, count_logits, background_logits, relation_logits = model(batch["ids"])
-        count_target = batch["counts"]
+        drawn = batch_of_step(step)
+        pooled, count_logits, background_logits, relation_logits = model(drawn["ids"])
+        count_target = drawn["counts"]
         weight = torch.where(count_target > 0, 8.0, 1.0)
         count_loss = F.cross_entropy(
             count_logits.flatten(0, 1), count_target.flatten(), reduction="none"
         )
         count_loss = (count_loss * weight.flatten()).mean()
-        background_loss = F.cross_entropy(background_logits, batch["backgrounds"])
-        relation_loss = F.cross_entropy(relation_logits, batch["relations"])
+        background_loss = F.cross_entropy(background_logits, drawn["backgrounds"])
+        relation_loss = F.cross_entropy(relation_logits, drawn["relations"])
         cosine = F.cosine_similarity(pooled[:, None], pooled[None], dim=-1)
         shared = (count_target[:, None] * count_target[None]).sum(-1) > 0
         apart = (F.relu(cosine - 0.1) ** 2 * ~shared).mean()
@@ -149,11 +159,14 @@ def main() -> None:
         loss = count_loss + 0.3 * background_loss + 0.2 * relation_loss + 2 * apart
         return {"loss": loss, "counts": count_loss, "apart": apart, "all_counts_right": right}
 
-    config = LoopConfig(steps=args.steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99)
-    state = args.out / "text-state"
-    encoder = run(model, loss_of_step, config, state, batch_of_step=batch_of_step).encoder.eval()
-    write_folder(args.out / "text_encoder", encoder.save_pretrained)
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))
+    config = LoopConfig(steps=steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99)
+    averaged = run(
+        model,
+        loss_of_step,
+        config,
+        out / "text-state",
+        batch_of_step=batch_of_step,
+        on_log=on_log,
+    )
+    write_folder(out / "text_encoder", averaged.encoder.eval().save_pretrained)
+    return out / "text_encoder"

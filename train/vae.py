@@ -1,4 +1,4 @@
-"""Train the VAE of `tiny`: ``python -m hcma_fast.train.vae --out .runs/tiny``.
+"""Train the VAE of `tiny`: ``hcma-fast train vae``.
 
 Factor 4, 4 latent channels. The VAE bounds all that follows, so it comes first. L1 + MSE with a
 light KL term, which keeps the latents smooth enough for the small errors of a denoiser.
@@ -6,9 +6,9 @@ light KL term, which keeps the latents smooth enough for the small errors of a d
 
 from __future__ import annotations
 
-import json
 import math
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,10 +16,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.program import run_program
-from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.options import check_batch, recipe_parser
-from hcma_fast.train.scenes_cache import rendered_scenes
+from hcma_fast.train.loop import LoopConfig, Record, run
+from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
 
 KL_WEIGHT = 1e-4
 
@@ -67,46 +65,66 @@ def psnr(vae: AutoencoderKL, images: np.ndarray) -> float:
     return math.fsum(values) / len(values)
 
 
-def main() -> None:
-    args = recipe_parser(__doc__, steps=2000, batch=16, scenes=16000, lr=3e-3).parse_args()
-    check_batch(args.batch, args.scenes)
+def train_vae(
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    scenes: int,
+    lr: float,
+    on_log: Callable[[Record], None],
+) -> Path:
+    """Write ``out/vae``, whose folder is returned.
 
+    Goes on from the newest state in ``out/vae-state``, where log.jsonl is too.
+
+    Args:
+        scenes: of the split "train", rendered into ``out`` once.
+        on_log: called with each record of log.jsonl, and with the PSNR at each checkpoint.
+
+    Raises:
+        UsageError: a batch takes more scenes than there are.
+        DivergenceError: a loss is not finite; its batch was saved.
+        OutputError: ``out`` cannot be written, or the disk is full.
+        WeightsError: the state is another model's, or damaged.
+    """
+    check_batch(batch, scenes)
     torch.manual_seed(0)
-    scenes = rendered_scenes(args.out, "train", args.scenes)
-    validation = rendered_scenes(args.out, "val", 500)[:200]
+    pictures = rendered_scenes(out, "train", scenes)
+    validation = rendered_scenes(out, "val", 500)[:200]
     model = _Autoencoder(make_vae())
 
     def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([1, step])
-        images = to_tensor(scenes[np.sort(rng.choice(len(scenes), args.batch, replace=False))])
-        noise = torch.randn(args.batch, 4, 16, 16, generator=torch.Generator().manual_seed(step))
+        images = to_tensor(pictures[np.sort(rng.choice(scenes, batch, replace=False))])
+        noise = torch.randn(batch, 4, 16, 16, generator=torch.Generator().manual_seed(step))
         return {"images": images, "noise": noise}
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
-        batch = batch_of_step(step)
-        images = batch["images"]
-        output, kl = model(images, batch["noise"])
+        drawn = batch_of_step(step)
+        images = drawn["images"]
+        output, kl = model(images, drawn["noise"])
         mse = (output - images).square().mean()
         l1 = (output - images).abs().mean()
         return {"loss": l1 + 4 * mse + KL_WEIGHT * kl, "mse": mse, "kl": kl}
 
     def report(step: int, averaged: _Autoencoder) -> None:
         averaged.eval()
-        print(
-            json.dumps({"step": step, "val_psnr_db": round(psnr(averaged.vae, validation), 2)}),
-            flush=True,
-        )
+        on_log({"step": step, "val_psnr_db": round(psnr(averaged.vae, validation), 2)})
 
-    config = LoopConfig(steps=args.steps, lr=args.lr, ema_decay=0.995)
-    state = args.out / "vae-state"
-    averaged = run(model, loss_of_step, config, state, report, batch_of_step=batch_of_step)
+    averaged = run(
+        model,
+        loss_of_step,
+        LoopConfig(steps=steps, lr=lr, ema_decay=0.995),
+        out / "vae-state",
+        report,
+        batch_of_step=batch_of_step,
+        on_log=on_log,
+    )
     vae = averaged.vae.eval()
-    sample = to_tensor(scenes[:2000])
+    sample = to_tensor(pictures[:2000])
     with torch.no_grad():
         means = torch.cat([vae.encode(part).latent_dist.sample() for part in sample.split(100)])
     vae.register_to_config(scaling_factor=float(1 / means.std()))
-    write_folder(args.out / "vae", vae.save_pretrained)
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))
+    write_folder(out / "vae", vae.save_pretrained)
+    return out / "vae"

@@ -1,4 +1,4 @@
-"""Train the VAE's decoder further: ``python -m hcma_fast.train.vae_decoder --out .runs/tiny``.
+"""Train the decoder of `tiny`'s VAE further: ``hcma-fast train vae --decoder-only``.
 
 The encoder stays as it is, so the latents that the denoiser learned stay valid, while pictures get
 sharper. Latents come from the cache, which spares the encoder's share of the work.
@@ -6,8 +6,8 @@ sharper. Latents come from the cache, which spares the encoder's share of the wo
 
 from __future__ import annotations
 
-import json
-import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,11 +16,9 @@ from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
 from hcma_fast.models.weights import load_part
-from hcma_fast.program import run_program
 from hcma_fast.train.latents import cached_posteriors
-from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.options import check_batch, recipe_parser
-from hcma_fast.train.scenes_cache import rendered_scenes
+from hcma_fast.train.loop import LoopConfig, Record, run
+from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
 from hcma_fast.train.vae import psnr, to_tensor
 
 
@@ -34,27 +32,47 @@ class _Decoder(nn.Module):
         return image
 
 
-def main() -> None:
-    args = recipe_parser(__doc__, steps=1000, batch=16, scenes=30000, lr=1e-3).parse_args()
-    check_batch(args.batch, args.scenes)
+def train_decoder(
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    scenes: int,
+    lr: float,
+    on_log: Callable[[Record], None],
+) -> Path:
+    """Write ``out/vae-sharp`` from ``out/vae``, at each checkpoint; its folder is returned.
 
+    Goes on from the newest state in ``out/vae-decoder-state``, where log.jsonl is too.
+
+    Args:
+        scenes: of the split "train", rendered and encoded into ``out`` once.
+        on_log: called with each record of log.jsonl, and with the PSNR at each checkpoint.
+
+    Raises:
+        UsageError: a batch takes more scenes than there are.
+        DivergenceError: a loss is not finite; its batch was saved.
+        OutputError: ``out`` cannot be written, or the disk is full.
+        WeightsError: there is no VAE yet, or the state is another model's, or damaged.
+    """
+    check_batch(batch, scenes)
     torch.manual_seed(0)
-    vae = load_part(AutoencoderKL, args.out / "vae").eval()
-    scenes = rendered_scenes(args.out, "train", args.scenes)
-    posteriors = cached_posteriors(args.out, vae, "train", args.scenes)
-    validation = rendered_scenes(args.out, "val", 500)[:200]
+    vae = load_part(AutoencoderKL, out / "vae").eval()
+    pictures = rendered_scenes(out, "train", scenes)
+    posteriors = cached_posteriors(out, vae, "train", scenes)
+    validation = rendered_scenes(out, "val", 500)[:200]
     model = _Decoder(vae)
 
     def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([6, step])
-        chosen = np.sort(rng.choice(len(scenes), args.batch, replace=False))
+        chosen = np.sort(rng.choice(scenes, batch, replace=False))
         mean, std = torch.from_numpy(posteriors[chosen]).float().unbind(1)
         noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(step))
-        return {"latents": mean + std * noise, "images": to_tensor(scenes[chosen])}
+        return {"latents": mean + std * noise, "images": to_tensor(pictures[chosen])}
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
-        batch = batch_of_step(step)
-        output, images = model(batch["latents"]), batch["images"]
+        drawn = batch_of_step(step)
+        output, images = model(drawn["latents"]), drawn["images"]
         mse, l1 = (output - images).square().mean(), (output - images).abs().mean()
         return {"loss": l1 + 4 * mse, "mse": mse}
 
@@ -62,14 +80,16 @@ def main() -> None:
         trained = AutoencoderKL.from_config(vae.config)
         trained.load_state_dict({**vae.state_dict(), **averaged.state_dict()})
         trained.eval()
-        quality = round(psnr(trained, validation), 2)
-        print(json.dumps({"step": step, "val_psnr_db": quality}), flush=True)
-        write_folder(args.out / "vae-sharp", trained.save_pretrained)
+        on_log({"step": step, "val_psnr_db": round(psnr(trained, validation), 2)})
+        write_folder(out / "vae-sharp", trained.save_pretrained)
 
-    config = LoopConfig(steps=args.steps, lr=args.lr, ema_decay=0.995)
-    state = args.out / "vae-decoder-state"
-    run(model, loss_of_step, config, state, keep, batch_of_step=batch_of_step)
-
-
-if __name__ == "__main__":
-    sys.exit(run_program(main))
+    run(
+        model,
+        loss_of_step,
+        LoopConfig(steps=steps, lr=lr, ema_decay=0.995),
+        out / "vae-decoder-state",
+        keep,
+        batch_of_step=batch_of_step,
+        on_log=on_log,
+    )
+    return out / "vae-sharp"

@@ -10,16 +10,19 @@ import typer
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.cli.train_denoiser import denoiser
+from hcma_fast.cli.train_tiny import text, vae
 from hcma_fast.cli.training import (
     Bf16,
     CheckpointEvery,
     Cpu,
     Keep,
     MaxSteps,
+    Out,
     SampleEvery,
     StepBar,
     Tensorboard,
     Workers,
+    setting,
     training_bar,
     training_settings,
 )
@@ -40,6 +43,8 @@ train_app = typer.Typer(
     rich_markup_mode=PLAIN_HELP,
 )
 train_app.command(short_help="Train GLIGEN's layers (stage 2 of Algorithm 1).")(denoiser)
+train_app.command(short_help="Train tiny's tokenizer and text encoder.")(text)
+train_app.command(short_help="Train tiny's VAE, or its decoder further.")(vae)
 train_app.command("tune-alignment", short_help="Search eta0, window and lambdas.")(tune_alignment)
 _Preset = Literal["tiny", "sd14"]
 
@@ -132,9 +137,7 @@ def _print_skipped(report: CacheReport) -> None:
 @train_app.command(short_help="Train the aligner (stage 1 of Algorithm 1).")
 def aligner(
     cache: Annotated[Path, typer.Option(help="Folder that hcma-fast train cache made.")],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
-    ],
+    out: Out,
     preset: Annotated[
         _Preset | None,
         typer.Option(help="Architecture and settings.", show_default="the cache's"),
@@ -146,64 +149,23 @@ def aligner(
     time_conditioning: Annotated[
         Literal["none", "adaln"], typer.Option(help="How the aligner is told the noise level.")
     ] = "none",
-    epochs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Passes over the images.", show_default="60; tiny 4"),
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images a step, all processes.", show_default="1024; tiny 64"),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Images that a process takes at once.", show_default="128; tiny 64"
-        ),
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Learning rate.", show_default="0.001")
-    ] = None,
-    weight_decay: Annotated[
-        float | None,
-        typer.Option(min=0, help="How fast weights shrink.", show_default="0.0005"),
-    ] = None,
+    epochs: Annotated[int | None, setting("epochs", "60; tiny 4")] = None,
+    batch: Annotated[int | None, setting("batch", "1024; tiny 64")] = None,
+    micro_batch: Annotated[int | None, setting("micro_batch", "128; tiny 64")] = None,
+    lr: Annotated[float | None, setting("lr", "0.001")] = None,
+    weight_decay: Annotated[float | None, setting("weight_decay", "0.0005")] = None,
     decoupled_decay: Annotated[
-        bool | None,
-        typer.Option(
-            "--decoupled-decay/--l2-decay",
-            help="AdamW, or Adam.",
-            show_default="l2-decay; tiny decoupled-decay",
-        ),
+        bool | None, setting("decoupled_decay", "l2-decay; tiny decoupled-decay")
     ] = None,
-    warmup: Annotated[
-        int | None,
-        typer.Option(min=0, help="Steps of warm-up.", show_default="0; tiny 100"),
-    ] = None,
-    cosine: Annotated[
-        bool | None,
-        typer.Option(
-            "--cosine/--constant",
-            help="Decay of the learning rate.",
-            show_default="constant; tiny cosine",
-        ),
-    ] = None,
-    clip_norm: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest norm of the gradient.", show_default="none; tiny 1"),
-    ] = None,
-    ema_decay: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="Average of weights; 0 for none.", show_default="0; tiny 0.995"
-        ),
-    ] = None,
+    warmup: Annotated[int | None, setting("warmup", "0; tiny 100")] = None,
+    cosine: Annotated[bool | None, setting("cosine", "constant; tiny cosine")] = None,
+    clip_norm: Annotated[float | None, setting("clip_norm", "none; tiny 1")] = None,
+    ema_decay: Annotated[float | None, setting("ema_decay", "0; tiny 0.995")] = None,
     bf16: Bf16 = False,
     seed: Annotated[int, typer.Option(min=0, help="Of weights, order and noise.")] = 0,
     max_steps: MaxSteps = None,
     workers: Workers = 0,
-    log_every: Annotated[
-        int | None, typer.Option(min=1, help="Steps.", show_default="10; tiny 50")
-    ] = None,
+    log_every: Annotated[int | None, setting("log_every", "10; tiny 50")] = None,
     checkpoint_every: CheckpointEvery = None,
     keep: Keep = None,
     tensorboard: Tensorboard = True,

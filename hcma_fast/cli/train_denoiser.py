@@ -13,10 +13,12 @@ from hcma_fast.cli.training import (
     Cpu,
     Keep,
     MaxSteps,
+    Out,
     SampleEvery,
     StepBar,
     Tensorboard,
     Workers,
+    setting,
     training_bar,
     training_settings,
 )
@@ -31,9 +33,7 @@ def denoiser(
     data: Annotated[
         Path, typer.Option(help="Folder that the cache was made from: it has the captions.")
     ],
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
-    ],
+    out: Out,
     aligner: Annotated[
         Path | None,
         typer.Option(
@@ -72,53 +72,21 @@ def denoiser(
             "--gradient-checkpointing", help="Less memory: activations are computed twice."
         ),
     ] = False,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Passes over the images.", show_default="10")
-    ] = None,
-    batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images a step, all processes.", show_default="64"),
-    ] = None,
-    micro_batch: Annotated[
-        int | None,
-        typer.Option(min=1, help="Images that a process takes at once.", show_default="8"),
-    ] = None,
-    lr: Annotated[
-        float | None, typer.Option(min=0, help="Learning rate.", show_default="5e-05")
-    ] = None,
-    weight_decay: Annotated[
-        float | None, typer.Option(min=0, help="How fast weights shrink.", show_default="0")
-    ] = None,
-    decoupled_decay: Annotated[
-        bool | None,
-        typer.Option(
-            "--decoupled-decay/--l2-decay",
-            help="AdamW, or Adam.",
-            show_default="decoupled-decay",
-        ),
-    ] = None,
-    warmup: Annotated[
-        int | None, typer.Option(min=0, help="Steps of warm-up.", show_default="1000")
-    ] = None,
-    cosine: Annotated[
-        bool | None,
-        typer.Option(
-            "--cosine/--constant", help="Decay of the learning rate.", show_default="constant"
-        ),
-    ] = None,
-    clip_norm: Annotated[
-        float | None,
-        typer.Option(min=0, help="Largest norm of the gradient.", show_default="none"),
-    ] = None,
-    ema_decay: Annotated[
-        float | None,
-        typer.Option(min=0, max=1, help="Average of weights; 0 for none.", show_default="0"),
-    ] = None,
+    epochs: Annotated[int | None, setting("epochs", "10")] = None,
+    batch: Annotated[int | None, setting("batch", "64")] = None,
+    micro_batch: Annotated[int | None, setting("micro_batch", "8")] = None,
+    lr: Annotated[float | None, setting("lr", "5e-05")] = None,
+    weight_decay: Annotated[float | None, setting("weight_decay", "0")] = None,
+    decoupled_decay: Annotated[bool | None, setting("decoupled_decay", "decoupled-decay")] = None,
+    warmup: Annotated[int | None, setting("warmup", "1000")] = None,
+    cosine: Annotated[bool | None, setting("cosine", "constant")] = None,
+    clip_norm: Annotated[float | None, setting("clip_norm", "none")] = None,
+    ema_decay: Annotated[float | None, setting("ema_decay", "0")] = None,
     bf16: Bf16 = False,
     seed: Annotated[int, typer.Option(min=0, help="Of order and noise.")] = 0,
     max_steps: MaxSteps = None,
     workers: Workers = 0,
-    log_every: Annotated[int | None, typer.Option(min=1, help="Steps.", show_default="10")] = None,
+    log_every: Annotated[int | None, setting("log_every", "10")] = None,
     checkpoint_every: CheckpointEvery = None,
     keep: Keep = None,
     tensorboard: Tensorboard = True,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from rich.progress import (
@@ -24,6 +25,9 @@ from hcma_fast.errors import UsageError
 if TYPE_CHECKING:
     from hcma_fast.train.stage_settings import Training
 
+Out = Annotated[
+    Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Products in bfloat16.")]
 MaxSteps = Annotated[
     int | None, typer.Option(min=1, help="Stop after so many.", show_default="no limit")
@@ -39,6 +43,31 @@ SampleEvery = Annotated[
     typer.Option(min=1, help="Draw some val layouts every so many steps.", show_default="never"),
 ]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Leave GPUs alone.")]
+#: what the stages' settings of the same name have in common, whatever their defaults are
+_SETTINGS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
+    "epochs": ((), {"min": 1, "help": "Passes over the images."}),
+    "batch": ((), {"min": 1, "help": "Images a step, all processes."}),
+    "micro_batch": ((), {"min": 1, "help": "Images that a process takes at once."}),
+    "lr": ((), {"min": 0, "help": "Learning rate."}),
+    "weight_decay": ((), {"min": 0, "help": "How fast weights shrink."}),
+    "decoupled_decay": (("--decoupled-decay/--l2-decay",), {"help": "AdamW, or Adam."}),
+    "warmup": ((), {"min": 0, "help": "Steps of warm-up."}),
+    "cosine": (("--cosine/--constant",), {"help": "Decay of the learning rate."}),
+    "clip_norm": ((), {"min": 0, "help": "Largest norm of the gradient."}),
+    "ema_decay": ((), {"min": 0, "max": 1, "help": "Average of weights; 0 for none."}),
+    "log_every": ((), {"min": 1, "help": "Steps."}),
+}
+
+
+def setting(name: str, default: str) -> Any:
+    """The option of a setting that every stage has, for an ``Annotated``.
+
+    Args:
+        default: the stage's own, as its help shows it.
+    """
+    switches, keywords = _SETTINGS[name]
+    return typer.Option(*switches, **keywords, show_default=default)
+
 
 _Settings = TypeVar("_Settings", bound="Training")
 

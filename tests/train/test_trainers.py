@@ -1,4 +1,4 @@
-"""The programs of `tiny`'s recipe, as they are started, at two steps each."""
+"""The commands and programs of `tiny`'s recipe, as they are started, at two steps each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
+from hcma_fast.cli.app import main
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.weights import load_components, load_part
 from hcma_fast.program import run_program
@@ -30,10 +31,17 @@ PARTS = {
     "denoiser": "unet",
     "vae_decoder": "vae-sharp",
 }
+COMMANDS = {
+    "text": ("train", "text"),
+    "vae": ("train", "vae"),
+    "vae_decoder": ("train", "vae", "--decoder-only"),
+}
 
 
 def start(name: str, *options: object) -> int:
-    """Run ``python -m hcma_fast.train.NAME`` in this process; returns its exit code."""
+    """Run hcma-fast, or ``python -m hcma_fast.train.NAME``, in this process: its exit code."""
+    if name in COMMANDS:
+        return main([*COMMANDS[name], *map(str, options)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, options)])
         return run_program(importlib.import_module(f"hcma_fast.train.{name}").main)
@@ -93,10 +101,15 @@ def test_only_the_decoder_of_the_vae_is_trained_further(trained: Path) -> None:
 
 @pytest.mark.parametrize("name", PARTS)
 def test_a_finished_run_does_nothing(
-    trained: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    trained: Path,
+    name: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("no step is left"))
     assert start(name, *options_of(name, trained)) == 0
+    printed = f"{trained / PARTS[name]}\n" if name in COMMANDS else ""
+    assert capsys.readouterr().out == printed
 
 
 def test_stage_2_trains_on_aligned_latents(
@@ -148,6 +161,8 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(
         ("pack", ("--run", "nowhere"), 3, ("cannot load vae", "nowhere")),
         ("pack", ("--eta0", "nan"), 2, ("eta0",)),
         ("vae", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
+        ("vae_decoder", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
+        ("text", ("--out", "file/below"), 3, ("Not a directory", "file/below")),
         ("vae", ("--out", "file/below"), 3, ("Not a directory", "file/below")),
     ],
 )
@@ -166,6 +181,34 @@ def test_errors_are_one_line_and_an_exit_code(
     assert start(name, *out, *options) == code
     line = error_line(capsys)
     assert line.startswith("error: ") and all(word in line for word in words)
+
+
+def test_a_command_prints_its_part_alone_on_stdout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert start("text", *options_of("text", tmp_path)) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{tmp_path / 'text_encoder'}\n"
+    records = [json.loads(line) for line in said.err.splitlines() if line.startswith("{")]
+    (line,) = (tmp_path / "text-state" / "log.jsonl").read_text().splitlines()
+    assert records == [json.loads(line)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("text", "--steps", "0"),
+        ("vae", "--batch", "0"),
+        ("vae", "--lr", "-1"),
+        ("text", "--lr", "1"),
+    ],
+)
+def test_options_that_cannot_be_are_usage_errors(
+    options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *options, "--out", str(tmp_path / "run")]) == 2
+    said = capsys.readouterr()
+    assert said.out == "" and options[1] in said.err and not (tmp_path / "run").exists()
 
 
 def test_as_a_process_of_its_own(tmp_path: Path) -> None:
