@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.scene_images import generate_images
@@ -66,13 +67,14 @@ class JudgeScore:
         seen = self._judge.log_probabilities(images, [[o.box for o in s.objects] for s in scenes])
         recognised, confidence = np.full((2, len(scenes)), np.nan)
         for i, (scene, values) in enumerate(zip(scenes, seen, strict=True)):
-            wanted = [self._judge.card.classes.index(item.category) for item in scene.objects]
-            own = values[range(len(wanted)), wanted].double().numpy()
-            confidence[i] = np.maximum(own, CONFIDENCE_FLOOR).mean()
+            classes = [self._judge.card.classes.index(item.category) for item in scene.objects]
+            wanted = torch.tensor(classes)
+            own = values.gather(-1, wanted[:, None]).double().clamp(min=CONFIDENCE_FLOOR)
+            confidence[i] = float(own.mean())
             x0, y0, x1, y1 = np.array([item.box for item in scene.objects]).T
             large = np.minimum(x1 - x0, y1 - y0) >= self._min_side
             if large.any():
-                recognised[i] = (values.argmax(-1).numpy() == wanted)[large].mean()
+                recognised[i] = (values.argmax(-1) == wanted).numpy()[large].mean()
         return {"recognised": recognised, "confidence": confidence}
 
     def forget(self) -> None:
