@@ -150,11 +150,12 @@ def _sampler(
 
 def no_op_conditioning(parts: Components, batch: int, device: str = "cpu") -> Conditioning:
     """Zeros: nothing looks at them."""
-    from hcma_fast.runtime.sampler import Conditioning
+    from hcma_fast.runtime.sampler import CONTEXTS, Conditioning
 
     specs = parts.specs()
-    fixed = {t.name: t for name in ("align", "unet_grounded") for t in specs[name].inputs}
-    both = {"text_context": 2 * batch, "grounding_context": 2 * batch}
+    graphs: tuple[GraphName, ...] = ("align", "unet_grounded", "grounding")
+    fixed = {t.name: t for name in graphs for t in specs[name].inputs}
+    both = dict.fromkeys((*CONTEXTS, "encoder_hidden_states"), 2 * batch)
     names = Conditioning.__dataclass_fields__
     return Conditioning(
         **{name: zeros(fixed[name], both.get(name, batch), device) for name in names}

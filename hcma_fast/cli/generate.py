@@ -144,7 +144,8 @@ def generate(
         typer.Option(
             metavar="NAME=VALUE",
             help="Faster, for an approximate image: align_every=2, guidance_end=0.8, "
-            "latent_dtype=bfloat16; repeat it.",
+            "latent_dtype=bfloat16; repeat it. skip_idle_alignment=false and "
+            "contexts_once=false switch exact ones off.",
             show_default="none, exact",
         ),
     ] = None,

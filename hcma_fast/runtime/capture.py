@@ -19,7 +19,14 @@ Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 """From a function, and one to warm up with, to a function that does the same again as the first, at
 the same addresses."""
 CAPTURABLE = ("eager", "tensorrt", "tensorrt-rtx")
-"""Backends whose work goes to torch's stream, where a CUDA graph catches it."""
+"""Backends whose work goes to torch's stream, where a CUDA graph catches it.
+
+What an engine allocates while it is captured, outputs included, lies in the graphs' own pool: the
+evaluation copies what it keeps into its buffers, so nothing there outlives the evaluation. That is
+so for any engine; `torch-compile` is not among them because its engines (AOTInductor) are a CPU's.
+There they are called in place of a replay, and allocate their outputs anew in each call. On a GPU
+torch.compile computes the gradient (``grad_backend="compile"`` or ``"triton"``), which is captured.
+"""
 _SAMPLED: tuple[GraphName, ...] = ("align", "unet_grounded", "unet_plain", *STEP_NAMES)
 _WARM_UPS = 3
 

@@ -28,7 +28,9 @@ class CompiledEngine:
         self._run = runner(path, spec)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`. The outputs are the caller's.
+        """See :class:`hcma_fast.runtime.engine.Engine`.
+
+        The outputs are new memory, the caller's; the captured sampler copies what it keeps.
 
         Raises:
             InputError: a tensor is not as the spec says; the native code trusts its inputs.

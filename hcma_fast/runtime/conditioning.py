@@ -61,15 +61,15 @@ def condition(
     halves = [engines["grounding"](inputs)]
     regions = halves[0]["regions"]
     if negatives is not None:
-        unconditional = {
-            "region_mask": torch.zeros_like(mask),
-            "encoder_hidden_states": negative_hidden,
-        }
-        halves.insert(0, engines["grounding"]({**inputs, **unconditional}))
+        null = {"region_mask": torch.zeros_like(mask), "encoder_hidden_states": negative_hidden}
+        halves.insert(0, engines["grounding"]({**inputs, **null}))
+        hidden = torch.cat([negative_hidden, hidden])
     text_context, grounding_context = (
         torch.cat([half[name] for half in halves]) for name in ("text_context", "grounding_context")
     )
-    return Conditioning(text_context, grounding_context, caption, labels, regions, mask)
+    return Conditioning(
+        text_context, grounding_context, caption, labels, regions, mask, boxes, hidden
+    )
 
 
 def _in_chunks(text: Engine, ids: Tensor) -> dict[str, Tensor]:

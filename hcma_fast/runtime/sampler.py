@@ -33,6 +33,25 @@ class Conditioning:
     """(B, M, N)"""
     region_mask: Tensor
     """(B, M)"""
+    boxes: Tensor
+    """(B, M, 4)"""
+    encoder_hidden_states: Tensor
+    """(C, 77, d) of the captions: the contexts come from these and the boxes"""
+
+
+CONTEXTS = ("text_context", "grounding_context")
+
+
+def grounding_inputs(given: Conditioning) -> list[dict[str, Tensor]]:
+    """What the `grounding` graph takes, per half of the guidance; the unconditional one has no
+    boxes."""
+    states = given.encoder_hidden_states.split(len(given.boxes))
+    masks = [torch.zeros_like(given.region_mask), given.region_mask][-len(states) :]
+    fixed = {"boxes": given.boxes, "label_embeddings": given.label_embeddings}
+    return [
+        {**fixed, "region_mask": mask, "encoder_hidden_states": half}
+        for mask, half in zip(masks, states, strict=True)
+    ]
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,10 @@ def sample(
         twice = row.step < guided_steps
         doubled = torch.cat([z, z]) if twice else z
         at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
-        eps = unet({**(both if twice else conditional), **at})["noise_pred"]
+        fixed = both if twice else conditional
+        if not schedule.savings.contexts_once:
+            fixed = fixed | _contexts(engines, conditioning, twice)
+        eps = unet({**fixed, **at})["noise_pred"]
         if twice:
             unconditional, wanted = eps.chunk(2)
             eps = unconditional + schedule.guidance_scale * (wanted - unconditional)
@@ -185,6 +207,15 @@ def sample(
     return z, losses
 
 
+def _contexts(
+    engines: Mapping[GraphName, Engine], given: Conditioning, guided: bool
+) -> dict[str, Tensor]:
+    """Those of both halves, or of the conditional one, computed again."""
+    halves = grounding_inputs(given)
+    found = [engines["grounding"](half) for half in (halves if guided else halves[-1:])]
+    return {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
+
+
 def _rounded(z: Tensor) -> Tensor:
     """What is left of it in bfloat16, as wide as it was."""
     return z.bfloat16().to(z.dtype)
@@ -193,16 +224,18 @@ def _rounded(z: Tensor) -> Tensor:
 def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) -> bool:
     """Whether the step graphs are there, and can run images with these schedules as one batch.
 
-    They guide and align always, know of no approximation, and have one table for all images. Where
+    They guide and align always, know of no approximation, have one table for all images, and leave
+    the contexts to who calls them. Where
     a window leaves steps unaligned, the separate graphs save those alignments, which cost more than
     a call (docs/decisions.md).
     """
     first = schedules[0]
-    able = first.guidance_scale > 1 and not first.savings.approximate
+    savings = first.savings
+    able = first.guidance_scale > 1 and savings.contexts_once and not savings.approximate
     if "step_grounded" not in engines or not able:
         return False
     moves = first.etas[first.table.aligns] > 0
-    idle = not first.savings.skip_idle_alignment
+    idle = not savings.skip_idle_alignment
     return bool(moves.all() or (idle and moves.any())) and all(
         other is first or _same_but_lambdas(first, other) for other in schedules
     )

@@ -19,6 +19,9 @@ class Savings(BaseModel):
     skip_idle_alignment: bool = True
     """exact: leave out the `align` graph where its rate is 0. False runs it at every PLMS step, and
     so records losses at every step"""
+    contexts_once: bool = True
+    """exact: the keys and values of texts and boxes, of both halves of the guidance, come from one
+    run of the `grounding` graph before the steps. False runs it again in every evaluation"""
     align_every: int = Field(1, ge=1)
     """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
     again, at their own rates, in the steps between, which record no losses"""
@@ -34,7 +37,8 @@ class Savings(BaseModel):
     @property
     def approximate(self) -> bool:
         """Whether images change."""
-        return self.model_copy(update={"skip_idle_alignment": True}) != EXACT
+        exact = {"skip_idle_alignment": True, "contexts_once": True}
+        return self.model_copy(update=exact) != EXACT
 
 
 EXACT = Savings()
@@ -43,7 +47,7 @@ EXACT = Savings()
 
 _REMEDY = (
     "Use align_every=N from 1, guidance_end=SHARE above 0 and up to 1, latent_dtype=float32 or "
-    "bfloat16, skip_idle_alignment=true or false."
+    "bfloat16, skip_idle_alignment=true or false, contexts_once=true or false."
 )
 
 

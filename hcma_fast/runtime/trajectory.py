@@ -3,7 +3,8 @@
 What changes from evaluation to evaluation lies in tables on the device, read at a counter on the
 device. So an evaluation is always the same launches on the same addresses: it is captured once, and
 replayed for all of a trajectory, without a write from the host. On a CPU the captured
-function itself is called instead: the same code, whose rules are tested there.
+function itself is called instead: the same code, whose rules are tested there, but for the update
+of the latent where nothing is captured (:mod:`hcma_fast.runtime.update`).
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from torch import Tensor
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.errors import InputError
 from hcma_fast.kernels.align_update import align_update_
-from hcma_fast.kernels.denoise_update import COLUMNS, RING, denoise_table, denoise_update_
 from hcma_fast.models.step import step_plan
 from hcma_fast.runtime.engine import Engine, Stateful
-from hcma_fast.runtime.sampler import Conditioning, Schedule, halves_by_image
+from hcma_fast.runtime.sampler import (
+    CONTEXTS,
+    Conditioning,
+    Schedule,
+    grounding_inputs,
+    halves_by_image,
+)
+from hcma_fast.runtime.update import KernelUpdate, OperatorUpdate, Update
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, GraphName
 
 
@@ -36,29 +43,25 @@ class Kind(NamedTuple):
     """some image follows an earlier gradient"""
     gated: bool
     guided: bool
+    recomputes: bool = False
+    """the contexts are computed again"""
 
 
 class Buffers(ABC):
     """What every trajectory has: a latent, a counter, losses, and engines of its own.
 
     Args:
-        shape: (B, C, h, w); dtype: of the latent between evaluations; captured: CUDA graphs will
-            hold what the engines do.
+        z: (B, C, h, w) the latent between evaluations; captured: CUDA graphs will hold what the
+            engines do.
     """
 
     def __init__(
-        self,
-        engines: Mapping[GraphName, Engine],
-        shape: tuple[int, ...],
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-        *,
-        captured: bool = True,
+        self, engines: Mapping[GraphName, Engine], z: Tensor, *, captured: bool = True
     ) -> None:
         self._fit_for_graphs = captured
         self._engines, self._forks = engines, dict[tuple[GraphName, bool], Engine]()
-        self.batch = batch = shape[0]
-        self.z = torch.zeros(shape, dtype=dtype, device=device)
+        self.batch = batch = len(z)
+        self.z, device = z, z.device
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         # an entry per evaluation, then per image; the rows behind the last evaluation stay unused
         self.loss_global = torch.zeros(PLAN_ROWS, batch, device=device)
@@ -132,17 +135,18 @@ class Trajectory(Buffers):
         captured: bool = True,
     ) -> None:
         batch = len(like.caption_embedding)
-        super().__init__(engines, (batch, *latent), device, narrow, captured=captured)
-        self.stored = torch.zeros_like(self.z)
-        self.history = torch.zeros(RING, *self.z.shape, dtype=narrow, device=device)
+        # Without a capture or a GPU the kernel's op would be called for its reference.
+        by_kernel = captured or device.type == "cuda"
+        given = ((batch, *latent), narrow, device)
+        self.update: Update = KernelUpdate(*given) if by_kernel else OperatorUpdate(*given)
+        super().__init__(engines, self.update.z, captured=captured)
         # what the engines read; the latent itself where that is as wide
         self.wide = self.z if narrow == torch.float32 else self.z.float()
         self.gradient = torch.zeros(self.z.shape, device=device)
         # an entry per evaluation, then per image
         self.timesteps = torch.zeros(PLAN_ROWS, batch, dtype=torch.int64, device=device)
         self.etas = torch.zeros(PLAN_ROWS, batch, device=device)
-        # the kernels' tables: per image, then per evaluation
-        self.table = torch.zeros(batch, PLAN_ROWS, COLUMNS, device=device)
+        # the kernel's table: per image, then per evaluation
         self.repeats = torch.zeros(batch, PLAN_ROWS, device=device)
         self.conditioning = Conditioning(
             **{name: torch.zeros_like(value) for name, value in vars(like).items()}
@@ -151,6 +155,8 @@ class Trajectory(Buffers):
         self.time = torch.zeros(1, batch, dtype=torch.int64, device=device)
         self.eta = torch.zeros(1, batch, device=device)
         self.moves = torch.zeros(1, batch, dtype=torch.bool, device=device)
+        images = (batch, *[1] * len(latent))
+        self._by_image = (self.eta.view(images), self.moves.view(images))
         self.change = torch.zeros(self.z.shape, device=device)
         self.doubled = torch.zeros(halves, *self.z.shape, device=device)
         self.times = torch.zeros(halves, batch, dtype=torch.int64, device=device)
@@ -166,6 +172,15 @@ class Trajectory(Buffers):
         doubled = {"sample": self.doubled.flatten(0, 1), "timestep": self.times.flatten()}
         single = {"sample": self.wide, "timestep": self.time[0]}
         self.unet_inputs = {True: fixed | doubled, False: fixed | conditional | single}
+        # per half of the guidance, what its contexts are computed from, and where they go
+        self.halves = [
+            (inputs, {name: fixed[name][half * batch : (half + 1) * batch] for name in CONTEXTS})
+            for half, inputs in enumerate(grounding_inputs(self.conditioning))
+        ]
+
+    def launches(self, kind: Kind) -> Kind:
+        """Without an unconditional half there is no guidance, whatever the schedule says."""
+        return kind._replace(guided=kind.guided and len(self.halves) == 2)
 
     def evaluate(self, kind: Kind) -> None:
         """See :meth:`Buffers.evaluate`."""
@@ -180,14 +195,20 @@ class Trajectory(Buffers):
             self.times.copy_(self.time)
         elif self.wide is not self.z:
             self.wide.copy_(self.z)
+        if kind.recomputes:
+            self._recompute(kind.guided)
         unet = self._engine("unet_grounded" if kind.gated else "unet_plain", kind.guided)
         eps = unet(self.unet_inputs[kind.guided])["noise_pred"]
-        unconditional = eps[: self.batch] if kind.guided else None
-        conditional = eps[-self.batch :]
-        denoise_update_(
-            self.z, self.history, self.stored, unconditional, conditional, self.table, self.step
-        )
+        unconditional, conditional = eps.chunk(2) if kind.guided else (None, eps)
+        self.update(self.step, unconditional, conditional)
         self.step.add_(1)
+
+    def _recompute(self, guided: bool) -> None:
+        for inputs, contexts in self.halves if guided else self.halves[-1:]:
+            found = self._engine("grounding", False)(inputs)
+            # at once: the next call may write to the same memory
+            for name, context in contexts.items():
+                context.copy_(found[name])
 
     def _align(self, keeps: bool) -> None:
         torch.index_select(self.etas, 0, self.step, out=self.eta)
@@ -196,11 +217,10 @@ class Trajectory(Buffers):
         aligned = self._engine("align", False)(self.align_inputs)
         # a rate of 0 leaves an image as it is, whatever the gradient
         torch.gt(self.eta, 0, out=self.moves)
-        images = (-1, *[1] * (self.z.dim() - 1))
-        moves = self.moves.view(images)
+        eta, moves = self._by_image
         if keeps:
             torch.sub(self.wide, aligned["z_aligned"], out=self.change)
-            self.change.div_(self.eta.view(images))
+            self.change.div_(eta)
             torch.where(moves, self.change, self.gradient, out=self.gradient)
         torch.where(moves, aligned["z_aligned"], self.wide, out=self.wide)
         if self.wide is not self.z:
@@ -226,8 +246,7 @@ class Trajectory(Buffers):
         self.timesteps.copy_(timesteps.T)
         self.etas.copy_(etas.T)
         self.repeats.copy_(repeats)
-        tables = [denoise_table(s.table, s.guidance_scale, PLAN_ROWS) for s in schedules]
-        self.table.copy_(torch.cat(tables))
+        self.update.load(schedules)
 
 
 class FusedTrajectory(Buffers):
@@ -250,7 +269,8 @@ class FusedTrajectory(Buffers):
         captured: bool = True,
     ) -> None:
         batch = len(like.caption_embedding)
-        super().__init__(engines, (batch, *latent), device, captured=captured)
+        z = torch.zeros(batch, *latent, device=device)
+        super().__init__(engines, z, captured=captured)
         self.stored = torch.zeros_like(self.z)
         self.history = torch.zeros(batch, HISTORY, *latent, device=device)
         self.plan = torch.zeros(PLAN_ROWS, PLAN_COLUMNS, device=device)
@@ -330,6 +350,7 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
                 repeats=any(alignments[k] == "repeated" for _, alignments, _, _ in running),
                 gated=gated.pop(),
                 guided=guided.pop(),
+                recomputes=any(not s.savings.contexts_once for s, *_ in running),
             )
         )
     return tuple(kinds)

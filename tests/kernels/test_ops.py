@@ -159,7 +159,7 @@ def test_denoise_update_is_the_sampler_over_the_whole_trajectory(steps: int, gui
     halves = 2 if guided else 1
     eps = [normal(halves * shape[0], *shape[1:], seed=k) for k in range(len(table))]
     start, empty = normal(*shape, seed=99), torch.empty(0)
-    conditioning = Conditioning(torch.empty(len(eps[0]), 1, 1), *[empty] * 5)
+    conditioning = Conditioning(torch.empty(len(eps[0]), 1, 1), *[empty] * 7)
     schedule = Schedule(table, torch.zeros(len(table)), (1.0, 1.0), scale, 1.0)
     trajectory: list[Tensor] = []
     engine = Replay([{"noise_pred": value} for value in eps])

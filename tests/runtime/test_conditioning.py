@@ -10,7 +10,7 @@ from hcma_fast.models.unet import Grounding
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.sampler import Conditioning
+from hcma_fast.runtime.sampler import Conditioning, grounding_inputs
 
 PROMPTS = ["a dog and a cat", "a pizza"]
 NEGATIVES = ["", "blurry"]
@@ -51,6 +51,15 @@ def test_unconditional_half_comes_first_and_is_not_grounded(random_components: C
     text, null, _ = expect(encode(parts, NEGATIVES)[0], torch.zeros_like(mask))
     torch.testing.assert_close(given.text_context[:2], text)
     torch.testing.assert_close(given.grounding_context[:2], null)
+    # and what these came from, half by half
+    for half, inputs in enumerate(grounding_inputs(given)):
+        again = grounding(
+            *(inputs[n] for n in ("boxes", "region_mask", "label_embeddings")),
+            inputs["encoder_hidden_states"],
+        )
+        rows = slice(2 * half, 2 * half + 2)
+        torch.testing.assert_close(again[0], given.text_context[rows])
+        torch.testing.assert_close(again[1], given.grounding_context[rows])
     assert (null - objects)[0, :3].abs().amax(-1).min() > 1e-3
     # an image without boxes has the null tokens in both halves
     torch.testing.assert_close(given.grounding_context[1], given.grounding_context[3])
@@ -70,3 +79,7 @@ def test_without_guidance_there_is_one_half(random_components: Components) -> No
     assert len(alone.text_context) == len(alone.grounding_context) == 2
     torch.testing.assert_close(alone.text_context, both.text_context[2:])
     torch.testing.assert_close(alone.grounding_context, both.grounding_context[2:])
+    (only,), (_, last) = grounding_inputs(alone), grounding_inputs(both)
+    assert only.keys() == last.keys()
+    for name, value in only.items():
+        torch.testing.assert_close(value, last[name])

@@ -43,8 +43,9 @@ def engines(random_components: Components) -> dict[GraphName, Engine]:
         plan(window=(0.2, 0.7), savings=Savings(skip_idle_alignment=False)),
         plan(beta=0.5, savings=Savings(align_every=2, guidance_end=0.7)),
         plan(savings=Savings(align_every=3, latent_dtype="bfloat16")),
+        plan(beta=0.5, savings=Savings(contexts_once=False, guidance_end=0.7)),
     ],
-    ids=["plain", "unaligned", "window", "two-steps", "idle", "savings", "narrow"],
+    ids=["plain", "unaligned", "window", "two-steps", "idle", "savings", "narrow", "contexts"],
 )
 def test_equals_the_plain_sampler(
     engines: dict[GraphName, Engine],
@@ -342,26 +343,3 @@ def test_a_shape_has_forks_of_engines_that_hold_state(
     for images in ([0], [0, 1], [2]):
         sampler(noise(images), conditioned(random_components, engines, images), plan(steps=2))
     assert parent.forks == 2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["step", "trajectory"])
-def test_cuda_graphs_equal_the_plain_sampler(
-    random_components: Components, mode: CaptureMode
-) -> None:
-    """Nobody has run this yet."""
-    torch.backends.cudnn.allow_tf32 = False
-    engines = make_engines(random_components, "cuda")
-    sampler = ReplaySampler(engines, "cuda", mode=mode)
-    for images in ([0, 1], [2], [1, 0]):
-        given = conditioned(random_components, engines, images, device="cuda")
-        schedule = plan(steps=20, beta=0.5, window=(0.0, 0.8))
-        expected, _ = sample(engines, noise(images).cuda(), given, schedule)
-        found, _ = sampler(noise(images).cuda(), given, schedule)
-        assert relative(found, expected) < 1e-4
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            sampler(noise(images).cuda(), given, schedule)
-        launches = sum(
-            event.count for event in profile.key_averages() if event.key == "cudaGraphLaunch"
-        )
-        assert launches == (1 if mode == "trajectory" else 21)

@@ -78,8 +78,16 @@ def condition(
     text, objects = (
         torch.cat([half[name] for half in halves]) for name in ("text_context", "grounding_context")
     )
+    states = [scene["uncond"], scene["cond"]] if guided else [scene["cond"]]
     return Conditioning(
-        text, objects, scene["caption"], scene["labels"], halves[-1]["regions"], scene["mask"]
+        text,
+        objects,
+        scene["caption"],
+        scene["labels"],
+        halves[-1]["regions"],
+        scene["mask"],
+        scene["boxes"],
+        torch.cat(states),
     )
 
 

@@ -1,4 +1,4 @@
-"""Savings of the sampler: the exact one changes nothing, the others do what they say."""
+"""Savings of the sampler: the exact ones change nothing, the others do what they say."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.batching import BatchGenerator, Request
+from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.sampler import Schedule
 from hcma_fast.runtime.savings import EXACT, Savings, parse_savings
@@ -69,6 +70,56 @@ def test_running_the_idle_alignment_changes_nothing_but_records_losses(
     assert len(engines["align"].calls) == STEPS
     assert [entry.step for entry in found.losses] == list(range(STEPS))
     assert torch.equal(found.latents, expected)
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["guided", "unguided"])
+def test_computing_the_contexts_in_every_evaluation_changes_nothing_but_calls(
+    noted: tuple[HCMAPipeline, dict[GraphName, Noted]], settings: dict[str, float]
+) -> None:
+    pipe, engines = noted
+    halves = 1 if settings else 2
+    expected = latents(pipe, grounding_beta=0.5, **settings)
+    assert len(engines["grounding"].calls) == halves
+    engines["grounding"].calls.clear()
+    found = latents(pipe, Savings(contexts_once=False), grounding_beta=0.5, **settings)
+    assert len(engines["grounding"].calls) == halves * (1 + STEPS + 1)
+    assert torch.equal(found, expected)
+    # and it is those that the UNet gets, in the captured sampler too
+    grounding = engines["grounding"].engine
+    for replay in (None, ReplaySampler(engines, "cpu")):
+        pipe.replay = replay
+        engines["unet_grounded"].calls.clear()
+        engines["grounding"].engine = Shifted(grounding)
+        shifted = latents(pipe, Savings(contexts_once=False), grounding_beta=0.5, **settings)
+        seen = [given["text_context"] for given, _ in engines["unet_grounded"].calls]
+        assert not torch.equal(seen[0], seen[1]) and not torch.equal(shifted, expected)
+
+
+class Shifted:
+    """An engine whose answers differ from call to call."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.spec, self.calls = engine, engine.spec, 0
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self.calls += 1
+        return {name: value + self.calls / 100 for name, value in self.engine(inputs).items()}
+
+
+def test_guidance_that_ends_recomputes_one_half(
+    noted: tuple[HCMAPipeline, dict[GraphName, Noted]],
+) -> None:
+    pipe, engines = noted
+    expected = latents(pipe, Savings(guidance_end=0.6))
+    counts = []
+    for replay in (None, ReplaySampler(engines, "cpu")):
+        pipe.replay = replay
+        engines["grounding"].calls.clear()
+        found = latents(pipe, Savings(guidance_end=0.6, contexts_once=False))
+        counts.append(len(engines["grounding"].calls))
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+    # 6 guided steps and the corrector, then 4 without
+    assert counts == [2 + 2 * 7 + 4] * 2
 
 
 def test_a_repeated_gradient_is_the_last_one_at_the_rate_of_the_step(
@@ -147,13 +198,14 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
         Savings(guidance_end=0.5),
         Savings(guidance_end=0.5, align_every=3),
         Savings(latent_dtype="bfloat16"),
+        Savings(contexts_once=False),
     ]
     requests = [
         Request("ab", LAYOUT, i, num_inference_steps=5, settings=settings, savings=some)
         for i, some in enumerate(savings)
     ]
     results = {r.index: r for r in BatchGenerator(pipe, max_batch=4).generate(requests)}
-    assert [results[i].batch_size for i in range(5)] == [2, 2, 2, 2, 1]
+    assert [results[i].batch_size for i in range(6)] == [3, 3, 2, 2, 1, 3]
     for i, some in enumerate(savings):
         alone = pipe(
             "ab", LAYOUT, seed=i, num_inference_steps=5, savings=some, eta0=2.0,
@@ -174,11 +226,13 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
             Savings(guidance_end=0.8, latent_dtype="bfloat16"),
         ),
         (["skip_idle_alignment=false"], Savings(skip_idle_alignment=False)),
+        (["contexts_once=false"], Savings(contexts_once=False)),
     ],
 )
 def test_savings_are_read_from_text(texts: list[str], found: Savings) -> None:
     assert parse_savings(texts) == found
-    assert found.approximate == (found not in (EXACT, Savings(skip_idle_alignment=False)))
+    exact = (EXACT, Savings(skip_idle_alignment=False), Savings(contexts_once=False))
+    assert found.approximate == (found not in exact)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +244,7 @@ def test_savings_are_read_from_text(texts: list[str], found: Savings) -> None:
         ("align_every=1.5", "align_every is out of range"),
         ("guidance_end=0", "guidance_end is out of range"),
         ("guidance_end=nan", "guidance_end is out of range"),
+        ("contexts_once=twice", "contexts_once is out of range"),
         ("latent_dtype=float16", "latent_dtype is out of range"),
     ],
 )

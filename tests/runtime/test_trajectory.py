@@ -19,23 +19,30 @@ from torch.utils._pytree import tree_leaves
 
 from hcma_fast.errors import BackendError, InputError
 from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode, check_capturable
+from hcma_fast.runtime.capture import check_capturable
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.sampler import Conditioning, Schedule, sample, sample_fused
+from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, sample
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.runtime.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec
 
-from captures import LAYOUTS, Counted, Counting, conditioned, make_engines, noise, plan, relative
+from captures import Counted, conditioned, make_engines, noise, plan, relative
 
 EVERY = (*GRAPH_NAMES, *STEP_NAMES)
 FRUGAL = Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16")
+WASTEFUL = Savings(skip_idle_alignment=False, contexts_once=False)
 CASES = pytest.mark.parametrize(
-    ("savings", "fused"),
-    [(EXACT, False), (FRUGAL, False), (EXACT, True)],
-    ids=["exact", "frugal", "fused"],
+    ("savings", "fused", "captured"),
+    [
+        (EXACT, False, True),
+        (FRUGAL, False, True),
+        (WASTEFUL, False, True),
+        (EXACT, True, True),
+        (EXACT, False, False),
+        (FRUGAL, False, False),
+    ],
+    ids=["exact", "frugal", "wasteful", "fused", "called", "called-frugal"],
 )
 
 
@@ -118,12 +125,13 @@ def make_buffers(
     device: str,
     savings: Savings,
     fused: bool,
+    captured: bool,
 ) -> Buffers:
     where = torch.device(device)
     if fused:
         return FusedTrajectory(engines, given, (4, 8, 8), where)
     narrow = getattr(torch, savings.latent_dtype)
-    return Trajectory(engines, given, (4, 8, 8), 2, where, narrow)
+    return Trajectory(engines, given, (4, 8, 8), 2, where, narrow, captured=captured)
 
 
 def tensors_of(batch: Buffers) -> dict[str, Tensor]:
@@ -131,6 +139,8 @@ def tensors_of(batch: Buffers) -> dict[str, Tensor]:
     groups = [vars(batch)]
     if isinstance(batch, Trajectory):
         groups += [vars(batch.conditioning), batch.align_inputs, *batch.unet_inputs.values()]
+        groups += [{f"update.{name}": value for name, value in vars(batch.update).items()}]
+        groups += [{f"grounding.{name}": v for name, v in batch.halves[0][0].items()}]
     if isinstance(batch, FusedTrajectory):
         groups += [batch.inputs]
     every = {name: value for group in groups for name, value in group.items()}
@@ -139,11 +149,15 @@ def tensors_of(batch: Buffers) -> dict[str, Tensor]:
 
 @CASES
 def test_evaluations_allocate_nothing_and_keep_their_addresses(
-    engines: dict[GraphName, Engine], random_components: Components, savings: Savings, fused: bool
+    engines: dict[GraphName, Engine],
+    random_components: Components,
+    savings: Savings,
+    fused: bool,
+    captured: bool,
 ) -> None:
     given = conditioned(random_components, engines, [0, 1])
     steady: dict[GraphName, Engine] = {name: InPlace(engine) for name, engine in engines.items()}
-    batch = make_buffers(steady, given, "cpu", savings, fused)
+    batch = make_buffers(steady, given, "cpu", savings, fused, captured)
     schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8), savings=savings)
     kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
     with torch.no_grad():
@@ -160,7 +174,7 @@ def test_evaluations_allocate_nothing_and_keep_their_addresses(
     assert len(before) > 15
     # what is not contiguous would be copied by an engine that takes addresses
     assert all(tensor.is_contiguous() for tensor in tensors_of(batch).values())
-    assert watch.ops["hcma_fast.denoise_update_.default"] == (0 if fused else 51)
+    assert watch.ops["hcma_fast.denoise_update_.default"] == (51 if captured and not fused else 0)
     # the watch itself works
     with Watch() as watch:
         torch.cat([batch.z, batch.z])
@@ -180,7 +194,7 @@ class OnDevice(TorchDispatchMode):
 
 @CASES
 def test_evaluations_never_read_a_value_nor_touch_the_host(
-    random_components: Components, savings: Savings, fused: bool
+    random_components: Components, savings: Savings, fused: bool, captured: bool
 ) -> None:
     """All of torch eager's graphs, the gradient included: what a GPU would be asked to capture."""
     specs = random_components.specs()
@@ -192,18 +206,21 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(
         "label_embeddings": specs["align"].inputs[2].shape,
         "regions": specs["align"].inputs[3].shape,
         "region_mask": specs["align"].inputs[4].shape,
+        "boxes": specs["grounding"].inputs[0].shape,
+        "encoder_hidden_states": specs["grounding"].inputs[3].shape,
     }
+    halved = (*CONTEXTS, "encoder_hidden_states")
     given = Conditioning(
         **{
-            name: torch.empty(4 if "context" in name else 2, *shape[1:], device="meta")
+            name: torch.empty(4 if name in halved else 2, *shape[1:], device="meta")
             for name, shape in shapes.items()
         }
     )
-    batch = make_buffers(engines, given, "meta", savings, fused)
+    batch = make_buffers(engines, given, "meta", savings, fused, captured)
     schedule = plan(steps=10, beta=0.5, window=(0.0, 0.8), savings=savings)
     batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
     kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
-    assert len(set(kinds)) == (2 if fused else 4 if savings == EXACT else 7)
+    assert len(set(kinds)) == (2 if fused else {EXACT: 4, FRUGAL: 7, WASTEFUL: 3}[savings])
     with torch.no_grad(), OnDevice():
         for kind in kinds:
             batch.evaluate(kind)
@@ -211,121 +228,6 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(
         batch.z.copy_(torch.zeros(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="meta"):
         float(batch.z.sum())
-
-
-@pytest.mark.parametrize("mode", ["step", "trajectory"])
-@pytest.mark.parametrize(
-    ("schedule", "kinds"),
-    [(plan(), 1), (plan(beta=0.5), 2), (plan(steps=2, beta=0.0), 1)],
-    ids=["plain", "gate", "two-steps"],
-)
-def test_step_graphs_are_replayed_where_there_are_any(
-    engines: dict[GraphName, Engine],
-    random_components: Components,
-    schedule: Schedule,
-    kinds: int,
-    mode: CaptureMode,
-) -> None:
-    given = conditioned(random_components, engines, [0, 1])
-    expected, losses = sample_fused(engines, noise([0, 1]), given, schedule)
-    calls, captures = Counter[str](), Counted()
-    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
-    sampler = ReplaySampler(counting, "cpu", mode=mode, capture=captures)
-    found, ours = sampler(noise([0, 1]), given, schedule)
-    # the same engines on the same numbers: not a bit of difference
-    assert torch.equal(found, expected)
-    assert [(one.step, one.timestep) for one in ours] == [(o.step, o.timestep) for o in losses]
-    for one, other in zip(ours, losses, strict=True):
-        assert torch.equal(one.loss_global, other.loss_global)
-        assert torch.equal(one.loss_local, other.loss_local)
-    assert set(calls) <= set(STEP_NAMES)
-    assert captures.captures == (kinds if mode == "step" else 1)
-    sampler(noise([1, 0]), given, schedule)
-    assert captures.captures == (kinds if mode == "step" else 1)
-
-
-def test_a_fused_batch_finds_nothing_of_the_one_before(
-    engines: dict[GraphName, Engine], random_components: Components
-) -> None:
-    sampler = ReplaySampler(engines, "cpu", capture=Counted())
-    given = conditioned(random_components, engines, [0, 1])
-    broken, _ = sampler(noise([0, 1]) * torch.nan, given, plan(steps=9))
-    assert not broken.isfinite().any()
-    # longer before shorter
-    runs = [plan(steps=9, guidance=5.0), plan(steps=4, eta0=0.5), plan(eta0=1.0)]
-    results = [sampler(noise([0, 1]), given, schedule)[0] for schedule in runs]
-    for schedule, found in zip(runs, results, strict=True):
-        assert torch.equal(found, sample_fused(engines, noise([0, 1]), given, schedule)[0])
-
-
-def test_lambdas_are_each_images_own_in_a_step_graph(
-    engines: dict[GraphName, Engine], random_components: Components
-) -> None:
-    calls = Counter[str]()
-    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
-    schedules = [plan(lambdas=(1.0, 0.5)), plan(lambdas=(0.1, 2.0))]
-    given = conditioned(random_components, engines, [0, 0])
-    together, _ = ReplaySampler(counting, "cpu")(noise([0, 0]), given, schedules)
-    assert set(calls) == {"step_grounded"}
-    assert relative(together[:1], together[1:]) > 1e-4, "the lambdas must matter here"
-    for row, schedule in enumerate(schedules):
-        given = conditioned(random_components, engines, [0])
-        alone, _ = sample_fused(engines, noise([0]), given, schedule)
-        assert relative(together[row : row + 1], alone) < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("schedules", "guided"),
-    [
-        ([plan(), plan(steps=7)], True),
-        ([plan(), plan(guidance=4.0)], True),
-        ([plan(), plan(window=(0.0, 0.6))], True),
-        ([plan(eta0=0.0)], True),
-        ([plan(window=(0.0, 0.5))], True),
-        ([plan(savings=Savings(align_every=2))], True),
-        ([plan(savings=Savings(latent_dtype="bfloat16"))], True),
-        ([plan(guidance=1.0)], False),
-    ],
-    ids=["steps", "guidance", "windows", "unaligned", "window", "repeats", "bfloat16", "unguided"],
-)
-def test_what_no_step_graph_can_do_runs_by_the_separate_graphs(
-    engines: dict[GraphName, Engine],
-    random_components: Components,
-    schedules: list[Schedule],
-    guided: bool,
-) -> None:
-    calls = Counter[str]()
-    counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
-    images = [0, 1][: len(schedules)]
-    sampler = ReplaySampler(counting, "cpu")
-    found, _ = sampler(
-        noise(images), conditioned(random_components, engines, images, guided), schedules
-    )
-    assert not set(calls) & set(STEP_NAMES)
-    for row, schedule in enumerate(schedules):
-        given = conditioned(random_components, engines, images[row : row + 1], guided)
-        alone, _ = sample(engines, noise(images[row : row + 1]), given, schedule)
-        narrow = schedule.savings.latent_dtype == "bfloat16"
-        assert relative(found[row : row + 1], alone) < (2e-2 if narrow else 1e-5)
-    # and back to the step graphs, whose buffers are others
-    images = [0]
-    given = conditioned(random_components, engines, images)
-    again, _ = sampler(noise(images), given, plan())
-    assert torch.equal(again, sample_fused(engines, noise(images), given, plan())[0])
-    assert calls["step_grounded"] == 7
-
-
-def test_a_callback_may_replace_the_latent_of_a_step_graph(
-    engines: dict[GraphName, Engine], random_components: Components
-) -> None:
-    given = conditioned(random_components, engines, [0])
-
-    def halve(k: int, z: Tensor) -> Tensor:
-        return z / 2 if k == 3 else z
-
-    found, _ = ReplaySampler(engines, "cpu")(noise([0]), given, plan(), halve)
-    expected, _ = sample_fused(engines, noise([0]), given, plan(), halve)
-    assert torch.equal(found, expected)
 
 
 def test_captured_kinds_of_a_shape_are_bounded(
@@ -382,36 +284,3 @@ def test_an_engine_that_refuses_is_asked_before_and_after_its_first_run(
     else:
         with pytest.raises(BackendError, match="not built for it"):
             sampler(noise([0]), given, plan(beta=0.5))
-
-
-def test_a_pipeline_with_step_graphs_replays_them(random_components: Components) -> None:
-    pipe = HCMAPipeline.from_components(random_components)
-    calls = Counter[str]()
-    pipe.engines = {
-        n: Counting(e, calls) for n, e in make_engines(random_components, names=EVERY).items()
-    }
-    given: dict[str, Any] = {"seed": 3, "num_inference_steps": 4, "output_type": "np"}
-    expected = pipe(["ab", "c"], LAYOUTS[:2], **given)
-    once = Counter(calls)
-    assert once["step_grounded"] == 5 and not once["align"]
-    pipe.replay = ReplaySampler(pipe.engines, "cpu")
-    found = pipe(["ab", "c"], LAYOUTS[:2], **given)
-    assert torch.equal(found.latents, expected.latents)
-    assert calls == Counter({name: 2 * count for name, count in once.items()})
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["step", "trajectory"])
-def test_captured_step_graphs_equal_the_fused_sampler(
-    random_components: Components, mode: CaptureMode
-) -> None:
-    """Nobody has run this yet."""
-    torch.backends.cudnn.allow_tf32 = False
-    engines = make_engines(random_components, "cuda", EVERY)
-    sampler = ReplaySampler(engines, "cuda", mode=mode)
-    schedule = plan(steps=20, beta=0.5)
-    for images in ([0, 1], [1], [1, 0]):
-        given = conditioned(random_components, engines, images, device="cuda")
-        expected, _ = sample_fused(engines, noise(images).cuda(), given, schedule)
-        found, _ = sampler(noise(images).cuda(), given, schedule)
-        assert relative(found, expected) < 1e-4
