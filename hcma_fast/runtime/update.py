@@ -68,7 +68,7 @@ class KernelUpdate:
 
 
 class OperatorUpdate:
-    """The same by plain operators into memory of its own: a tenth of what the op costs on a CPU.
+    """The same by plain operators into memory of its own, a fraction of what the op costs on a CPU.
 
     Latent, stored latent and history lie in one tensor, since each is a row of the same sum: the
     next latent is all of them and the prediction, weighted. Rows are then written where the table
