@@ -115,7 +115,9 @@ class Measured:
     crops: NDArray[np.float32]
     """(R, D)"""
     judged: NDArray[np.bool_]
-    """(R,) the judge sees the phrase; empty without a judge, as the next two"""
+    """(R,) the judge sees the phrase; empty without a judge, as the next three"""
+    confidence: NDArray[np.float32]
+    """(R,) the judge's log-probability of the phrase, see ``Judge.confidence``"""
     counted: NDArray[np.bool_]
     """(n,) the boxes show each category as often as the layout has it"""
     clear: NDArray[np.bool_]
@@ -229,7 +231,7 @@ def measure_block(
     nothing = np.zeros(0, np.float32)
     whole = crops = np.zeros((len(items), 0), np.float32)
     judged = counted = clear = nothing.astype(np.bool_)
-    clip = clip_label = clip_photo = nothing
+    confidence = clip = clip_label = clip_photo = nothing
     layouts = [item.layout for item in items]
     if instruments.features is not None:
         whole = instruments.features.images(images)
@@ -242,10 +244,12 @@ def measure_block(
         check_features(whole, [item.id for item in items], what)
         check_features(crops, [item.id for item in items for _ in item.layout.boxes], what)
     if instruments.judge is not None:
-        verdicts = instruments.judge.predict(
+        judge = instruments.judge
+        values = judge.log_probabilities(
             np.stack([np.asarray(image) for image in images]),
             [[*layout.boxes, *outside_windows(layout.boxes)] for layout in layouts],
         )
+        verdicts = judge.verdicts(values)
         inside = [seen[: len(layout)] for layout, seen in zip(layouts, verdicts, strict=True)]
         outside = [seen[len(layout) :] for layout, seen in zip(layouts, verdicts, strict=True)]
         pairs = list(zip(layouts, inside, strict=True))
@@ -257,6 +261,11 @@ def measure_block(
             ],
             np.bool_,
         )
+        own = [
+            judge.confidence(some[: len(layout)], layout.phrases)
+            for layout, some in zip(layouts, values, strict=True)
+        ]
+        confidence = np.concatenate(own).astype(np.float32)
         counted = np.array([categories_match(layout, seen) for layout, seen in pairs], np.bool_)
         clear = np.array([is_clear(seen) for seen in outside], np.bool_)
     if instruments.clip is not None:
@@ -276,6 +285,7 @@ def measure_block(
         whole=whole,
         crops=crops,
         judged=judged,
+        confidence=confidence,
         counted=counted,
         clear=clear,
         clip=clip,

@@ -252,6 +252,7 @@ def _scored(
         )
         scored["region judge, large boxes"] = share(judged, sides >= MIN_SIDE)
         scored["region judge"] = share(judged)
+        scored["region judge, log-probability"] = share(blocks.joined("confidence"))
         right = np.bincount(owners, judged, len(items)) == np.bincount(owners, minlength=len(items))
         counted, clear = blocks.joined("counted"), blocks.joined("clear")
         for name, values in (

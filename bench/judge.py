@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -87,6 +88,10 @@ class JudgeCard(BaseModel):
     """the same on pictures blurred with a sigma of one pixel in 64"""
 
 
+CONFIDENCE_FLOOR = math.log(0.01)
+"""of a box: one lost object should not outweigh many that are a little clearer (decisions.md)"""
+
+
 class Verdict(NamedTuple):
     """The likeliest class of a box and its probability."""
 
@@ -132,7 +137,11 @@ class Judge:
         self, images: NDArray[np.uint8], boxes: Sequence[Sequence[Box]]
     ) -> list[list[Verdict]]:
         """What each box shows; the arguments are those of :meth:`log_probabilities`."""
-        best = [values.max(-1) for values in self.log_probabilities(images, boxes)]
+        return self.verdicts(self.log_probabilities(images, boxes))
+
+    def verdicts(self, values: Sequence[Tensor]) -> list[list[Verdict]]:
+        """The likeliest class of each box, from what :meth:`log_probabilities` returned."""
+        best = [some.max(-1) for some in values]
         return [
             [
                 Verdict(self.card.classes[index], probability)
@@ -163,6 +172,17 @@ class Judge:
         logits = torch.cat([self.net(part) for part in to_tensor(crops).split(256)])
         values: list[Tensor] = list(logits.log_softmax(-1).split([len(some) for some in boxes]))
         return values
+
+    def confidence(self, values: Tensor, categories: Sequence[str]) -> NDArray[np.float64]:
+        """(boxes,) the log-probability of what each box should show, at least CONFIDENCE_FLOOR.
+
+        Args:
+            values: (boxes, classes) of one image, from :meth:`log_probabilities`.
+            categories: one per box.
+        """
+        wanted = torch.tensor([[self.card.classes.index(name)] for name in categories])
+        own = values.gather(-1, wanted.reshape(-1, 1)).double().clamp(min=CONFIDENCE_FLOOR)
+        return own[:, 0].numpy()  # type: ignore[no-any-return]
 
 
 def held_out_accuracy(

@@ -6,11 +6,10 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from hcma_fast.bench.judge import Judge
 from hcma_fast.bench.scene_images import generate_images
-from hcma_fast.bench.tune_records import CONFIDENCE_FLOOR, Readings
+from hcma_fast.bench.tune_records import Readings
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.runtime.pipeline import HCMAPipeline
@@ -49,7 +48,7 @@ class JudgeScore:
         """Scores of the layouts start .. stop-1 of "val", (stop - start,).
 
         ``recognised`` is in [0, 1], NaN where no box is large; ``confidence`` is in
-        [CONFIDENCE_FLOOR, 0].
+        [judge.CONFIDENCE_FLOOR, 0].
         """
         scenes = [sample_scene("val", index) for index in range(start, stop)]
         images = generate_images(
@@ -67,14 +66,13 @@ class JudgeScore:
         seen = self._judge.log_probabilities(images, [[o.box for o in s.objects] for s in scenes])
         recognised, confidence = np.full((2, len(scenes)), np.nan)
         for i, (scene, values) in enumerate(zip(scenes, seen, strict=True)):
-            classes = [self._judge.card.classes.index(item.category) for item in scene.objects]
-            wanted = torch.tensor(classes)
-            own = values.gather(-1, wanted[:, None]).double().clamp(min=CONFIDENCE_FLOOR)
-            confidence[i] = float(own.mean())
+            wanted = [item.category for item in scene.objects]
+            confidence[i] = self._judge.confidence(values, wanted).mean()
             x0, y0, x1, y1 = np.array([item.box for item in scene.objects]).T
             large = np.minimum(x1 - x0, y1 - y0) >= self._min_side
             if large.any():
-                recognised[i] = (values.argmax(-1) == wanted).numpy()[large].mean()
+                shown = [verdict.category for verdict in self._judge.verdicts([values])[0]]
+                recognised[i] = (np.array(shown) == wanted)[large].mean()
         return {"recognised": recognised, "confidence": confidence}
 
     def forget(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import numpy as np
@@ -10,6 +9,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from hcma_fast.bench.bootstrap import estimate
+from hcma_fast.bench.judge import CONFIDENCE_FLOOR
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 
@@ -20,8 +20,6 @@ ScoreName = Literal["recognised", "confidence"]
 judge's log-probability of that category, mean over all of its boxes"""
 Readings = dict[ScoreName, Scores]
 """every score of the same layouts"""
-CONFIDENCE_FLOOR = math.log(0.01)
-"""of a box: below it the object is lost, and how surely says nothing about the settings"""
 WORST: dict[ScoreName, float] = {"recognised": 0.0, "confidence": CONFIDENCE_FLOOR}
 Verdict = Literal["better", "undecided", "not better"]
 

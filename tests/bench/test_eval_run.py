@@ -36,7 +36,7 @@ from hcma_fast.bench.eval_run import (
 )
 from hcma_fast.bench.eval_scores import score_run
 from hcma_fast.bench.fidelity import Features
-from hcma_fast.bench.judge import Judge
+from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
 from hcma_fast.bench.methods import Generated, Method, Runner
 from hcma_fast.bench.networks import JudgeFeatures, VisionFeatures, cut
 from hcma_fast.errors import InputError, UsageError
@@ -232,6 +232,9 @@ def test_a_faultless_generator_reaches_the_real_images(
     ):
         assert good.scores[name] == report.real.scores[name]
         assert good.scores[name].value > 0.8 > bad.scores[name].value + 0.4
+    sure = "region judge, log-probability"
+    assert good.scores[sure] == report.real.scores[sure]
+    assert 0 > good.scores[sure].value > -0.5 > -3 > bad.scores[sure].value >= CONFIDENCE_FLOOR
     title = "(EmojiScenes, judge features)"
     assert good.scores[f"KID {title}"].value < bad.scores[f"KID {title}"].value / 10
     assert good.scores[f"precision {title}"].value == 1

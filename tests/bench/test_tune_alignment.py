@@ -18,11 +18,11 @@ from PIL import Image
 
 from hcma_fast import HCMAPipeline
 from hcma_fast.bench import tune_alignment
-from hcma_fast.bench.judge import Judge
+from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
 from hcma_fast.bench.judge_score import JudgeScore
 from hcma_fast.bench.tune_alignment import search
 from hcma_fast.bench.tune_files import plot_png, trials_csv, tuning_table
-from hcma_fast.bench.tune_records import CONFIDENCE_FLOOR, Plan, Readings, TuningReport
+from hcma_fast.bench.tune_records import Plan, Readings, TuningReport
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.models.weights import Components
