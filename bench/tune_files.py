@@ -80,8 +80,8 @@ def tuning_table(found: TuningReport) -> str:
         f"Best: trial {found.best}{tied}. On fresh layouts {_compared(found.confirmation, name)}."
     )
     if found.recognised is not None:
-        shown = _compared(found.recognised, "recognised")
-        lines.append(f"Large boxes recognised there: {shown}.")
+        boxes = _compared(found.recognised, "recognised")
+        lines.append(f"Large boxes recognised there: {boxes}.")
     lines.append(_VERDICTS[found.verdict])
     return "\n".join(lines)
 
