@@ -225,9 +225,8 @@ def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) 
     """Whether the step graphs are there, and can run images with these schedules as one batch.
 
     They guide and align always, know of no approximation, have one table for all images, and leave
-    the contexts to who calls them. Where
-    a window leaves steps unaligned, the separate graphs save those alignments, which cost more than
-    a call (docs/decisions.md).
+    the contexts to who calls them. Where a window leaves steps unaligned, the separate graphs save
+    those alignments, which cost more than a call (docs/decisions.md).
     """
     first = schedules[0]
     savings = first.savings

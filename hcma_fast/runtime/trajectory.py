@@ -135,7 +135,7 @@ class Trajectory(Buffers):
         captured: bool = True,
     ) -> None:
         batch = len(like.caption_embedding)
-        # Without a capture or a GPU the kernel's op would be called for its reference.
+        # without a capture and a GPU the op would only run its reference
         by_kernel = captured or device.type == "cuda"
         given = ((batch, *latent), narrow, device)
         self.update: Update = KernelUpdate(*given) if by_kernel else OperatorUpdate(*given)
