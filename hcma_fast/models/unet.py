@@ -66,9 +66,11 @@ class Grounding(nn.Module):
         layer: Any
         for layer in self.caption_layers:
             caption += [layer.to_k(encoder_hidden_states), layer.to_v(encoder_hidden_states)]
-        tokens = self.position_net(
-            boxes=boxes, masks=region_mask, positive_embeddings=label_embeddings
-        )
+        # diffusers makes the frequencies of its Fourier features on torch's default device
+        with boxes.device:
+            tokens = self.position_net(
+                boxes=boxes, masks=region_mask, positive_embeddings=label_embeddings
+            )
         objects: list[Tensor] = []
         for layer in self.box_layers:
             # LayerNorm works token by token: the boxes' tokens may have it before they are joined
