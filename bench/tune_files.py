@@ -103,6 +103,8 @@ def plot_png(report: TuningReport) -> bytes:
 
     Paired differences, for pruned trials saw fewer layouts; bars are their 95% intervals.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     figure = new_figure(15, 4.2)
     axes = figure.subplots(1, 4, sharey=True)
     tried = [trial for trial in report.trials if trial.state in ("complete", "pruned")]
@@ -126,6 +128,10 @@ def plot_png(report: TuningReport) -> bytes:
             )
         axis.set_xlabel(label)
     axes[0].set_xscale("log")
+    # the labels of a logarithmic axis that spans less than two decades would lie on each other
+    axes[0].xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].xaxis.set_major_formatter("{x:g}")
+    axes[0].xaxis.set_minor_formatter(NullFormatter())
     complete = [trial for trial in tried if trial.state == "complete"]
     history = [max(_interval(t)[1] for t in complete[: i + 1]) for i in range(len(complete))]
     axes[3].step([t.number for t in complete], history, where="post", color="tab:orange")
