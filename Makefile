@@ -64,6 +64,7 @@ type: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/hcma-fast bench run peers train --out bench-results
+	$(BIN)/hcma-fast bench run train --model sd14 --rounds 1 --out bench-results/sd14
 
 # The extras for a GPU exclude those above, so it takes the environment as it is (docs/gpu.md).
 bench-gpu:
