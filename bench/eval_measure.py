@@ -116,8 +116,8 @@ class Measured:
     """(R, D)"""
     judged: NDArray[np.bool_]
     """(R,) the judge sees the phrase; empty without a judge, as the next three"""
-    confidence: NDArray[np.float32]
-    """(R,) the judge's log-probability of the phrase, see ``Judge.confidence``"""
+    log_probability: NDArray[np.float32]
+    """(R,) of the phrase, by the judge"""
     counted: NDArray[np.bool_]
     """(n,) the boxes show each category as often as the layout has it"""
     clear: NDArray[np.bool_]
@@ -231,7 +231,7 @@ def measure_block(
     nothing = np.zeros(0, np.float32)
     whole = crops = np.zeros((len(items), 0), np.float32)
     judged = counted = clear = nothing.astype(np.bool_)
-    confidence = clip = clip_label = clip_photo = nothing
+    log_probability = clip = clip_label = clip_photo = nothing
     layouts = [item.layout for item in items]
     if instruments.features is not None:
         whole = instruments.features.images(images)
@@ -262,10 +262,10 @@ def measure_block(
             np.bool_,
         )
         own = [
-            judge.confidence(some[: len(layout)], layout.phrases)
+            judge.of_categories(some[: len(layout)], layout.phrases)
             for layout, some in zip(layouts, values, strict=True)
         ]
-        confidence = np.concatenate(own).astype(np.float32)
+        log_probability = np.concatenate(own).astype(np.float32)
         counted = np.array([categories_match(layout, seen) for layout, seen in pairs], np.bool_)
         clear = np.array([is_clear(seen) for seen in outside], np.bool_)
     if instruments.clip is not None:
@@ -285,7 +285,7 @@ def measure_block(
         whole=whole,
         crops=crops,
         judged=judged,
-        confidence=confidence,
+        log_probability=log_probability,
         counted=counted,
         clear=clear,
         clip=clip,

@@ -18,6 +18,7 @@ from hcma_fast.bench.eval_items import EvalItem
 from hcma_fast.bench.eval_measure import REAL, Instruments, Measured, block_file
 from hcma_fast.bench.eval_run import BLOCK, ImageRecord, RunSettings, load_records
 from hcma_fast.bench.fidelity import fid, kid, precision_recall
+from hcma_fast.bench.judge import CONFIDENCE_FLOOR
 from hcma_fast.bench.machine import Machine, describe_machine
 from hcma_fast.bench.methods import Method
 from hcma_fast.bench.networks import FeatureNetwork
@@ -252,7 +253,8 @@ def _scored(
         )
         scored["region judge, large boxes"] = share(judged, sides >= MIN_SIDE)
         scored["region judge"] = share(judged)
-        scored["region judge, log-probability"] = share(blocks.joined("confidence"))
+        own = np.maximum(blocks.joined("log_probability"), CONFIDENCE_FLOOR)
+        scored["region judge, log-probability"] = share(own)
         right = np.bincount(owners, judged, len(items)) == np.bincount(owners, minlength=len(items))
         counted, clear = blocks.joined("counted"), blocks.joined("clear")
         for name, values in (

@@ -89,7 +89,8 @@ class JudgeCard(BaseModel):
 
 
 CONFIDENCE_FLOOR = math.log(0.01)
-"""of a box: one lost object should not outweigh many that are a little clearer (decisions.md)"""
+"""Least log-probability that a box counts with: one lost object should not outweigh many that are a
+little clearer (docs/decisions.md)"""
 
 
 class Verdict(NamedTuple):
@@ -173,16 +174,16 @@ class Judge:
         values: list[Tensor] = list(logits.log_softmax(-1).split([len(some) for some in boxes]))
         return values
 
-    def confidence(self, values: Tensor, categories: Sequence[str]) -> NDArray[np.float64]:
-        """(boxes,) the log-probability of what each box should show, at least CONFIDENCE_FLOOR.
+    def of_categories(self, values: Tensor, categories: Sequence[str]) -> NDArray[np.float64]:
+        """(boxes,) the log-probability of what each box should show.
 
         Args:
             values: (boxes, classes) of one image, from :meth:`log_probabilities`.
-            categories: one per box.
+            categories: one of ``card.classes`` per box.
         """
-        wanted = torch.tensor([[self.card.classes.index(name)] for name in categories])
-        own = values.gather(-1, wanted.reshape(-1, 1)).double().clamp(min=CONFIDENCE_FLOOR)
-        return own[:, 0].numpy()  # type: ignore[no-any-return]
+        wanted = np.array([self.card.classes.index(name) for name in categories], np.int64)
+        found: NDArray[np.float64] = values.double().numpy()[np.arange(len(wanted)), wanted]
+        return found
 
 
 def held_out_accuracy(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hcma_fast.bench.judge import Judge
+from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
 from hcma_fast.bench.scene_images import generate_images
 from hcma_fast.bench.tune_records import Readings
 from hcma_fast.config import AlignmentSettings
@@ -67,7 +67,8 @@ class JudgeScore:
         recognised, confidence = np.full((2, len(scenes)), np.nan)
         for i, (scene, values) in enumerate(zip(scenes, seen, strict=True)):
             wanted = [item.category for item in scene.objects]
-            confidence[i] = self._judge.confidence(values, wanted).mean()
+            own = self._judge.of_categories(values, wanted)
+            confidence[i] = np.maximum(own, CONFIDENCE_FLOOR).mean()
             x0, y0, x1, y1 = np.array([item.box for item in scene.objects]).T
             large = np.minimum(x1 - x0, y1 - y0) >= self._min_side
             if large.any():

@@ -83,7 +83,7 @@ def train_decoder(
         on_log({"step": step, "val_psnr_db": round(psnr(trained, validation), 2)})
         write_folder(out / "vae-sharp", trained.save_pretrained)
 
-    run(
+    averaged = run(
         model,
         loss_of_step,
         LoopConfig(steps=steps, lr=lr, ema_decay=0.995),
@@ -92,4 +92,6 @@ def train_decoder(
         batch_of_step=batch_of_step,
         on_log=on_log,
     )
+    if not (out / "vae-sharp").is_dir():  # the run was over, and its export is gone
+        keep(steps, averaged)
     return out / "vae-sharp"

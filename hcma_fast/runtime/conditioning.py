@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning
+from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, grounding_inputs
 from hcma_fast.specs import GraphName
 
 
@@ -33,7 +33,7 @@ def condition(
     Raises:
         InputError: a text is too long; all are checked before the first engine runs.
     """
-    phrases = sorted({phrase for layout in layouts for phrase in layout.phrases})
+    phrases = [phrase for layout in layouts for phrase in layout.phrases]
     kinds = {"prompt": prompts, "negative prompt": negatives or [], "phrase": phrases}
     ids = torch.cat([tokenize(tokenizer, texts, kind) for kind, texts in kinds.items()])
     # each distinct text is encoded once, all in one batch; `place` has a row for each text above
@@ -48,27 +48,15 @@ def condition(
     boxes = torch.from_numpy(np.stack([box for box, _ in padded])).to(device)
     mask = torch.from_numpy(np.stack([valid for _, valid in padded])).to(device)
     labels = torch.zeros(*mask.shape, caption.shape[-1], device=device)
-    for row, layout in enumerate(layouts):
-        for slot, phrase in enumerate(layout.phrases):
-            labels[row, slot] = pooled[phrases.index(phrase)]
-
-    inputs = {
-        "boxes": boxes,
-        "region_mask": mask,
-        "label_embeddings": labels,
-        "encoder_hidden_states": hidden,
-    }
-    halves = [engines["grounding"](inputs)]
-    regions = halves[0]["regions"]
-    if negatives is not None:
-        null = {"region_mask": torch.zeros_like(mask), "encoder_hidden_states": negative_hidden}
-        halves.insert(0, engines["grounding"]({**inputs, **null}))
-        hidden = torch.cat([negative_hidden, hidden])
+    labels[mask.bool()] = pooled
+    states = torch.cat([negative_hidden, hidden])
+    halves = [engines["grounding"](half) for half in grounding_inputs(boxes, mask, labels, states)]
     text_context, grounding_context = (
-        torch.cat([half[name] for half in halves]) for name in ("text_context", "grounding_context")
+        torch.cat([half[name] for half in halves]) for name in CONTEXTS
     )
+    regions = halves[-1]["regions"]
     return Conditioning(
-        text_context, grounding_context, caption, labels, regions, mask, boxes, hidden
+        text_context, grounding_context, caption, labels, regions, mask, boxes, states
     )
 
 

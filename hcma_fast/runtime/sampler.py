@@ -38,16 +38,24 @@ class Conditioning:
     encoder_hidden_states: Tensor
     """(C, 77, d) of the captions: the contexts come from these and the boxes"""
 
+    def halves(self) -> list[dict[str, Tensor]]:
+        """See :func:`grounding_inputs`."""
+        return grounding_inputs(
+            self.boxes, self.region_mask, self.label_embeddings, self.encoder_hidden_states
+        )
+
 
 CONTEXTS = ("text_context", "grounding_context")
 
 
-def grounding_inputs(given: Conditioning) -> list[dict[str, Tensor]]:
-    """What the `grounding` graph takes, per half of the guidance; the unconditional one has no
-    boxes."""
-    states = given.encoder_hidden_states.split(len(given.boxes))
-    masks = [torch.zeros_like(given.region_mask), given.region_mask][-len(states) :]
-    fixed = {"boxes": given.boxes, "label_embeddings": given.label_embeddings}
+def grounding_inputs(
+    boxes: Tensor, region_mask: Tensor, label_embeddings: Tensor, encoder_hidden_states: Tensor
+) -> list[dict[str, Tensor]]:
+    """What the `grounding` graph takes, per half of the guidance, the unconditional one first: it
+    has no boxes. The arguments are those of :class:`Conditioning`."""
+    states = encoder_hidden_states.split(len(boxes))
+    masks = [torch.zeros_like(region_mask), region_mask][-len(states) :]
+    fixed = {"boxes": boxes, "label_embeddings": label_embeddings}
     return [
         {**fixed, "region_mask": mask, "encoder_hidden_states": half}
         for mask, half in zip(masks, states, strict=True)
@@ -211,7 +219,7 @@ def _contexts(
     engines: Mapping[GraphName, Engine], given: Conditioning, guided: bool
 ) -> dict[str, Tensor]:
     """Those of both halves, or of the conditional one, computed again."""
-    halves = grounding_inputs(given)
+    halves = given.halves()
     found = [engines["grounding"](half) for half in (halves if guided else halves[-1:])]
     return {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
 

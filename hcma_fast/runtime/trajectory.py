@@ -25,7 +25,6 @@ from hcma_fast.runtime.sampler import (
     CONTEXTS,
     Conditioning,
     Schedule,
-    grounding_inputs,
     halves_by_image,
 )
 from hcma_fast.runtime.update import KernelUpdate, OperatorUpdate, Update
@@ -175,7 +174,7 @@ class Trajectory(Buffers):
         # per half of the guidance, what its contexts are computed from, and where they go
         self.halves = [
             (inputs, {name: fixed[name][half * batch : (half + 1) * batch] for name in CONTEXTS})
-            for half, inputs in enumerate(grounding_inputs(self.conditioning))
+            for half, inputs in enumerate(self.conditioning.halves())
         ]
 
     def launches(self, kind: Kind) -> Kind:

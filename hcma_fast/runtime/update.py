@@ -72,7 +72,8 @@ class OperatorUpdate:
 
     Latent, stored latent and history lie in one tensor, since each is a row of the same sum: the
     next latent is all of them and the prediction, weighted. Rows are then written where the table
-    says so.
+    says so. A latent that is not finite stays so: a weight of 0 does not hide it, as the op does in
+    the corrector.
 
     Args:
         shape: (B, C, h, w); dtype: of the latent and the history.

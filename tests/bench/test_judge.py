@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hcma_fast.bench.judge import ASSETS, CONFIDENCE_FLOOR, Judge, held_out_accuracy
+from hcma_fast.bench.judge import ASSETS, Judge, held_out_accuracy
 from hcma_fast.bench.judge_data import (
     CLASSES,
     CROP_SIDE,
@@ -72,13 +72,13 @@ def test_is_not_content_with_a_blob(judge: Judge) -> None:
     assert len(fooled) <= 0.2 * len(wanted)
 
 
-def test_confidence_is_the_log_probability_of_each_box_s_own_category(judge: Judge) -> None:
+def test_each_box_has_the_log_probability_of_its_own_category(judge: Judge) -> None:
     values = torch.full((3, len(judge.card.classes)), -50.0)
     dog, cat = (judge.card.classes.index(name) for name in ("dog", "cat"))
     values[0, dog], values[1, dog], values[2, cat] = -0.1, -0.2, -0.3
-    found = judge.confidence(values, ["dog", "cat", "cat"])
-    np.testing.assert_allclose(found, [-0.1, CONFIDENCE_FLOOR, -0.3], rtol=1e-6)
-    assert judge.confidence(values[:0], []).shape == (0,)
+    found = judge.of_categories(values, ["dog", "cat", "cat"])
+    np.testing.assert_allclose(found, [-0.1, -50, -0.3], rtol=1e-6)
+    assert judge.of_categories(values[:0], []).shape == (0,)
     assert [seen.category for seen in judge.verdicts([values])[0]] == ["dog", "dog", "cat"]
 
 

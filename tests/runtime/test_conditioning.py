@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -10,7 +13,8 @@ from hcma_fast.models.unet import Grounding
 from hcma_fast.models.weights import Components
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.sampler import Conditioning, grounding_inputs
+from hcma_fast.runtime.sampler import Conditioning
+from hcma_fast.specs import BatchRange
 
 PROMPTS = ["a dog and a cat", "a pizza"]
 NEGATIVES = ["", "blurry"]
@@ -52,7 +56,7 @@ def test_unconditional_half_comes_first_and_is_not_grounded(random_components: C
     torch.testing.assert_close(given.text_context[:2], text)
     torch.testing.assert_close(given.grounding_context[:2], null)
     # and what these came from, half by half
-    for half, inputs in enumerate(grounding_inputs(given)):
+    for half, inputs in enumerate(given.halves()):
         again = grounding(
             *(inputs[n] for n in ("boxes", "region_mask", "label_embeddings")),
             inputs["encoder_hidden_states"],
@@ -74,12 +78,41 @@ def test_each_slot_has_its_own_phrase(random_components: Components) -> None:
     assert given.region_mask.sum(-1).tolist() == [3, 0]
 
 
+@torch.no_grad()
+def test_a_text_that_occurs_again_is_encoded_once(random_components: Components) -> None:
+    parts, specs = random_components, random_components.specs()
+    engines = {name: EagerEngine(m, specs[name]) for name, m in parts.graphs().items()}
+    text, rows = engines["text_encoder"], list[int]()
+
+    class Small:
+        """Takes two texts at once."""
+
+        spec = replace(text.spec, batch=BatchRange(1, 1, 2))
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            rows.append(len(inputs["input_ids"]))
+            return text(inputs)
+
+    prompts, negatives = ["dog", "cat"], ["", "dog"]
+    layouts = [Layout(["dog"], [[0, 0, 1, 1]]), Layout(["cat", "dog"], [[0, 0, 1, 1]] * 2)]
+    named = {**engines, "text_encoder": Small()}
+    given = condition(named, parts.tokenizer, prompts, negatives, layouts)
+    assert rows == [2, 1]  # "dog", "cat" and ""
+    hidden, pooled = encode(parts, prompts)
+    torch.testing.assert_close(given.caption_embedding, pooled)
+    states = torch.cat([encode(parts, negatives)[0], hidden])
+    torch.testing.assert_close(given.encoder_hidden_states, states)
+    dog, cat = pooled
+    torch.testing.assert_close(given.label_embeddings[0, 0], dog)
+    torch.testing.assert_close(given.label_embeddings[1, :2], torch.stack([cat, dog]))
+
+
 def test_without_guidance_there_is_one_half(random_components: Components) -> None:
     alone, both = build(random_components, None), build(random_components, NEGATIVES)
     assert len(alone.text_context) == len(alone.grounding_context) == 2
     torch.testing.assert_close(alone.text_context, both.text_context[2:])
     torch.testing.assert_close(alone.grounding_context, both.grounding_context[2:])
-    (only,), (_, last) = grounding_inputs(alone), grounding_inputs(both)
+    (only,), (_, last) = alone.halves(), both.halves()
     assert only.keys() == last.keys()
     for name, value in only.items():
         torch.testing.assert_close(value, last[name])

@@ -44,6 +44,7 @@ def test_operators_equal_the_op(
 ) -> None:
     expected = run(KernelUpdate(SHAPE, dtype, CPU), schedules, guided)
     update = OperatorUpdate(SHAPE, dtype, CPU)
+    assert update.state.dtype == update.z.dtype == dtype
     # what another batch left behind is not looked at
     update.state.fill_(torch.nan)
     for ours, theirs in zip(run(update, schedules, guided), expected, strict=True):
