@@ -155,7 +155,8 @@ def _listed(text: str, what: str, valid: Callable[[str], bool], remedy: str) -> 
 
 
 def calls(settings: AlignmentSettings, steps: int, boxes: int, batch: int) -> list[Call]:
-    """What the pipeline calls for ``batch`` images with ``boxes`` phrases each, none shared.
+    """What the pipeline calls for ``batch`` images with ``boxes`` phrases each, no text shared but the
+    negative prompt.
 
     The same rules as in ``runtime.conditioning`` and ``runtime.sampler``; the tests compare.
     """
@@ -166,8 +167,7 @@ def calls(settings: AlignmentSettings, steps: int, boxes: int, batch: int) -> li
     grounded_steps = round(settings.grounding_beta * steps)
     grounded = int((table.step_index < grounded_steps).sum())
     found = [
-        Call("text_encoder", batch, halves),
-        Call("text_encoder", batch * boxes, int(boxes > 0)),
+        Call("text_encoder", batch * (1 + boxes) + guided, 1),
         Call("grounding", batch, halves),
         Call("align", batch, int(table.aligns.sum()) if aligning else 0),
         Call("unet_grounded", batch * halves, grounded),

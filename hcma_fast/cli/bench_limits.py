@@ -128,7 +128,7 @@ def _card_table(report: RooflineReport, gpu: GPU, rows: list[BatchTime]) -> list
 
 def _label(graph: str, batch: int, images: int) -> str:
     """The graph, and what it gets for an image if that is not one."""
-    return graph if batch == images else f"{graph}, {batch // images} per image"
+    return graph if batch == images else f"{graph}, {batch / images:g} per image"
 
 
 def _ms(seconds: float) -> str:

@@ -122,7 +122,7 @@ def test_calls_are_those_of_the_pipeline(
     batch, steps = 3, 7
     seen: Counter[tuple[str, int]] = Counter()
     specs = random_components.specs()
-    most = max(batch * boxes, 2 * batch)
+    most = max(batch * (1 + boxes) + 1, 2 * batch)
     engines = {name: Recorder(specs[name], most, seen=seen) for name in random_components.graphs()}
     info = random_components.info.model_copy(update={"alignment": settings})
     pipe = HCMAPipeline(engines, random_components.tokenizer, info, backend="none", weights_hash="")
@@ -130,7 +130,7 @@ def test_calls_are_those_of_the_pipeline(
         Layout(phrases=[f"{i} {k}" for k in range(boxes)], boxes=[[0.1, 0.1, 0.6, 0.6]] * boxes)
         for i in range(batch)
     ]
-    pipe(["a"] * batch, layouts, num_inference_steps=steps, output_type="pt", seed=0)
+    pipe([f"scene {i}" for i in range(batch)], layouts, num_inference_steps=steps, output_type="pt", seed=0)
     expected: Counter[tuple[str, int]] = Counter()
     for call in calls(settings, steps, boxes, batch):
         expected[call.graph, call.batch] += call.times
