@@ -108,8 +108,7 @@ def _card_table(report: RooflineReport, gpu: GPU, rows: list[BatchTime]) -> list
         lines.append(f"| {label} | {' | '.join(cells)} |")
 
     for same in zip(*(row.calls for row in rows), strict=True):
-        label = _label(same[0].graph, same[0].batch, rows[0].batch)
-        add(label, [f"{_ms(c.floor_s)} {c.bound} ({_ms(c.unfused_s)})" for c in same])
+        add(same[0].graph, [f"{_ms(c.floor_s)} {c.bound} ({_ms(c.unfused_s)})" for c in same])
     add(
         "a step: align and UNet",
         [f"{_ms(row.step_floor_s)} ({_ms(row.step_unfused_s)})" for row in rows],
