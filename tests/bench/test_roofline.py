@@ -130,7 +130,13 @@ def test_calls_are_those_of_the_pipeline(
         Layout(phrases=[f"{i} {k}" for k in range(boxes)], boxes=[[0.1, 0.1, 0.6, 0.6]] * boxes)
         for i in range(batch)
     ]
-    pipe([f"scene {i}" for i in range(batch)], layouts, num_inference_steps=steps, output_type="pt", seed=0)
+    pipe(
+        [f"scene {i}" for i in range(batch)],
+        layouts,
+        num_inference_steps=steps,
+        output_type="pt",
+        seed=0,
+    )
     expected: Counter[tuple[str, int]] = Counter()
     for call in calls(settings, steps, boxes, batch):
         expected[call.graph, call.batch] += call.times
