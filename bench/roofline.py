@@ -155,10 +155,10 @@ def _listed(text: str, what: str, valid: Callable[[str], bool], remedy: str) -> 
 
 
 def calls(settings: AlignmentSettings, steps: int, boxes: int, batch: int) -> list[Call]:
-    """What the pipeline calls for ``batch`` images with ``boxes`` phrases each, no text shared but the
-    negative prompt.
+    """What the pipeline calls for ``batch`` images with ``boxes`` phrases each.
 
-    The same rules as in ``runtime.conditioning`` and ``runtime.sampler``; the tests compare.
+    No text is shared but the negative prompt. The rules are those of ``runtime.conditioning``
+    and ``runtime.sampler``; the tests compare.
     """
     table = plms_table(steps)
     guided = settings.guidance_scale > 1
