@@ -15,12 +15,26 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from hcma_fast.config import MAX_OBJECTS
+from hcma_fast.errors import WeightsError
 from hcma_fast.files import write_whole
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.models.weights import load_part, load_tokenizer
 from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.scenes_cache import rendered_scenes
 from hcma_fast.train.vae import to_tensor
+
+
+def trained_part(folder: Path, command: str) -> Path:
+    """``folder``, a part of `tiny` that ``command`` makes.
+
+    Raises:
+        WeightsError: it is not there.
+    """
+    if not folder.is_dir():
+        raise WeightsError(
+            f"there is no {folder.name} yet", value=str(folder), remedy=f"Run {command} first."
+        )
+    return folder
 
 
 @torch.no_grad()
@@ -66,9 +80,11 @@ class SceneLatents:
     """Random batches of EmojiScenes with frozen VAE and text encoder, drawn by step number."""
 
     def __init__(self, folder: Path, split: Split, count: int) -> None:
-        self.tokenizer = load_tokenizer(folder / "tokenizer")
-        self.text_encoder = load_part(CLIPTextModel, folder / "text_encoder").eval()
-        vae = load_part(AutoencoderKL, folder / "vae").eval()
+        text = "hcma-fast train text"
+        self.tokenizer = load_tokenizer(trained_part(folder / "tokenizer", text))
+        encoder = trained_part(folder / "text_encoder", text)
+        self.text_encoder = load_part(CLIPTextModel, encoder).eval()
+        vae = load_part(AutoencoderKL, trained_part(folder / "vae", "hcma-fast train vae")).eval()
         self.scaling_factor = float(vae.config.scaling_factor)
         self.posteriors = cached_posteriors(folder, vae, split, count)
         self.scenes: list[Scene] = [sample_scene(split, index) for index in range(count)]

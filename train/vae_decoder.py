@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
 from hcma_fast.models.weights import load_part
-from hcma_fast.train.latents import cached_posteriors
+from hcma_fast.train.latents import cached_posteriors, trained_part
 from hcma_fast.train.loop import LoopConfig, Record, run
 from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
 from hcma_fast.train.vae import psnr, to_tensor
@@ -57,7 +57,7 @@ def train_decoder(
     """
     check_batch(batch, scenes)
     torch.manual_seed(0)
-    vae = load_part(AutoencoderKL, out / "vae").eval()
+    vae = load_part(AutoencoderKL, trained_part(out / "vae", "hcma-fast train vae")).eval()
     pictures = rendered_scenes(out, "train", scenes)
     posteriors = cached_posteriors(out, vae, "train", scenes)
     validation = rendered_scenes(out, "val", 500)[:200]

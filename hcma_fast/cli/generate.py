@@ -144,8 +144,8 @@ def generate(
         typer.Option(
             metavar="NAME=VALUE",
             help="Faster, for an approximate image: align_every=2, guidance_end=0.8, "
-            "latent_dtype=bfloat16; repeat it. skip_idle_alignment=false and "
-            "contexts_once=false switch exact ones off.",
+            "latent_dtype=bfloat16; repeat it. Slower, for the same image, to check the exact "
+            "ones: skip_idle_alignment=false, contexts_once=false.",
             show_default="none, exact",
         ),
     ] = None,

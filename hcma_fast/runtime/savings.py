@@ -74,7 +74,7 @@ def parse_savings(texts: Sequence[str]) -> Savings:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise UsageError(
-            f"{name} is out of range: {first['msg']}",
+            f"{name} cannot have this value: {first['msg']}",
             value=given[name],
             remedy=_REMEDY,
         ) from error

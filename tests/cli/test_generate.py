@@ -247,7 +247,11 @@ BAD = {
     "input and box": (2, ["--input", "x.jsonl", *BOXES], "bring their own boxes"),
     "window": (2, ["--prompt", "a", "--align-window", "0.5", "0.25"], "window"),
     "infinite": (2, ["--prompt", "a", "--guidance-scale", "inf"], "guidance_scale"),
-    "saving": (2, ["--prompt", "a", "--saving", "guidance_end=2"], "guidance_end is out of range"),
+    "saving": (
+        2,
+        ["--prompt", "a", "--saving", "guidance_end=2"],
+        "guidance_end cannot have this value",
+    ),
     "box syntax": (3, ["--prompt", "a", "--box", "dog"], "PHRASE:X0,Y0,X1,Y1"),
     "box outside": (3, ["--prompt", "a", "--box", "dog:0,0,1.5,1"], "1.5"),
     "box inverted": (3, ["--prompt", "a", "--box", "dog:0.5,0,0.1,1"], "inverted"),
