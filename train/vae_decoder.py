@@ -19,7 +19,7 @@ from hcma_fast.models.weights import load_part
 from hcma_fast.train.latents import cached_posteriors, trained_part
 from hcma_fast.train.loop import LoopConfig, Record, run
 from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
-from hcma_fast.train.vae import psnr, to_tensor
+from hcma_fast.train.vae import psnr, reconstruction_loss, to_tensor
 
 
 class _Decoder(nn.Module):
@@ -72,9 +72,8 @@ def train_decoder(
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
         drawn = batch_of_step(step)
-        output, images = model(drawn["latents"]), drawn["images"]
-        mse, l1 = (output - images).square().mean(), (output - images).abs().mean()
-        return {"loss": l1 + 4 * mse, "mse": mse}
+        loss, mse = reconstruction_loss(model(drawn["latents"]), drawn["images"])
+        return {"loss": loss, "mse": mse}
 
     def keep(step: int, averaged: _Decoder) -> None:
         trained = AutoencoderKL.from_config(vae.config)
