@@ -102,7 +102,8 @@ def within_rounds(
 
 
 class Fit(_Frozen):
-    """How the time of a run grows with one quantity: seconds = a * quantity ** exponent."""
+    """How the time of a run grows with one quantity: seconds = a * quantity ** exponent, and
+    seconds = fixed_s + slope * quantity."""
 
     axis: str
     sizes: tuple[float, ...]
@@ -110,6 +111,10 @@ class Fit(_Frozen):
     exponent: Estimate
     growth: Estimate
     """time at the largest size over that at the smallest"""
+    fixed_s: Estimate | None = None
+    """of the straight line with the least relative errors; None in results of before it was told"""
+    off_line: float | None = None
+    """largest relative distance of a median from that line"""
 
 
 class Report(_Frozen):
@@ -155,6 +160,13 @@ def read_results(path: Path) -> Results:
         ) from error
 
 
+def _line(fit: Fit) -> str:
+    if fit.fixed_s is None or fit.off_line is None:
+        return "- | -"
+    fixed = f"{fit.fixed_s.value:.3f} ({_interval(fit.fixed_s.interval, '.3f')})"
+    return f"{fixed} | {fit.off_line:.1%}"
+
+
 def report_markdown(report: Report, against: str = COMPILED) -> str:
     """A table per group, then fits and machine.
 
@@ -171,13 +183,14 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
     if report.fits:
         lines += [
             "",
-            "| seconds grow with | sizes | exponent | 95% interval | largest over smallest |",
-            "|---|---|---|---|---|",
+            "| seconds grow with | sizes | exponent | 95% interval | largest over smallest "
+            "| straight line: fixed seconds | off it by at most |",
+            "|---|---|---|---|---|---|---|",
         ]
         lines += [
             f"| {fit.axis} | {', '.join(f'{size:g}' for size in fit.sizes)} "
             f"| {fit.exponent.value:.3f} | {_interval(fit.exponent.interval, '.3f')} "
-            f"| {fit.growth.value:.3f} ({_interval(fit.growth.interval, '.3f')}) |"
+            f"| {fit.growth.value:.3f} ({_interval(fit.growth.interval, '.3f')}) | {_line(fit)} |"
             for fit in report.fits
         ]
     if report.failed:

@@ -1,4 +1,8 @@
-"""How the time of a run grows with boxes, pixels, steps and batch: exponents, fitted in log-log."""
+"""How the time of a run grows with boxes, pixels, steps and batch: exponents, and straight lines.
+
+An exponent below 1 is a cost that is paid once per run, or one that grows ever less; the straight
+line tells them apart.
+"""
 
 from __future__ import annotations
 
@@ -79,16 +83,29 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
             medians = np.median(s[:, chosen], axis=1)
             return float(medians[-1] / medians[0])
 
+        def fixed(chosen: Indices, x: Floats = sizes, s: Floats = seconds) -> float:
+            return float(_line(x, np.median(s[:, chosen], axis=1))[0])
+
+        medians = np.median(seconds, axis=1)
+        start, slope = _line(sizes, medians)
         found.append(
             Fit(
                 axis=axis,
                 sizes=tuple(sizes.tolist()),
-                median_s=tuple(np.median(seconds, axis=1).tolist()),
+                median_s=tuple(medians.tolist()),
                 exponent=estimate(exponent, rounds),
                 growth=estimate(growth, rounds),
+                fixed_s=estimate(fixed, rounds),
+                off_line=float(np.abs((start + slope * sizes) / medians - 1).max()),
             )
         )
     return tuple(found)
+
+
+def _line(x: Floats, y: Floats) -> Floats:
+    """Start and slope of the straight line with the least squares of relative errors."""
+    found = np.linalg.lstsq(np.stack([1 / y, x / y], 1), np.ones_like(y), rcond=None)[0]
+    return found.astype(np.float64)
 
 
 def scaling_png(fits: Sequence[Fit]) -> bytes:

@@ -198,6 +198,19 @@ def test_a_power_law_is_fitted_exactly_and_plotted() -> None:
     assert scaling_png([exact, exact]).startswith(PNG)
 
 
+def test_a_straight_line_tells_a_fixed_cost_from_one_that_flattens() -> None:
+    (power,) = fit_scaling(scaling_rows(0.8, 0.0))
+    assert power.off_line is not None and power.off_line > 0.02
+    rows = [
+        row.model_copy(update={"seconds": tuple(0.3 + 0.1 * s for s in row.seconds)})
+        for row in scaling_rows(1.0, 0.0)
+    ]
+    (fixed,) = fit_scaling(rows)
+    assert fixed.exponent.value < 0.9
+    assert fixed.fixed_s is not None and fixed.fixed_s.value == pytest.approx(0.3)
+    assert fixed.off_line == pytest.approx(0, abs=1e-9)
+
+
 def test_a_single_size_has_no_fit() -> None:
     assert fit_scaling(scaling_rows(1.0, 0.0)[:1]) == ()
 
