@@ -104,6 +104,8 @@ def random_inputs(
         if tensor.name == "regions":
             valid = (torch.arange(size[1]) < boxes).float()[None, :, None]
             return torch.rand(size, generator=generator) * valid
+        if tensor.name == "grounding_gate":
+            return torch.rand(size, generator=generator)
         if tensor.name == "lambdas":
             return 0.5 + torch.rand(size, generator=generator)
         if tensor.name == "plan":

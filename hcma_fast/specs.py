@@ -192,7 +192,7 @@ def graph_specs(
             ),
             batch,
         ),
-        IOSpec("unet_grounded", (*unet, objects), noise, halves),
+        IOSpec("unet_grounded", (*unet, objects, _tensor("grounding_gate")), noise, halves),
         IOSpec("unet_plain", unet, noise, halves),
         IOSpec(
             "vae_decoder",

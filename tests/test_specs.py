@@ -68,7 +68,7 @@ def test_shapes_of_the_papers_model() -> None:
         "regions": (BATCH, MAX_OBJECTS, 16 * 24),
     }
     plain, grounded = specs["unet_plain"], specs["unet_grounded"]
-    assert grounded.input_names == (*plain.input_names, "grounding_context")
+    assert grounded.input_names == (*plain.input_names, "grounding_context", "grounding_gate")
     assert grounded.outputs == plain.outputs
 
 

@@ -94,11 +94,22 @@ class GroundedUNet(nn.Module):
         timestep: Tensor,
         text_context: Tensor,
         grounding_context: Tensor,
+        grounding_gate: Tensor | None = None,
     ) -> tuple[Tensor]:
-        """(B, 4, h, w), (B,), (B, 77, W), (B, M, W) -> noise prediction (B, 4, h, w) float32."""
+        """One evaluation.
+
+        Args:
+            sample: (B, 4, h, w); timestep: (B,); text_context: (B, 77, W); grounding_context:
+                (B, M, W).
+            grounding_gate: (B,) factor of the gated layers: 1 as they were trained (None too), 0
+                for the result of :class:`PlainUNet`.
+        Returns:
+            noise prediction (B, 4, h, w) float32.
+        """
         dtype = self.unet.conv_in.weight.dtype
         objects = grounding_context.to(dtype).split(self.widths, dim=-1)
-        return _predict(self.unet, self.widths, sample, timestep, text_context, objects)
+        gates = () if grounding_gate is None else (grounding_gate.to(dtype).view(-1, 1, 1),)
+        return _predict(self.unet, self.widths, sample, timestep, text_context, objects + gates)
 
 
 class PlainUNet(nn.Module):
@@ -187,13 +198,17 @@ class _GatedAttention(nn.Module):
         self.index = index
 
     def forward(self, hidden: Tensor, objects: KeyValues) -> Tensor:
+        """(B, T, C), keys and values of all blocks and perhaps a gate (B, 1, 1) -> (B, T, C)."""
         normed = self.norm1(hidden)
         box_key, box_value = objects[2 * self.index : 2 * self.index + 2]
+        gates = [self.alpha_attn.tanh(), self.alpha_dense.tanh()]
+        if len(objects) % 2:
+            gates = [gate * objects[-1] for gate in gates]
         key = torch.cat([self.to_k(normed), box_key], 1)
         value = torch.cat([self.to_v(normed), box_value], 1)
         attended = self.to_out[0](_attend(self.to_q(normed), key, value, self.heads))
-        hidden = hidden + self.alpha_attn.tanh() * attended
-        return hidden + self.alpha_dense.tanh() * self.ff(self.norm2(hidden))  # type: ignore[no-any-return]
+        hidden = hidden + gates[0] * attended
+        return hidden + gates[1] * self.ff(self.norm2(hidden))  # type: ignore[no-any-return]
 
 
 class _SplitGEGLU(nn.Module):

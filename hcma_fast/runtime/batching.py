@@ -289,15 +289,13 @@ def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:
     """Numbers of the requests that may share a batch, the longest first within a group.
 
     With and without guidance are different shapes, and so are latents of different dtypes; and the
-    gated attention must end at the same step for all, unless it never begins or never ends. So must
-    the guidance.
+    guidance must end at the same step for all, unless it never begins or never ends.
     """
-    groups: dict[tuple[str, int | str, int | str], list[int]] = {}
+    groups: dict[tuple[str, int | str], list[int]] = {}
     for index, schedule in enumerate(schedules):
-        steps = schedule.steps
-        named: dict[int, int | str] = {0: "never", steps: "always"}
-        gated, guided = (named.get(n, n) for n in (schedule.grounded_steps, schedule.guided_steps))
-        key = (schedule.savings.latent_dtype, gated, guided)
+        named: dict[int, int | str] = {0: "never", schedule.steps: "always"}
+        guided = schedule.guided_steps
+        key = (schedule.savings.latent_dtype, named.get(guided, guided))
         groups.setdefault(key, []).append(index)
     # neighbours of similar length: a batch takes as long as its longest
     return [sorted(group, key=lambda i: -len(schedules[i].table)) for group in groups.values()]

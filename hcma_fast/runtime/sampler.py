@@ -107,11 +107,20 @@ class Schedule:
         return round(self.grounding_beta * self.steps)
 
     @property
+    def grounded_unet_steps(self) -> int:
+        """PLMS steps that run `unet_grounded`, its gate open or closed."""
+        return self.grounded_steps if self.savings.skip_closed_gate else self.steps
+
+    @property
     def guided_steps(self) -> int:
         """PLMS steps with classifier-free guidance: all, some from the first, or none."""
         if self.guidance_scale <= 1:
             return 0
         return max(1, round(self.savings.guidance_end * self.steps))
+
+    def gates(self) -> Tensor:
+        """Per evaluation, 1 with gated attention, 0 without: (K,) float32."""
+        return (self.table.step_index < self.grounded_steps).float()
 
     def alignments(self) -> list[Literal["none", "computed", "repeated"]]:
         """Per evaluation, what becomes of the alignment.
@@ -157,22 +166,24 @@ def sample(
     """
     table, batch, device = schedule.table, len(z), z.device
     guided = len(conditioning.text_context) == 2 * batch
-    grounded_steps = schedule.grounded_steps
     guided_steps = schedule.guided_steps if guided else 0
     narrow = schedule.savings.latent_dtype == "bfloat16"
     alignments, rates = schedule.alignments(), schedule.etas.tolist()
-    lambdas = torch.tensor([schedule.lambdas] * len(z), device=device)
+    lambdas = torch.tensor([schedule.lambdas] * batch, device=device)
     both = dict(vars(conditioning), lambdas=lambdas)
     conditional = both | {n: both[n][-batch:] for n in ("text_context", "grounding_context")}
-    etas = schedule.etas.float().to(device).unsqueeze(1).expand(-1, batch)
-    times = table.timesteps.to(device).unsqueeze(1).expand(-1, 2 * batch)
+    etas, times, gates = (
+        of_evaluation.to(device).unsqueeze(1).expand(-1, 2 * batch)
+        for of_evaluation in (schedule.etas.float(), table.timesteps, schedule.gates())
+    )
+    grounded_steps = schedule.grounded_unet_steps
     history: list[Tensor] = []
     losses: list[StepLosses] = []
     gradient = stored = z = _rounded(z) if narrow else z
     for k, row in enumerate(table.rows()):
         # align: once per PLMS step in the window, before the copy for guidance (Eq. 8)
         if alignments[k] == "computed":
-            at = {"z": z, "eta": etas[k], "timestep": times[k, :batch]}
+            at = {"z": z, "eta": etas[k, :batch], "timestep": times[k, :batch]}
             aligned = engines["align"]({**both, **at})
             if rates[k]:
                 if schedule.savings.align_every > 1:
@@ -189,7 +200,8 @@ def sample(
         unet = engines["unet_grounded" if row.step < grounded_steps else "unet_plain"]
         twice = row.step < guided_steps
         doubled = torch.cat([z, z]) if twice else z
-        at = {"sample": doubled, "timestep": times[k, : len(doubled)]}
+        rows = slice(len(doubled))
+        at = {"sample": doubled, "timestep": times[k, rows], "grounding_gate": gates[k, rows]}
         fixed = both if twice else conditional
         if not schedule.savings.contexts_once:
             fixed = fixed | _contexts(engines, conditioning, twice)
@@ -232,14 +244,14 @@ def _rounded(z: Tensor) -> Tensor:
 def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) -> bool:
     """Whether the step graphs are there, and can run images with these schedules as one batch.
 
-    They guide and align always, know of no approximation, have one table for all images, and leave
-    the contexts to who calls them. Where a window leaves steps unaligned, the separate graphs save
-    those alignments, which cost more than a call (docs/decisions.md).
+    They guide and align always, know of no approximation, have one table for all images and no
+    gate to close, and leave the contexts to who calls them. Where a window leaves steps unaligned,
+    the separate graphs save those alignments, which cost more than a call (docs/decisions.md).
     """
     first = schedules[0]
     savings = first.savings
-    able = first.guidance_scale > 1 and savings.contexts_once and not savings.approximate
-    if "step_grounded" not in engines or not able:
+    able = savings.contexts_once and savings.skip_closed_gate and not savings.approximate
+    if "step_grounded" not in engines or not able or first.guidance_scale <= 1:
         return False
     moves = first.etas[first.table.aligns] > 0
     idle = not savings.skip_idle_alignment

@@ -22,6 +22,9 @@ class Savings(BaseModel):
     contexts_once: bool = True
     """exact: the keys and values of texts and boxes, of both halves of the guidance, come from one
     run of the `grounding` graph before the steps. False runs it again in every evaluation"""
+    skip_closed_gate: bool = True
+    """exact: after the last step with gated attention, run `unet_plain`, which has none. False runs
+    `unet_grounded` there too, with its gate at 0, and so needs one UNet engine less"""
     align_every: int = Field(1, ge=1)
     """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
     again, at their own rates, in the steps between, which record no losses"""
@@ -37,9 +40,10 @@ class Savings(BaseModel):
     @property
     def approximate(self) -> bool:
         """Whether images change."""
-        exact = {"skip_idle_alignment": True, "contexts_once": True}
-        return self.model_copy(update=exact) != EXACT
+        return self.model_copy(update=dict.fromkeys(_EXACT, True)) != EXACT
 
+
+_EXACT = ("skip_idle_alignment", "contexts_once", "skip_closed_gate")
 
 EXACT = Savings()
 """Nothing that changes an image."""
@@ -47,7 +51,7 @@ EXACT = Savings()
 
 _REMEDY = (
     "Use align_every=N from 1, guidance_end=SHARE above 0 and up to 1, latent_dtype=float32 or "
-    "bfloat16, skip_idle_alignment=true or false, contexts_once=true or false."
+    f"bfloat16; of {', '.join(_EXACT)}: NAME=true or NAME=false."
 )
 
 

@@ -41,6 +41,7 @@ class Kind(NamedTuple):
     repeats: bool
     """some image follows an earlier gradient"""
     gated: bool
+    """some image needs the UNet with gated attention"""
     guided: bool
     recomputes: bool = False
     """the contexts are computed again"""
@@ -147,12 +148,15 @@ class Trajectory(Buffers):
         self.etas = torch.zeros(PLAN_ROWS, batch, device=device)
         # the kernel's table: per image, then per evaluation
         self.repeats = torch.zeros(batch, PLAN_ROWS, device=device)
+        # 1 for an image with gated attention, for each half of its guidance
+        self.gates = torch.zeros(PLAN_ROWS, halves, batch, device=device)
         self.conditioning = Conditioning(
             **{name: torch.zeros_like(value) for name, value in vars(like).items()}
         )
         # what changes from evaluation to evaluation
         self.time = torch.zeros(1, batch, dtype=torch.int64, device=device)
         self.eta = torch.zeros(1, batch, device=device)
+        self.gate = torch.zeros(1, halves, batch, device=device)
         self.moves = torch.zeros(1, batch, dtype=torch.bool, device=device)
         images = (batch, *[1] * len(latent))
         self._by_image = (self.eta.view(images), self.moves.view(images))
@@ -168,8 +172,17 @@ class Trajectory(Buffers):
             "lambdas": self.lambdas,
         }
         conditional = {n: fixed[n][-batch:] for n in ("text_context", "grounding_context")}
-        doubled = {"sample": self.doubled.flatten(0, 1), "timestep": self.times.flatten()}
-        single = {"sample": self.wide, "timestep": self.time[0]}
+        doubled = {
+            "sample": self.doubled.flatten(0, 1),
+            "timestep": self.times.flatten(),
+            "grounding_gate": self.gate.flatten(),
+        }
+        # both halves have the same gates, and the first one an aligned address
+        single = {
+            "sample": self.wide,
+            "timestep": self.time[0],
+            "grounding_gate": self.gate[0, 0],
+        }
         self.unet_inputs = {True: fixed | doubled, False: fixed | conditional | single}
         # per half of the guidance, what its contexts are computed from, and where they go
         self.halves = [
@@ -196,6 +209,8 @@ class Trajectory(Buffers):
             self.wide.copy_(self.z)
         if kind.recomputes:
             self._recompute(kind.guided)
+        if kind.gated:
+            torch.index_select(self.gates, 0, self.step, out=self.gate)
         unet = self._engine("unet_grounded" if kind.gated else "unet_plain", kind.guided)
         eps = unet(self.unet_inputs[kind.guided])["noise_pred"]
         unconditional, conditional = eps.chunk(2) if kind.guided else (None, eps)
@@ -235,16 +250,18 @@ class Trajectory(Buffers):
             buffer.copy_(getattr(conditioning, name))
         # behind an image's last evaluation its rate is 0, and its row of the table changes nothing
         timesteps = torch.zeros(len(schedules), PLAN_ROWS, dtype=torch.int64)
-        etas, repeats = torch.zeros(2, len(schedules), PLAN_ROWS)
+        etas, repeats, gates = torch.zeros(3, len(schedules), PLAN_ROWS)
         for row, schedule in enumerate(schedules):
             count = len(schedule.table)
             again = torch.tensor([what == "repeated" for what in schedule.alignments()])
             timesteps[row, :count] = schedule.table.timesteps
             etas[row, :count] = schedule.etas.where(~again, 0)
             repeats[row, :count] = schedule.etas.where(again, 0)
+            gates[row, :count] = schedule.gates()
         self.timesteps.copy_(timesteps.T)
         self.etas.copy_(etas.T)
         self.repeats.copy_(repeats)
+        self.gates.copy_(gates.T.unsqueeze(1))
         self.update.load(schedules)
 
 
@@ -320,34 +337,29 @@ def evaluation_kinds(schedules: Sequence[Schedule]) -> tuple[Kind, ...]:
     """What each evaluation of a batch has to do, until its longest schedule ends.
 
     Raises:
-        InputError: in one evaluation some images need gated attention, and others none; or some
-            guidance, and others none.
+        InputError: in one evaluation some images need guidance, and others none.
     """
     kinds: list[Kind] = []
-    plans = [(s, s.alignments(), s.grounded_steps, s.guided_steps) for s in schedules]
+    plans = [(s, s.alignments(), s.grounded_unet_steps, s.guided_steps) for s in schedules]
     for k in range(max(len(s.table) for s in schedules)):
         # evaluation 1 is the corrector of step 0
         step = max(k - 1, 0)
         running = [plan for plan in plans if k < len(plan[1])]
         computed = [s for s, alignments, _, _ in running if alignments[k] == "computed"]
-        gated = {step < end for _, _, end, _ in running}
         guided = {step < end for _, _, _, end in running}
-        if len(gated) > 1 or len(guided) > 1:
+        if len(guided) > 1:
             raise InputError(
-                "images of one batch must switch off the gated attention at the same step, and "
-                "the guidance too",
-                value=[
-                    (s.grounding_beta, s.guidance_scale, s.savings.guidance_end) for s in schedules
-                ],
-                remedy="Give them the same grounding_beta, guidance_end and number of steps, or 1 "
-                "for both shares; and all of them a guidance_scale above 1, or none.",
+                "images of one batch must switch off the guidance at the same step",
+                value=[(s.guidance_scale, s.savings.guidance_end) for s in schedules],
+                remedy="Give them the same guidance_end and number of steps, or the share 1; and "
+                "all of them a guidance_scale above 1, or none.",
             )
         kinds.append(
             Kind(
                 aligns=bool(computed),
                 keeps=any(s.savings.align_every > 1 for s in computed),
                 repeats=any(alignments[k] == "repeated" for _, alignments, _, _ in running),
-                gated=gated.pop(),
+                gated=any(step < end for _, _, end, _ in running),
                 guided=guided.pop(),
                 recomputes=any(not s.savings.contexts_once for s, *_ in running),
             )

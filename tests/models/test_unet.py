@@ -63,6 +63,16 @@ def test_plain_equals_diffusers_call_and_closed_gates(random_components: Compone
         for gate, value in zip(gates, kept, strict=True):
             gate.copy_(value)
     torch.testing.assert_close(plain, closed, rtol=0, atol=0)
+    # the gate that is an input, image by image
+    graph, given = GroundedUNet(unet), (x["sample"], x["timestep"], text, boxes)
+    for gate, expected in (
+        ([1.0, 0.0], (grounded[0], plain[1])),
+        ([0.0, 1.0], (plain[0], grounded[1])),
+    ):
+        (found,) = graph(*given, torch.tensor(gate))
+        torch.testing.assert_close(found, torch.stack(expected), rtol=0, atol=0)
+    (half,) = graph(*given, torch.full((2,), 0.5))
+    assert min(float((half - end).abs().max()) for end in (plain, grounded)) > 1e-5
 
 
 def test_wrapping_leaves_the_unet_as_it_was_and_shares_its_weights(

@@ -26,7 +26,8 @@ pytestmark = pytest.mark.gpu
 GATED = plan(steps=20, beta=0.5, window=(0.0, 0.8))
 ALIGNED = plan(steps=20, beta=0.5)
 FRUGAL = plan(steps=20, savings=Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16"))
-AGAIN = plan(steps=20, beta=0.5, savings=Savings(contexts_once=False, guidance_end=0.7))
+CLOSED = Savings(contexts_once=False, guidance_end=0.7, skip_closed_gate=False)
+AGAIN = plan(steps=20, beta=0.5, savings=CLOSED)
 MODES = pytest.mark.parametrize("mode", ["step", "trajectory"])
 CASES = pytest.mark.parametrize(
     ("schedule", "fused"),

@@ -44,8 +44,19 @@ def engines(random_components: Components) -> dict[GraphName, Engine]:
         plan(beta=0.5, savings=Savings(align_every=2, guidance_end=0.7)),
         plan(savings=Savings(align_every=3, latent_dtype="bfloat16")),
         plan(beta=0.5, savings=Savings(contexts_once=False, guidance_end=0.7)),
+        plan(beta=0.5, savings=Savings(skip_closed_gate=False, guidance_end=0.7)),
     ],
-    ids=["plain", "unaligned", "window", "two-steps", "idle", "savings", "narrow", "contexts"],
+    ids=[
+        "plain",
+        "unaligned",
+        "window",
+        "two-steps",
+        "idle",
+        "savings",
+        "narrow",
+        "contexts",
+        "gate",
+    ],
 )
 def test_equals_the_plain_sampler(
     engines: dict[GraphName, Engine],
@@ -117,10 +128,10 @@ def test_images_of_one_batch_may_have_settings_of_their_own(
 ) -> None:
     schedules = [
         plan(steps=7, eta0=2.0, guidance=3.0),
-        plan(steps=4, eta0=0.5, guidance=7.5, window=(0.0, 0.6)),
-        plan(steps=5, eta0=0.0, guidance=1.5),
-        plan(steps=7, eta0=2.0, savings=Savings(align_every=2)),
-        plan(steps=6, eta0=2.0, savings=Savings(align_every=3)),
+        plan(steps=4, eta0=0.5, guidance=7.5, window=(0.0, 0.6), beta=0.5),
+        plan(steps=5, eta0=0.0, guidance=1.5, beta=0.0),
+        plan(steps=7, eta0=2.0, savings=Savings(align_every=2), beta=0.3),
+        plan(steps=6, eta0=2.0, savings=Savings(align_every=3, skip_closed_gate=False), beta=0.7),
     ]
     images = [0, 1, 2, 0, 2]
     together, losses = ReplaySampler(engines, "cpu")(

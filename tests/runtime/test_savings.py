@@ -95,6 +95,31 @@ def test_computing_the_contexts_in_every_evaluation_changes_nothing_but_calls(
         assert not torch.equal(seen[0], seen[1]) and not torch.equal(shifted, expected)
 
 
+@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 1.0}], ids=["guided", "unguided"])
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+def test_a_closed_gate_is_the_plain_unet(
+    noted: tuple[HCMAPipeline, dict[GraphName, Noted]], beta: float, settings: dict[str, float]
+) -> None:
+    pipe, engines = noted
+    steps = round(beta * STEPS)
+    open_calls = steps + (steps > 0)  # the corrector
+    expected = latents(pipe, grounding_beta=beta, **settings)
+    counts = [len(engines[name].calls) for name in ("unet_grounded", "unet_plain")]
+    assert counts == [open_calls, STEPS + 1 - open_calls]
+    for replay in (None, ReplaySampler(engines, "cpu")):
+        pipe.replay = replay
+        for engine in engines.values():
+            engine.calls.clear()
+        found = latents(pipe, Savings(skip_closed_gate=False), grounding_beta=beta, **settings)
+        assert not engines["unet_plain"].calls
+        gates = [given["grounding_gate"] for given, _ in engines["unet_grounded"].calls]
+        assert all(len(gate) == (1 if settings else 2) for gate in gates)
+        assert [float(gate.sum()) / len(gate) for gate in gates] == [1.0] * open_calls + [0.0] * (
+            STEPS + 1 - open_calls
+        )
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
 class Shifted:
     """An engine whose answers differ from call to call."""
 
@@ -191,7 +216,7 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
     random_components: Components,
 ) -> None:
     pipe = HCMAPipeline.from_components(random_components)
-    settings = AlignmentSettings(eta0=2.0)
+    settings = AlignmentSettings(eta0=2.0, grounding_beta=0.6)
     savings = [
         EXACT,
         Savings(align_every=2),
@@ -199,17 +224,18 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
         Savings(guidance_end=0.5, align_every=3),
         Savings(latent_dtype="bfloat16"),
         Savings(contexts_once=False),
+        Savings(skip_closed_gate=False),
     ]
     requests = [
         Request("ab", LAYOUT, i, num_inference_steps=5, settings=settings, savings=some)
         for i, some in enumerate(savings)
     ]
     results = {r.index: r for r in BatchGenerator(pipe, max_batch=4).generate(requests)}
-    assert [results[i].batch_size for i in range(6)] == [3, 3, 2, 2, 1, 3]
+    assert [results[i].batch_size for i in range(7)] == [4, 4, 2, 2, 1, 4, 4]
     for i, some in enumerate(savings):
         alone = pipe(
             "ab", LAYOUT, seed=i, num_inference_steps=5, savings=some, eta0=2.0,
-            align_window=(0.0, 1.0), output_type="latent",
+            align_window=(0.0, 1.0), output_type="latent", grounding_beta=0.6,
         )  # fmt: skip
         error = (results[i].latent - alone.latents[0]).norm() / alone.latents.norm()
         assert float(error) < (2e-2 if i == 4 else 1e-5)
@@ -227,12 +253,12 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
         ),
         (["skip_idle_alignment=false"], Savings(skip_idle_alignment=False)),
         (["contexts_once=false"], Savings(contexts_once=False)),
+        (["skip_closed_gate=false"], Savings(skip_closed_gate=False)),
     ],
 )
 def test_savings_are_read_from_text(texts: list[str], found: Savings) -> None:
     assert parse_savings(texts) == found
-    exact = (EXACT, Savings(skip_idle_alignment=False), Savings(contexts_once=False))
-    assert found.approximate == (found not in exact)
+    assert found.approximate == any(t.startswith(("align", "guidance", "latent")) for t in texts)
 
 
 @pytest.mark.parametrize(
@@ -244,6 +270,7 @@ def test_savings_are_read_from_text(texts: list[str], found: Savings) -> None:
         ("align_every=1.5", "align_every cannot have this value"),
         ("guidance_end=0", "guidance_end cannot have this value"),
         ("guidance_end=nan", "guidance_end cannot have this value"),
+        ("skip_closed_gate=", "skip_closed_gate cannot have this value"),
         ("contexts_once=twice", "contexts_once cannot have this value"),
         ("latent_dtype=float16", "latent_dtype cannot have this value"),
     ],

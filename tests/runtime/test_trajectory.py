@@ -22,7 +22,7 @@ from hcma_fast.models.weights import Components
 from hcma_fast.runtime.capture import check_capturable
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, sample
+from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, Schedule, sample
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.runtime.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec
@@ -31,7 +31,7 @@ from captures import Counted, conditioned, make_engines, noise, plan, relative
 
 EVERY = (*GRAPH_NAMES, *STEP_NAMES)
 FRUGAL = Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16")
-WASTEFUL = Savings(skip_idle_alignment=False, contexts_once=False)
+WASTEFUL = Savings(skip_idle_alignment=False, contexts_once=False, skip_closed_gate=False)
 CASES = pytest.mark.parametrize(
     ("savings", "fused", "captured"),
     [
@@ -51,14 +51,27 @@ def engines(random_components: Components) -> dict[GraphName, Engine]:
     return make_engines(random_components, names=EVERY)
 
 
-def test_a_batch_that_needs_both_unets_at_once_is_refused() -> None:
-    with pytest.raises(InputError, match="same step"):
-        evaluation_kinds([plan(beta=1.0), plan(beta=0.5)])
-    with pytest.raises(InputError, match="same step"):
-        evaluation_kinds([plan(steps=4, beta=0.5), plan(steps=8, beta=0.5)])
-    with pytest.raises(InputError, match="same step"):
-        evaluation_kinds([plan(), plan(savings=Savings(guidance_end=0.5))])
+def test_a_batch_that_needs_two_widths_at_once_is_refused() -> None:
+    ends = Savings(guidance_end=0.5)
+    for one, other in (
+        (plan(), plan(savings=ends)),
+        (plan(4, savings=ends), plan(8, savings=ends)),
+    ):
+        with pytest.raises(InputError, match="same step"):
+            evaluation_kinds([one, other])
     assert len(evaluation_kinds([plan(steps=4), plan(steps=8)])) == 9
+
+
+def test_the_grounded_unet_runs_while_one_image_needs_it() -> None:
+    def gated(*schedules: Schedule) -> list[bool]:
+        return [kind.gated for kind in evaluation_kinds(schedules)]
+
+    # the second evaluation corrects the first step
+    assert gated(plan(4, beta=0.5)) == [True] * 3 + [False] * 2
+    assert gated(plan(4, beta=0.5), plan(4, beta=0.0)) == [True] * 3 + [False] * 2
+    assert gated(plan(8, beta=0.25), plan(4)) == [True] * 5 + [False] * 4
+    assert gated(plan(2, beta=0.0)) == [False] * 3
+    assert gated(plan(2, beta=0.0, savings=Savings(skip_closed_gate=False))) == [True] * 3
 
 
 class InPlace:
@@ -220,7 +233,7 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(
     schedule = plan(steps=10, beta=0.5, window=(0.0, 0.8), savings=savings)
     batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
     kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
-    assert len(set(kinds)) == (2 if fused else {EXACT: 4, FRUGAL: 7, WASTEFUL: 3}[savings])
+    assert len(set(kinds)) == (2 if fused else {EXACT: 4, FRUGAL: 7, WASTEFUL: 2}[savings])
     with torch.no_grad(), OnDevice():
         for kind in kinds:
             batch.evaluate(kind)
