@@ -86,6 +86,19 @@ def test_agrees_with_float64_autograd_at_full_size(name: str) -> None:
         assert _error(gradient, _gradient64(drawn, inputs)) <= 1e-5
 
 
+@pytest.mark.slow
+def test_float16_agrees_with_float64_autograd_at_full_size() -> None:
+    drawn = components_of(SD14, drawn=("aligner",))
+    step = at_precision("align", AlignStep(drawn.aligner), "float16")
+    for batch, boxes in ((1, 3), (2, 30)):
+        inputs, rate = _inputs(drawn, batch, boxes), 1e6
+        given = {**inputs, "eta": torch.full((batch,), rate)}
+        with torch.no_grad():
+            aligned = step(*(given[name] for name in drawn.specs()["align"].input_names))[0]
+        gradient = (inputs["z"].double() - aligned.double()) / rate
+        assert _error(gradient, _gradient64(drawn, inputs)) <= 5e-3
+
+
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_ops_of_the_fused_kernels_take_their_places(
