@@ -54,7 +54,7 @@ def share_score(parts: NDArray[np.generic], totals: NDArray[np.generic]) -> Scor
 
 
 def estimate(
-    score: Score, count: int, *, resamples: int = RESAMPLES, plug_in: bool = True
+    score: Score, count: int, *, resamples: int = RESAMPLES, plug_in: bool = True, block: int = 1
 ) -> Estimate:
     """The score of all images and its interval.
 
@@ -62,11 +62,13 @@ def estimate(
         plug_in: percentiles of the resamples' scores. False: the score and 1.96 standard deviations
             of the resamples', for scores that a resample's doubles move as a whole, such as FID.
         resamples: 0 for no interval.
+        block: neighbours that are drawn together, for a series in which they are alike (moving
+            blocks, Kunsch 1989): drawn one by one they would claim to know more than they do.
     """
     value = score(np.arange(count))
     if not resamples or not np.isfinite(value):
         return Estimate(value=value)
-    draws = _draws(score, count, resamples)
+    draws = _draws(score, count, resamples, block)
     if not len(draws):
         return Estimate(value=value)
     if plug_in:
@@ -111,9 +113,15 @@ def compare(
     )
 
 
-def _draws(score: Score, count: int, resamples: int) -> NDArray[np.float64]:
+def _draws(score: Score, count: int, resamples: int, block: int = 1) -> NDArray[np.float64]:
     rng = np.random.default_rng(0)
-    found = np.array([score(rng.integers(count, size=count)) for _ in range(resamples)])
+    starts, within = count - block + 1, np.arange(block)
+
+    def draw() -> Indices:
+        chosen = rng.integers(starts, size=-(-count // block))
+        return (chosen[:, None] + within).ravel()[:count]
+
+    found = np.array([score(draw()) for _ in range(resamples)])
     finite: NDArray[np.float64] = found[np.isfinite(found)]
     return finite
 

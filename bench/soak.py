@@ -43,6 +43,9 @@ _KILL_AT, _SETTLED = 0.15, 0.3
 _KILL_AFTER_S = 0.1
 _FAULT_EVERY = 3
 """Rounds; the first one has both faults"""
+_BLOCKS = 10
+"""Of rounds, that the slope's interval resamples: memory is like that of the rounds before, and
+moves in steps, as an allocator asks for more and gives back when it likes"""
 JUDGED_ROUNDS = 20
 """Fewer say nothing of slopes"""
 _FULL_BYTES = 64
@@ -80,8 +83,8 @@ class SoakReport(BaseModel):
     judged_rounds: int
     """those of the second process, without its beginning, that memory and latency are judged by"""
     rss_mib_per_hour: Estimate | None
-    """by least squares over the judged rounds, with a 95% interval by bootstrap over them; None
-    for too few"""
+    """by least squares over the judged rounds, with a 95% interval by bootstrap over blocks of
+    them; None for too few"""
     latency_drift: Estimate | None
     """median of the last third of the judged rounds over that of the first; None for too few"""
     machine: Machine
@@ -184,14 +187,14 @@ def _counted(prefix: str, runs: Sequence[Run]) -> dict[str, int]:
 
 
 def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:
-    """Least squares, with the interval over resampled points."""
+    """Least squares, with the interval over resampled blocks of neighbours."""
 
     def slope(chosen: Indices) -> float:
         times = at_s[chosen] / 3600
         spread = times - times.mean()
         return float((spread * values[chosen]).sum() / (spread**2).sum())
 
-    return estimate(slope, len(values))
+    return estimate(slope, len(values), block=-(-len(values) // _BLOCKS))
 
 
 def drift(seconds: NDArray[np.float64]) -> Estimate:

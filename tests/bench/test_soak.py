@@ -42,6 +42,20 @@ def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:
     assert flat.interval is not None and flat.interval[0] < 0 < flat.interval[1]
 
 
+def test_steps_of_an_allocator_are_no_leak() -> None:
+    """Flat but for a step late on, as in the soak of 2026-11-26; points one by one claimed a leak
+    of 30 to 36 MiB an hour."""
+    rng = np.random.default_rng(0)
+    times = np.arange(920) * 0.9
+    steps = np.where(times > 620, 6.0, 0.0) + rng.standard_normal(920)
+    found = slope_per_hour(times, 804 + steps)
+    assert found.value > 20
+    assert found.interval is not None and found.interval[0] < 0.01 * 804
+    # the same in every tenth of the time is one
+    leak = slope_per_hour(times, 804 + 33 * times / 3600 + rng.standard_normal(920))
+    assert leak.interval is not None and leak.interval[0] > 25
+
+
 def test_drift_is_the_last_third_over_the_first() -> None:
     found = drift(np.array([1.0, 1.0, 1.0, 9.0, 9.0, 9.0, 2.0, 2.0, 2.0]))
     assert found.value == 2 and found.interval == (2, 2)
