@@ -60,9 +60,11 @@ class PLMSRow(NamedTuple):
     aligns: bool
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PLMSTable:
     """Everything that PLMS needs per evaluation k of K = steps + 1, as host tensors.
+
+    A table equals itself alone: tensors have no single truth, and tables are keys of caches.
 
     z_next = sample_scale[k] * z_ref + noise_scale[k] * sum_j history_weights[k, j] * eps_j with
     eps_0 the current noise prediction, eps_1 the previous one in the history, and so on. ``z_ref``

@@ -149,6 +149,6 @@ def _tables(schedules: Sequence[Schedule]) -> Tensor:
 def _table(table: PLMSTable, guidance_scale: float) -> Tensor:
     """Kept, since it takes longer to fill in than all the evaluations' operators together.
 
-    A table is found again by its tensors themselves, not their values: `plms_table` keeps its own.
+    A table is found again as itself, not by its values: `plms_table` keeps its own.
     """
     return denoise_table(table, guidance_scale, PLAN_ROWS)
