@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, grounding_inputs
+from hcma_fast.runtime.sampler import Conditioning, ground, grounding_inputs
 from hcma_fast.specs import GraphName
 
 
@@ -50,13 +50,13 @@ def condition(
     labels = torch.zeros(*mask.shape, caption.shape[-1], device=device)
     labels[mask.bool()] = pooled
     states = torch.cat([negative_hidden, hidden])
-    halves = [engines["grounding"](half) for half in grounding_inputs(boxes, mask, labels, states)]
-    text_context, grounding_context = (
-        torch.cat([half[name] for half in halves]) for name in CONTEXTS
-    )
-    regions = halves[-1]["regions"]
     return Conditioning(
-        text_context, grounding_context, caption, labels, regions, mask, boxes, states
+        **ground(engines, grounding_inputs(boxes, mask, labels, states)),
+        caption_embedding=caption,
+        label_embeddings=labels,
+        region_mask=mask,
+        boxes=boxes,
+        encoder_hidden_states=states,
     )
 
 

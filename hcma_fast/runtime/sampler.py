@@ -62,6 +62,15 @@ def grounding_inputs(
     ]
 
 
+def ground(
+    engines: Mapping[GraphName, Engine], halves: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Contexts of some halves of the guidance, one after the other, and regions of the last."""
+    found = [engines["grounding"](half) for half in halves]
+    joined = {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
+    return {**joined, "regions": found[-1]["regions"]}
+
+
 @dataclass(frozen=True)
 class Schedule:
     """PLMS table, alignment rate per evaluation, and how to weigh."""
@@ -204,7 +213,7 @@ def sample(
         at = {"sample": doubled, "timestep": times[k, rows], "grounding_gate": gates[k, rows]}
         fixed = both if twice else conditional
         if not schedule.savings.contexts_once:
-            fixed = fixed | _contexts(engines, conditioning, twice)
+            fixed = fixed | ground(engines, conditioning.halves()[0 if twice else -1 :])
         eps = unet({**fixed, **at})["noise_pred"]
         if twice:
             unconditional, wanted = eps.chunk(2)
@@ -225,15 +234,6 @@ def sample(
         if narrow:
             z = _rounded(z)
     return z, losses
-
-
-def _contexts(
-    engines: Mapping[GraphName, Engine], given: Conditioning, guided: bool
-) -> dict[str, Tensor]:
-    """Those of both halves, or of the conditional one, computed again."""
-    halves = given.halves()
-    found = [engines["grounding"](half) for half in (halves if guided else halves[-1:])]
-    return {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
 
 
 def _rounded(z: Tensor) -> Tensor:
