@@ -29,7 +29,7 @@ from hcma_fast.bench.bad_requests import bad_requests, check_refused
 from hcma_fast.bench.bootstrap import Estimate, Indices, estimate, median_ratio
 from hcma_fast.bench.contestants import SEED, Ours, Work, build_missing, open_pipe
 from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.memory import status_mib
+from hcma_fast.bench.memory import allocated_mib, status_mib
 from hcma_fast.bench.workers import Contestant, Run, Worker, worker
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, HcmaError, OutputError, UsageError
@@ -85,6 +85,10 @@ class SoakReport(BaseModel):
     rss_mib_per_hour: Estimate | None
     """by least squares over the judged rounds, with a 95% interval by bootstrap over blocks of
     them; None for too few"""
+    allocated_mib: tuple[float, ...] = ()
+    """what the C library's allocator had handed out after those rounds; none where it cannot say"""
+    allocated_mib_per_hour: Estimate | None = None
+    """as ``rss_mib_per_hour``: it tells a leak from memory that the allocator keeps"""
     latency_drift: Estimate | None
     """median of the last third of the judged rounds over that of the first; None for too few"""
     machine: Machine
@@ -103,11 +107,15 @@ class SoakReport(BaseModel):
     def problems(self) -> list[str]:
         """What it should not have done; see ``not_judged`` for what is unknown."""
         found = [] if self.same_image else ["the same request gave another image"]
-        slope, drift = self.rss_mib_per_hour, self.latency_drift
+        drift = self.latency_drift
         # 1% in an hour is a fault if it is no chance
         most = 0.01 * float(np.median(self.rss_mib))
-        if slope is not None and slope.interval is not None and slope.interval[0] > most:
-            found.append(f"memory grows by {slope.value:.1f} MiB an hour")
+        for what, slope in (
+            ("memory", self.rss_mib_per_hour),
+            ("what is allocated", self.allocated_mib_per_hour),
+        ):
+            if slope is not None and slope.interval is not None and slope.interval[0] > most:
+                found.append(f"{what} grows by {slope.value:.1f} MiB an hour")
         if drift is not None and drift.interval is not None and drift.interval[0] > 1.05:
             found.append(f"it became slower by {drift.value - 1:.0%}")
         return found
@@ -149,6 +157,8 @@ def soak(
     at_s = np.array([at - start for at, _ in after])
     runs = [run for _, run in after]
     rss = np.array([run.figures["rss_mib"] for run in runs])
+    allocated = np.array([run.figures.get("allocated_mib", np.nan) for run in runs])
+    known = bool(np.isfinite(allocated).all())
     seconds = np.array([run.figures["reference_s"] for run in runs])
     kept = slice(int(_SETTLED * len(runs)), None)
     judged = len(runs[kept])
@@ -171,6 +181,10 @@ def soak(
         rss_mib=tuple(rss.tolist()),
         judged_rounds=judged,
         rss_mib_per_hour=slope_per_hour(at_s[kept], rss[kept]) if enough else None,
+        allocated_mib=tuple(allocated.tolist()) if known else (),
+        allocated_mib_per_hour=(
+            slope_per_hour(at_s[kept], allocated[kept]) if enough and known else None
+        ),
         latency_drift=drift(seconds[kept]) if enough else None,
         machine=describe_machine(),
     )
@@ -280,6 +294,8 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
         found = list(generator.generate(_reference()))
         figures["reference_s"] = time.perf_counter() - start
         figures["rss_mib"] = status_mib("VmRSS") or 0.0
+        if (allocated := allocated_mib()) is not None:
+            figures["allocated_mib"] = allocated
         pixels = b"".join(r.image.tobytes() if r.image else b"" for r in found)
         return np.frombuffer(hashlib.sha256(pixels).digest(), np.uint8).astype(np.float32)
 

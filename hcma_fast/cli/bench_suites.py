@@ -13,6 +13,7 @@ from hcma_fast.cli.output import output_folder, print_json, print_note, write_fi
 from hcma_fast.errors import HcmaError, UsageError
 
 if TYPE_CHECKING:
+    from hcma_fast.bench.bootstrap import Estimate
     from hcma_fast.bench.report import Report
     from hcma_fast.bench.soak import SoakReport
 
@@ -206,6 +207,11 @@ def soak(
         )
 
 
+def _per_hour(slope: Estimate) -> str:
+    low, high = slope.interval or (slope.value,) * 2
+    return f"{slope.value:+.2f} MiB an hour (95% interval {low:+.2f} to {high:+.2f})"
+
+
 def soak_text(report: SoakReport) -> str:
     """The report in Markdown."""
     slope, drift = report.rss_mib_per_hour, report.latency_drift
@@ -220,11 +226,12 @@ def soak_text(report: SoakReport) -> str:
     if slope is None or drift is None:
         lines.append(f"{report.not_judged}.")
     else:
-        low, high = slope.interval or (slope.value,) * 2
-        lines.append(
-            f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {slope.value:+.2f} MiB an hour "
-            f"(95% interval {low:+.2f} to {high:+.2f})."
-        )
+        lines.append(f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {_per_hour(slope)}.")
+        if report.allocated_mib_per_hour is not None:
+            lines.append(
+                f"Of it handed out by the C library: {report.allocated_mib[-1]:.0f} MiB, "
+                f"{_per_hour(report.allocated_mib_per_hour)}."
+            )
         low, high = drift.interval or (drift.value,) * 2
         lines.append(
             f"Latency: last third over first {drift.value:.3f} "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,6 +17,7 @@ from hcma_fast import HCMAPipeline
 from hcma_fast.bench.bad_requests import bad_requests, check_refused
 from hcma_fast.bench.bootstrap import Estimate
 from hcma_fast.bench.machine import describe_machine
+from hcma_fast.bench.memory import allocated_mib
 from hcma_fast.bench.soak import (
     SoakReport,
     check_full_disk,
@@ -40,6 +42,17 @@ def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:
     assert leak.value == pytest.approx(60, abs=5)
     flat = slope_per_hour(times, 500 + noise)
     assert flat.interval is not None and flat.interval[0] < 0 < flat.interval[1]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_what_is_handed_out_is_counted_at_once() -> None:
+    before = allocated_mib()
+    assert before is not None
+    kept = [np.empty(2**17) for _ in range(32)]  # a MiB each, never written to
+    during = allocated_mib()
+    assert during is not None and during - before == pytest.approx(32, abs=0.5)
+    del kept
+    assert allocated_mib() == pytest.approx(before, abs=0.5)
 
 
 def test_steps_of_an_allocator_are_no_leak() -> None:
@@ -78,6 +91,8 @@ def report(**changes: object) -> SoakReport:
         "rss_mib": (500.0,) * 90,
         "judged_rounds": 63,
         "rss_mib_per_hour": Estimate(value=1.0, interval=(-2.0, 4.0)),
+        "allocated_mib": (300.0,) * 90,
+        "allocated_mib_per_hour": Estimate(value=0.1, interval=(-0.2, 0.4)),
         "latency_drift": Estimate(value=1.01, interval=(0.98, 1.04)),
         "machine": describe_machine(),
     }
@@ -92,6 +107,10 @@ def report(**changes: object) -> SoakReport:
         ({"rss_mib_per_hour": Estimate(value=2.0, interval=(1.9, 2.1))}, None),
         ({"rss_mib_per_hour": Estimate(value=9.0, interval=(-1.0, 20.0))}, None),
         ({"rss_mib_per_hour": Estimate(value=60.0, interval=(50.0, 70.0))}, "memory grows"),
+        (
+            {"allocated_mib_per_hour": Estimate(value=9.0, interval=(8.0, 10.0))},
+            "what is allocated grows",
+        ),
         ({"latency_drift": Estimate(value=1.2, interval=(1.1, 1.3))}, "slower by 20%"),
         ({"same_image": False}, "another image"),
         ({"rss_mib_per_hour": None, "latency_drift": None, "judged_rounds": 7}, None),
@@ -176,6 +195,7 @@ def test_rounds_mix_requests_and_end_with_the_same_image(
     # another kind the next time
     assert "refused: negative prompt too long" in contestant.figures()
     assert figures["rss_mib"] > 100 and figures["reference_s"] > 0
+    assert 1 < figures["allocated_mib"] < figures["rss_mib"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".png"}
 
 
