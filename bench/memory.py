@@ -59,9 +59,10 @@ class _MallInfo2(ctypes.Structure):
 def allocated_mib() -> float | None:
     """What the C library's allocator has handed out and not got back, in MiB, over all its arenas.
 
-    Unlike the resident memory this does not move when the allocator asks the system for more, or
-    keeps what was freed. Python's objects of up to 512 bytes lie elsewhere. None where there is no
-    glibc of 2.33 or later.
+    Unlike the resident memory this hardly moves when the allocator asks the system for more, or
+    keeps what was freed (but for what its caches of the threads hold). What others take from the
+    system themselves is not in it: Python's objects of up to 512 bytes, of which
+    ``sys.getallocatedblocks`` tells. None where there is no glibc of 2.33 or later.
     """
     try:
         call = ctypes.CDLL(None).mallinfo2

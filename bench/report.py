@@ -114,7 +114,7 @@ class Fit(_Frozen):
     fixed_s: Estimate | None = None
     """of the straight line with the least relative errors; None in results of before it was told"""
     off_line: float | None = None
-    """largest relative distance of a median from that line"""
+    """largest relative distance of a median from that line; None for two sizes, which lie on it"""
 
 
 class Report(_Frozen):
@@ -161,10 +161,10 @@ def read_results(path: Path) -> Results:
 
 
 def _line(fit: Fit) -> str:
-    if fit.fixed_s is None or fit.off_line is None:
+    if fit.fixed_s is None:
         return "- | -"
     fixed = f"{fit.fixed_s.value:.3f} ({_interval(fit.fixed_s.interval, '.3f')})"
-    return f"{fixed} | {fit.off_line:.1%}"
+    return f"{fixed} | {'-' if fit.off_line is None else f'{fit.off_line:.1%}'}"
 
 
 def report_markdown(report: Report, against: str = COMPILED) -> str:

@@ -96,7 +96,11 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
                 exponent=estimate(exponent, rounds),
                 growth=estimate(growth, rounds),
                 fixed_s=estimate(fixed, rounds),
-                off_line=float(np.abs((start + slope * sizes) / medians - 1).max()),
+                off_line=(
+                    float(np.abs((start + slope * sizes) / medians - 1).max())
+                    if len(sizes) > 2  # through two points there always is one
+                    else None
+                ),
             )
         )
     return tuple(found)

@@ -3,7 +3,9 @@
 A worker process generates through ``runtime.batching``. After a share of the time it is killed, and
 another one takes its place; from time to time it is given a request that must be refused, of one
 kind after the other (``bench.bad_requests``), and its disk is full. Memory and latency are judged
-over the second process, without its beginning, where caches and allocators fill.
+over the second process, without its beginning, where caches and allocators fill. A leak is what is
+allocated and not given back, of the C library's memory and of Python's objects: the resident
+memory also has steps, as an allocator asks the system for more and keeps what was freed.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -88,7 +91,10 @@ class SoakReport(BaseModel):
     allocated_mib: tuple[float, ...] = ()
     """what the C library's allocator had handed out after those rounds; none where it cannot say"""
     allocated_mib_per_hour: Estimate | None = None
-    """as ``rss_mib_per_hour``: it tells a leak from memory that the allocator keeps"""
+    """as ``rss_mib_per_hour``: what leaks, and not what an allocator keeps"""
+    python_blocks: tuple[int, ...] = ()
+    """small objects of Python (``sys.getallocatedblocks``) after those rounds"""
+    python_blocks_per_hour: Estimate | None = None
     latency_drift: Estimate | None
     """median of the last third of the judged rounds over that of the first; None for too few"""
     machine: Machine
@@ -108,14 +114,18 @@ class SoakReport(BaseModel):
         """What it should not have done; see ``not_judged`` for what is unknown."""
         found = [] if self.same_image else ["the same request gave another image"]
         drift = self.latency_drift
-        # 1% in an hour is a fault if it is no chance
-        most = 0.01 * float(np.median(self.rss_mib))
-        for what, slope in (
-            ("memory", self.rss_mib_per_hour),
-            ("what is allocated", self.allocated_mib_per_hour),
-        ):
-            if slope is not None and slope.interval is not None and slope.interval[0] > most:
-                found.append(f"{what} grows by {slope.value:.1f} MiB an hour")
+        judged = {
+            "the number of Python's objects": (self.python_blocks, self.python_blocks_per_hour)
+        }
+        if self.allocated_mib:
+            judged["what is allocated (MiB)"] = (self.allocated_mib, self.allocated_mib_per_hour)
+        else:
+            judged["memory (MiB)"] = (self.rss_mib, self.rss_mib_per_hour)
+        for what, (values, slope) in judged.items():
+            low = None if slope is None else slope.interval and slope.interval[0]
+            # 1% in an hour is a fault if it is no chance
+            if slope is not None and low is not None and low > 0.01 * float(np.median(values)):
+                found.append(f"{what} grows by {slope.value:,.1f} an hour")
         if drift is not None and drift.interval is not None and drift.interval[0] > 1.05:
             found.append(f"it became slower by {drift.value - 1:.0%}")
         return found
@@ -158,6 +168,7 @@ def soak(
     runs = [run for _, run in after]
     rss = np.array([run.figures["rss_mib"] for run in runs])
     allocated = np.array([run.figures.get("allocated_mib", np.nan) for run in runs])
+    blocks = np.array([run.figures["python_blocks"] for run in runs])
     known = bool(np.isfinite(allocated).all())
     seconds = np.array([run.figures["reference_s"] for run in runs])
     kept = slice(int(_SETTLED * len(runs)), None)
@@ -181,6 +192,8 @@ def soak(
         rss_mib=tuple(rss.tolist()),
         judged_rounds=judged,
         rss_mib_per_hour=slope_per_hour(at_s[kept], rss[kept]) if enough else None,
+        python_blocks=tuple(blocks.astype(int).tolist()),
+        python_blocks_per_hour=slope_per_hour(at_s[kept], blocks[kept]) if enough else None,
         allocated_mib=tuple(allocated.tolist()) if known else (),
         allocated_mib_per_hour=(
             slope_per_hour(at_s[kept], allocated[kept]) if enough and known else None
@@ -294,6 +307,7 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
         found = list(generator.generate(_reference()))
         figures["reference_s"] = time.perf_counter() - start
         figures["rss_mib"] = status_mib("VmRSS") or 0.0
+        figures["python_blocks"] = sys.getallocatedblocks()
         if (allocated := allocated_mib()) is not None:
             figures["allocated_mib"] = allocated
         pixels = b"".join(r.image.tobytes() if r.image else b"" for r in found)
@@ -303,12 +317,14 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
 
 
 def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Request:
-    """Any prompt, layout, seed, number of steps, guidance (1 too) and rate (0 too)."""
+    """Any prompt, layout, seed, number of steps, guidance (1 too), end of the gated attention and
+    rate (0 too)."""
     from hcma_fast.runtime.batching import Request
 
     scene = int(rng.integers(_SCENES))
     changes = {
         "guidance_scale": float(rng.choice([1.0, 3.0, 7.5])),
+        "grounding_beta": float(rng.choice([0.5, 1.0])),
         "eta0": float(rng.choice([0.0, 0.5, 1.0])) * settings.eta0,
     }
     return Request(

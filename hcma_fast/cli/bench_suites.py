@@ -232,6 +232,13 @@ def soak_text(report: SoakReport) -> str:
                 f"Of it handed out by the C library: {report.allocated_mib[-1]:.0f} MiB, "
                 f"{_per_hour(report.allocated_mib_per_hour)}."
             )
+        if report.python_blocks_per_hour is not None:
+            blocks = report.python_blocks_per_hour
+            low, high = blocks.interval or (blocks.value,) * 2
+            lines.append(
+                f"Python's objects: {report.python_blocks[-1]:,} blocks, {blocks.value:+,.0f} an "
+                f"hour (95% interval {low:+,.0f} to {high:+,.0f})."
+            )
         low, high = drift.interval or (drift.value,) * 2
         lines.append(
             f"Latency: last third over first {drift.value:.3f} "

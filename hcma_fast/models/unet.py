@@ -107,9 +107,11 @@ class GroundedUNet(nn.Module):
             noise prediction (B, 4, h, w) float32.
         """
         dtype = self.unet.conv_in.weight.dtype
-        objects = grounding_context.to(dtype).split(self.widths, dim=-1)
-        gates = () if grounding_gate is None else (grounding_gate.to(dtype).view(-1, 1, 1),)
-        return _predict(self.unet, self.widths, sample, timestep, text_context, objects + gates)
+        given = {
+            "objs": grounding_context.to(dtype).split(self.widths, dim=-1),
+            "gate": None if grounding_gate is None else grounding_gate.to(dtype).view(-1, 1, 1),
+        }
+        return _predict(self.unet, self.widths, sample, timestep, text_context, given)
 
 
 class PlainUNet(nn.Module):
@@ -131,7 +133,7 @@ def _predict(
     sample: Tensor,
     timestep: Tensor,
     text_context: Tensor,
-    objects: KeyValues | None,
+    gligen: dict[str, Any] | None,
 ) -> tuple[Tensor]:
     dtype = unet.conv_in.weight.dtype
     # diffusers hands both on to the attention layers without a look at them
@@ -139,7 +141,7 @@ def _predict(
         sample.to(dtype),
         timestep,
         text_context.to(dtype).split(widths, dim=-1),
-        cross_attention_kwargs=None if objects is None else {"gligen": {"objs": objects}},
+        cross_attention_kwargs=None if gligen is None else {"gligen": gligen},
         return_dict=False,
     )[0]
     return (noise.float(),)
@@ -162,8 +164,8 @@ def _on_contexts(unet: UNet2DConditionModel, *, gated: bool) -> Any:
 class _GroundingTokens(nn.Module):
     """Stands where the UNet expects its position net, once that has run outside."""
 
-    def forward(self, objs: KeyValues) -> KeyValues:
-        return objs
+    def forward(self, objs: KeyValues, gate: Tensor | None) -> tuple[KeyValues, Tensor | None]:
+        return objs, gate
 
 
 class _CaptionAttention(nn.Module):
@@ -197,13 +199,14 @@ class _GatedAttention(nn.Module):
         self.alpha_attn, self.alpha_dense = fuser.alpha_attn, fuser.alpha_dense
         self.index = index
 
-    def forward(self, hidden: Tensor, objects: KeyValues) -> Tensor:
-        """(B, T, C), keys and values of all blocks and perhaps a gate (B, 1, 1) -> (B, T, C)."""
+    def forward(self, hidden: Tensor, given: tuple[KeyValues, Tensor | None]) -> Tensor:
+        """(B, T, C), the keys and values of all blocks, a gate (B, 1, 1) or None -> (B, T, C)."""
+        objects, gate = given
         normed = self.norm1(hidden)
         box_key, box_value = objects[2 * self.index : 2 * self.index + 2]
         gates = [self.alpha_attn.tanh(), self.alpha_dense.tanh()]
-        if len(objects) % 2:
-            gates = [gate * objects[-1] for gate in gates]
+        if gate is not None:
+            gates = [trained * gate for trained in gates]
         key = torch.cat([self.to_k(normed), box_key], 1)
         value = torch.cat([self.to_v(normed), box_value], 1)
         attended = self.to_out[0](_attend(self.to_q(normed), key, value, self.heads))

@@ -1,7 +1,8 @@
 """Many requests, each with settings of its own, in batches that keep the device busy.
 
-Requests that can share a batch do so whatever their prompts, layouts, seeds, steps, guidance, rates
-and lambdas: the sampler reads them from tables with a column per image.
+Requests that can share a batch do so whatever their prompts, layouts, seeds, steps, guidance,
+rates, lambdas and ends of the gated attention: the sampler reads them from tables with a column per
+image.
 """
 
 from __future__ import annotations
@@ -297,8 +298,14 @@ def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:
         guided = schedule.guided_steps
         key = (schedule.savings.latent_dtype, named.get(guided, guided))
         groups.setdefault(key, []).append(index)
-    # neighbours of similar length: a batch takes as long as its longest
-    return [sorted(group, key=lambda i: -len(schedules[i].table)) for group in groups.values()]
+
+    def cost(index: int) -> tuple[int, int]:
+        schedule = schedules[index]
+        return -len(schedule.table), -schedule.grounded_unet_steps
+
+    # neighbours of similar length: a batch takes as long as its longest, and the dearer UNet as
+    # long as one image needs it
+    return [sorted(group, key=cost) for group in groups.values()]
 
 
 def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> list[StepLosses]:

@@ -85,8 +85,8 @@ class ReplaySampler:
                 losses are listed as the longest has them.
 
         Raises:
-            InputError: images of one batch need different UNets in the same evaluation, or keep
-                their latents in different dtypes.
+            InputError: in one evaluation some images of the batch need guidance, and others none;
+                or they keep their latents in different dtypes.
             UsageError: a callback with ``mode="trajectory"``, or one that calls this sampler.
             BackendError: the device cannot capture what the engines do.
             DeviceMemoryError: it has no memory left.

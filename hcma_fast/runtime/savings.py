@@ -24,7 +24,7 @@ class Savings(BaseModel):
     run of the `grounding` graph before the steps. False runs it again in every evaluation"""
     skip_closed_gate: bool = True
     """exact: after the last step with gated attention, run `unet_plain`, which has none. False runs
-    `unet_grounded` there too, with its gate at 0, and so needs one UNet engine less"""
+    `unet_grounded` there too, with its gate at 0"""
     align_every: int = Field(1, ge=1)
     """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
     again, at their own rates, in the steps between, which record no losses"""

@@ -209,6 +209,8 @@ def test_a_straight_line_tells_a_fixed_cost_from_one_that_flattens() -> None:
     assert fixed.exponent.value < 0.9
     assert fixed.fixed_s is not None and fixed.fixed_s.value == pytest.approx(0.3)
     assert fixed.off_line == pytest.approx(0, abs=1e-9)
+    # through two points there always is one
+    assert fit_scaling(rows[:2])[0].off_line is None
 
 
 def test_a_single_size_has_no_fit() -> None:

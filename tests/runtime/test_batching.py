@@ -121,6 +121,11 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
         assert len({schedules[i].guidance_scale > 1 for i in group}) == 1
 
 
+def test_images_with_the_same_end_of_gated_attention_are_neighbours() -> None:
+    schedules = [Schedule.of(4, settings(grounding_beta=i % 2)) for i in range(6)]
+    assert group_requests(schedules) == [[1, 3, 5, 0, 2, 4]]
+
+
 class Short(EagerEngine):
     """An engine that has no memory for more than so many images."""
 

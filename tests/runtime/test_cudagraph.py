@@ -123,15 +123,19 @@ def test_a_broken_gradient_of_one_batch_is_gone_in_the_next(
     assert relative(found[:1], alone) < 1e-5
 
 
+@pytest.mark.parametrize("beta", [0.6, 1.0])
 def test_images_of_one_batch_may_have_settings_of_their_own(
-    engines: dict[GraphName, Engine], random_components: Components
+    engines: dict[GraphName, Engine], random_components: Components, beta: float
 ) -> None:
+    """With the lower beta the last evaluations run the plain UNet."""
     schedules = [
-        plan(steps=7, eta0=2.0, guidance=3.0),
+        plan(steps=7, eta0=2.0, guidance=3.0, beta=beta),
         plan(steps=4, eta0=0.5, guidance=7.5, window=(0.0, 0.6), beta=0.5),
         plan(steps=5, eta0=0.0, guidance=1.5, beta=0.0),
         plan(steps=7, eta0=2.0, savings=Savings(align_every=2), beta=0.3),
-        plan(steps=6, eta0=2.0, savings=Savings(align_every=3, skip_closed_gate=False), beta=0.7),
+        plan(
+            steps=6, eta0=2.0, savings=Savings(align_every=3, skip_closed_gate=beta < 1), beta=0.6
+        ),
     ]
     images = [0, 1, 2, 0, 2]
     together, losses = ReplaySampler(engines, "cpu")(
