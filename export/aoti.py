@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import hashlib
 import json
@@ -12,8 +11,10 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -40,7 +41,7 @@ def target(device: str = "cpu") -> str:
 def _cpu_flags() -> str:
     """Of the CPU's instructions, all of which the compiler may use, a hash."""
     flags = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
     return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:12]
@@ -107,7 +108,7 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     # thread's at a time. A run leaves nothing in the model but that: its temporaries and outputs
     # are from torch's allocator, for torch's stream, and the weights stay where they are. So batch
     # sizes, streams and CUDA graphs share one model, where TensorRT needs a context for each.
-    alone = threading.Lock() if on_gpu else contextlib.nullcontext()
+    alone: AbstractContextManager[Any] = threading.Lock() if on_gpu else nullcontext()
     try:
         model = torch._inductor.aoti_load_package(str(path), run_single_threaded=on_gpu)
     except RuntimeError as error:
@@ -123,14 +124,14 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         args = [inputs[name].contiguous() for name in spec.input_names]
         _check_inputs(spec, args, device)
-        with alone, _exact_products() if on_gpu else contextlib.nullcontext():
+        with alone, _exact_products() if on_gpu else nullcontext():
             outputs = model(*args)
         return dict(zip(spec.output_names, outputs, strict=True))
 
     return run
 
 
-@contextlib.contextmanager
+@contextmanager
 def _exact_products() -> Iterator[None]:
     """float32 convolutions as float32: by torch's default cuDNN rounds their inputs to TF32.
 
@@ -146,7 +147,7 @@ def _exact_products() -> Iterator[None]:
         convolutions.fp32_precision = before
 
 
-@contextlib.contextmanager
+@contextmanager
 def _memory_errors(spec: IOSpec) -> Iterator[None]:
     try:
         yield
@@ -202,7 +203,6 @@ def _check_gpu_tools() -> None:
     """For a GPU torch also needs the GPU itself, Triton and CUDA's headers."""
     from torch.utils.cpp_extension import CUDA_HOME
 
-    remedy = None
     if not torch.cuda.is_available():
         problem = "builds for the GPU that is here, and torch finds none"
         remedy = "Build on the GPU's machine, or for a CPU: --device cpu."
@@ -211,8 +211,9 @@ def _check_gpu_tools() -> None:
     elif CUDA_HOME is None:
         problem = "found no CUDA toolkit, whose headers its code for a GPU includes"
         remedy = "Install the toolkit of torch's CUDA version, or set CUDA_HOME to it."
-    if remedy is not None:
-        raise BackendError(f"the backend torch-compile {problem}", remedy=remedy)
+    else:
+        return
+    raise BackendError(f"the backend torch-compile {problem}", remedy=remedy)
 
 
 def _check_inputs(spec: IOSpec, args: list[Tensor], device: torch.device) -> None:
