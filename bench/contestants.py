@@ -122,9 +122,9 @@ class Ours:
         """Backend, and the precision where that is not float32."""
         return self.backend + ("" if self.precision == "float32" else f" {self.precision}")
 
-    def target(self, side: int | None) -> Target | None:
-        """What must be built for it; None for eager."""
-        from hcma_fast.export.target import TRT_LIBRARIES, Target
+    def target(self, side: int | None, device: str = "cpu") -> Target | None:
+        """What must be built for it to run on ``device``; None for eager."""
+        from hcma_fast.export.target import TRT_LIBRARIES, Target, device_for
 
         if self.backend == "eager":
             return None
@@ -136,6 +136,7 @@ class Ours:
             height=side,
             width=side,
             fuse="step" if self.fuse else "none",
+            device=device_for(self.backend, device),
         )
 
 
@@ -218,7 +219,7 @@ def open_pipe(
     from hcma_fast.runtime.requests import check_device
 
     check_device(device, ours.backend)
-    target = ours.target(side)
+    target = ours.target(side, device)
     pipe = None
     if target is not None:
         pipe = HCMAPipeline.from_engines(_folder(model, target), device=device)
@@ -262,7 +263,7 @@ def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cp
     from hcma_fast.runtime.requests import check_device
 
     check_device(device, ours.backend)
-    target = ours.target(None)
+    target = ours.target(None, device)
     if target is not None:
         folder = _folder(model, target)
         return open_engine(folder, load_manifest(folder), name, device)
@@ -361,7 +362,12 @@ def _folder(model: str | Path, target: Target) -> Path:
 
 
 def build_missing(
-    model: str | Path, ours: Ours, side: int | None, say: Callable[[str], None]
+    model: str | Path,
+    ours: Ours,
+    side: int | None,
+    say: Callable[[str], None],
+    *,
+    device: str = "cpu",
 ) -> None:
     """Build engines that are not in the cache, in a process of their own.
 
@@ -370,7 +376,7 @@ def build_missing(
     Raises:
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
     """
-    targets = [ours.target(side) if ours.backend in BACKENDS else None]
+    targets = [ours.target(side, device) if ours.backend in BACKENDS else None]
     targets += [Ours("onnxruntime").target(None)] if ours.grad_backend == "onnx" else []
     for target in targets:
         if target is None:

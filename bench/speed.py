@@ -49,7 +49,7 @@ def ours_case(
         work.labels,
         work.batch,
         MAX_ERROR if exact else HALF_ERROR,
-        prepare=partial(build_missing, model, ours, work.side),
+        prepare=partial(build_missing, model, ours, work.side, device=device),
     )
 
 

@@ -66,7 +66,7 @@ def align(plan: Plan) -> list[Group]:
                     {"batch": batch, "calls": calls},
                     batch * calls,
                     MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
-                    prepare=partial(build_missing, plan.model, ours, None),
+                    prepare=partial(build_missing, plan.model, ours, None, device=plan.device),
                 )
                 for ours in engines
             ],
@@ -129,7 +129,7 @@ def unet(plan: Plan) -> list[Group]:
             {"calls": calls},
             calls,
             MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
-            prepare=partial(build_missing, plan.model, ours, None),
+            prepare=partial(build_missing, plan.model, ours, None, device=plan.device),
         )
         for ours in (Ours("eager"), *kinds)
     ]

@@ -1,22 +1,26 @@
-"""One graph compiled to native code ahead of time, by AOTInductor: a .pt2 file."""
+"""One graph compiled to native code by AOTInductor, for a CPU or a GPU: a .pt2 file."""
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import hashlib
 import json
 import os
 import platform
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hcma_fast.errors import BackendError, EngineError, InputError
+from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
 from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
@@ -25,18 +29,19 @@ TARGET_KEY = "HCMA_TARGET"
 
 
 def target(device: str = "cpu") -> str:
-    """What native code compiled here runs on: machine, its vector instructions, torch."""
+    """What native code compiled here runs on: machine, its vector instructions, torch, its GPU."""
     parts = [platform.machine(), torch.backends.cpu.get_cpu_capability(), _cpu_flags()]
     parts.append(str(torch.__version__))
     if device != "cpu":
-        parts.append("sm_{}{}".format(*torch.cuda.get_device_capability(device)))
+        gpu = torch.cuda.is_available()
+        parts.append("sm_{}{}".format(*torch.cuda.get_device_capability()) if gpu else "no GPU")
     return " ".join(parts)
 
 
 def _cpu_flags() -> str:
     """Of the CPU's instructions, all of which the compiler may use, a hash."""
     flags = platform.processor()
-    with contextlib.suppress(OSError, StopIteration):
+    with suppress(OSError, StopIteration):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         flags = next(line for line in lines if line.startswith(("flags", "Features")))
     return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:12]
@@ -45,21 +50,24 @@ def _cpu_flags() -> str:
 def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "cpu") -> None:
     """Compile ``module`` with its weights into the file ``path``, which ends in .pt2.
 
-    The code is made for the CPU of this machine: see :func:`target`.
+    The code is made for the CPU of this machine, or for torch's current GPU: see :func:`target`.
 
     Args:
         spec: names and shapes; one graph serves every batch, unless the spec's batch is static.
-        module: on ``device``; takes the inputs in the spec's order, returns a tuple of outputs.
+        module: takes the inputs in the spec's order, returns a tuple of outputs.
+        device: "cpu", or "cuda", where a copy of ``module`` is compiled.
 
     Raises:
-        BackendError: there is no C++ compiler.
+        BackendError: there is no C++ compiler; for a GPU also no GPU, Triton or CUDA toolkit.
+        DeviceMemoryError: the GPU has no memory left.
     """
-    check_compiler()
-    example = tuple(value.to(device) for value in example_inputs(spec))
-    with torch.no_grad():
-        program = torch.export.export(
-            _plain(spec, module, example), example, dynamic_shapes=dynamic_shapes(spec)
-        )
+    check_compiler(device)
+    with torch.no_grad(), _memory_errors(spec):
+        if device != "cpu":
+            # the weights of the module itself are those of other graphs too
+            module = copy.deepcopy(module).to(device)
+        example = tuple(value.to(device) for value in example_inputs(spec))
+        program = export_program(spec, module, example)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder) / path.name
             torch._inductor.aoti_compile_and_package(
@@ -83,23 +91,82 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     manifest's before. Inputs are read where they lie; outputs are new tensors, the caller's. The
     function raises InputError for tensors unlike the spec, since the native code trusts them.
 
+    On a GPU it runs on torch's current stream, and a CUDA graph can hold what it does, from its
+    second run on: the first one loads kernels and folds constants.
+
     Raises:
         EngineError: the file cannot be read, or was compiled for another CPU, GPU or torch, whose
             instructions could end this process.
+        DeviceMemoryError: the GPU has no memory left.
     """
-    _check_target(path)
+    device = _check_target(path)
+    on_gpu = device.type == "cuda"
+    # Otherwise than single-threaded, the model's container records an event after each run, and
+    # queries it before the next, or waits for it (torch's aoti_runtime/model_container.h). A
+    # capture forbids both, and without one the host would wait. What threads must not do at once
+    # is the first run, which loads the kernels: so the host's part of a run, the launches, is one
+    # thread's at a time. A run leaves nothing in the model but that: its temporaries and outputs
+    # are from torch's allocator, for torch's stream, and the weights stay where they are. So batch
+    # sizes, streams and CUDA graphs share one model, where TensorRT needs a context for each.
+    alone: AbstractContextManager[Any] = threading.Lock() if on_gpu else nullcontext()
     try:
-        model = torch._inductor.aoti_load_package(str(path))
+        model = torch._inductor.aoti_load_package(str(path), run_single_threaded=on_gpu)
     except RuntimeError as error:
+        if "out of memory" in str(error):
+            raise DeviceMemoryError(
+                f"out of memory for the weights of the graph {spec.graph}",
+                value=f"{path.stat().st_size / 2**20:.0f} MiB",
+                remedy="Close what else uses the GPU.",
+            ) from error
         raise _unreadable(path, str(error)) from error
 
     @torch.no_grad()
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         args = [inputs[name].contiguous() for name in spec.input_names]
-        _check_inputs(spec, args)
-        return dict(zip(spec.output_names, model(*args), strict=True))
+        _check_inputs(spec, args, device)
+        with alone, _exact_products() if on_gpu else nullcontext():
+            outputs = model(*args)
+        return dict(zip(spec.output_names, outputs, strict=True))
 
     return run
+
+
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """float32 convolutions as float32: by torch's default cuDNN rounds their inputs to TF32.
+
+    That is torch's setting when a convolution is launched, not when it is compiled. Matrix products
+    keep the user's setting, which is exact by default.
+    """
+    convolutions = torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        convolutions.fp32_precision = before
+
+
+@contextmanager
+def _memory_errors(spec: IOSpec) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DeviceMemoryError(
+            f"out of memory on the GPU while the graph {spec.graph} was compiled",
+            remedy="Close what else uses the GPU.",
+        ) from error
+
+
+def export_program(
+    spec: IOSpec, module: nn.Module, example: tuple[Tensor, ...]
+) -> torch.export.ExportedProgram:
+    """The graph as AOTInductor takes it, traced with ``example`` on the module's device."""
+    # A GPU's kernels index by 32 bits where the largest batch allows it, so it must be the true
+    # one; a CPU's always index by 64.
+    most = None if example[0].device.type == "cpu" else spec.batch.max
+    shapes = dynamic_shapes(spec, most)
+    return torch.export.export(_plain(spec, module, example), example, dynamic_shapes=shapes)
 
 
 def _plain(spec: IOSpec, module: nn.Module, example: tuple[Tensor, ...]) -> nn.Module:
@@ -116,8 +183,10 @@ def _plain(spec: IOSpec, module: nn.Module, example: tuple[Tensor, ...]) -> nn.M
     return traced
 
 
-def check_compiler() -> None:
-    """Raises BackendError where there is no C++ compiler."""
+def check_compiler(device: str = "cpu") -> None:
+    """Raises BackendError where :func:`compile_aoti` lacks a compiler, or anything for a GPU."""
+    if device != "cpu":
+        _check_gpu_tools()
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -130,14 +199,32 @@ def check_compiler() -> None:
         ) from error
 
 
-def _check_inputs(spec: IOSpec, args: list[Tensor]) -> None:
+def _check_gpu_tools() -> None:
+    """For a GPU torch also needs the GPU itself, Triton and CUDA's headers."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if not torch.cuda.is_available():
+        problem = "builds for the GPU that is here, and torch finds none"
+        remedy = "Build on the GPU's machine, or for a CPU: --device cpu."
+    elif find_spec("triton") is None:
+        problem, remedy = "needs Triton for a GPU", 'Run pip install "hcma-fast[gpu]".'
+    elif CUDA_HOME is None:
+        problem = "found no CUDA toolkit, whose headers its code for a GPU includes"
+        remedy = "Install the toolkit of torch's CUDA version, or set CUDA_HOME to it."
+    else:
+        return
+    raise BackendError(f"the backend torch-compile {problem}", remedy=remedy)
+
+
+def _check_inputs(spec: IOSpec, args: list[Tensor], device: torch.device) -> None:
     batches = set()
     for tensor, value in zip(spec.inputs, args, strict=True):
-        if not _fits(tensor, value):
+        if not _fits(tensor, value) or value.device != device:
             raise InputError(
-                f"the graph {spec.graph} takes {tensor.name} as {tensor.shape} {tensor.dtype}",
-                value=f"{tuple(value.shape)} {value.dtype}",
-                remedy="Give every input the shape and dtype of the spec.",
+                f"the graph {spec.graph} takes {tensor.name} as {tensor.shape} {tensor.dtype} on "
+                f"{device}",
+                value=f"{tuple(value.shape)} {value.dtype} on {value.device}",
+                remedy="Give every input the shape and dtype of the spec, on the engine's device.",
             )
         if BATCH in tensor.shape:
             batches.add(value.shape[tensor.shape.index(BATCH)])
@@ -158,8 +245,8 @@ def _fits(tensor: TensorSpec, value: Tensor) -> bool:
     )
 
 
-def _check_target(path: Path) -> None:
-    """Read what the file was compiled for, and nothing else of it."""
+def _check_target(path: Path) -> torch.device:
+    """Read what the file was compiled for, and nothing else of it: where it will run."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("wrapper_metadata.json"))
@@ -167,13 +254,15 @@ def _check_target(path: Path) -> None:
         compiled_for, device = metadata[TARGET_KEY], metadata["AOTI_DEVICE_KEY"]
     except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError) as error:
         raise _unreadable(path, repr(error)) from error
-    here = "no GPU" if device != "cpu" and not torch.cuda.is_available() else target(device)
+    here = target(device)
     if compiled_for != here:
         raise EngineError(
             f"this engine was compiled for another machine or torch than this one ({here})",
             value=compiled_for,
             remedy="Build it again: hcma-fast build --force.",
         )
+    # the model is loaded onto the current GPU, and stays there
+    return torch.device(device if device == "cpu" else f"{device}:{torch.cuda.current_device()}")
 
 
 def _unreadable(path: Path, reason: str) -> EngineError:

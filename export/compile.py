@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from hcma_fast.errors import EngineError
 from hcma_fast.export import aoti, openvino_model
@@ -13,10 +12,9 @@ from hcma_fast.export import session as ort
 from hcma_fast.export.onnx_graph import export_onnx
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.trt_engine import TRTReport, build_trt
+from hcma_fast.export.validate import Runner, on_device
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
 from hcma_fast.specs import IOSpec
-
-Runner = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def export_graph(
@@ -35,7 +33,7 @@ def export_graph(
     """
     if target.backend == "torch-compile":
         file = folder / f"{spec.graph}.pt2"
-        aoti.compile_aoti(spec, module, file)
+        aoti.compile_aoti(spec, module, file, device=target.device)
         return file
     file = folder / f"{spec.graph}.onnx"
     export_onnx(spec, module, file, weights, vocabulary=vocabulary)
@@ -44,16 +42,17 @@ def export_graph(
 
 
 def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
-    """A function that runs what :func:`export_graph` wrote, on the CPU.
+    """A function of tensors on the CPU that runs what :func:`export_graph` wrote.
 
-    That is the engine itself, but for TensorRT, whose ONNX is run by ONNX Runtime.
+    That is the engine itself, on its GPU if it is for one, but for TensorRT, whose ONNX is run by
+    ONNX Runtime on the CPU.
 
     Raises:
         BackendError, DeviceMemoryError, EngineError: it cannot be opened, or has other inputs or
             outputs than ``spec``.
     """
     if target.backend == "torch-compile":
-        return aoti.runner(file, spec)
+        return on_device(aoti.runner(file, spec), target.device)
     if target.backend == "openvino":
         precision = openvino_model.precision_of(spec.graph, target.precision)
         return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)

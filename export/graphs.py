@@ -130,11 +130,17 @@ def example_inputs(spec: IOSpec, vocabulary: int = 256) -> tuple[Tensor, ...]:
     return tuple(drawn[name] for name in spec.input_names)
 
 
-def dynamic_shapes(spec: IOSpec) -> tuple[Any, ...] | None:
-    """For torch.export, per input: ``"batch"`` is one symbolic dimension; None if it is static."""
+def dynamic_shapes(spec: IOSpec, most: int | None = None) -> tuple[Any, ...] | None:
+    """For torch.export, per input: ``"batch"`` is one symbolic dimension; None if it is static.
+
+    Args:
+        most: the largest batch that the exporter is told of; by default one that any graph can be
+            traced with.
+    """
     if spec.batch.static:
         return None
-    batch = torch.export.Dim(BATCH, min=1, max=_TRACED_BATCH)
+    # with room for the example
+    batch = torch.export.Dim(BATCH, min=1, max=max(most or _TRACED_BATCH, _EXAMPLE_BATCH))
     return tuple(
         {i: batch for i, size in enumerate(tensor.shape) if size == BATCH} or None
         for tensor in spec.inputs
@@ -147,7 +153,7 @@ def traceable(name: GraphName, module: nn.Module, example: tuple[Tensor, ...]) -
         return trace_gradient(module, example)
     if isinstance(module, FusedStep):
         z, _, _, _, _, _, lambdas, *fixed = example[:11]
-        eta = torch.zeros(len(z))
+        eta = z.new_zeros(len(z))
         times = (eta.long(),) if module.timed else ()
         align = trace_gradient(module.align, (z, *fixed, eta, lambdas, *times))
         return FusedStep(align, module.unet, timed=module.timed)

@@ -5,10 +5,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+)
 
+from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
 from hcma_fast.export.target import Target, backend_version, machine
 from hcma_fast.export.trt_engine import TRTReport
@@ -69,6 +77,19 @@ class Manifest(_Strict):
     def precision(self) -> str:
         """float32, float16 or bfloat16."""
         return self.target.precision
+
+    @property
+    def device(self) -> str:
+        """Where the engines run, unless the caller says otherwise."""
+        return "cuda" if self.target.device == "cuda" else devices_of(self.backend)[0]
+
+    @field_serializer("target", mode="wrap")
+    def _without_no_device(self, target: Target, write: SerializerFunctionWrapHandler) -> Any:
+        """The default says nothing of other backends, some of which are for GPUs alone."""
+        fields = write(target)
+        if target.device == "cpu":
+            del fields["device"]
+        return fields
 
     @property
     def engine_hash(self) -> str:

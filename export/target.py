@@ -47,6 +47,8 @@ class Target:
         architectures: NVIDIA GPUs, such as "sm89"; for tensorrt-rtx.
         workspace_mib, strip_weights: see ``trt_engine.TRTOptions``.
         fuse: "step" adds graphs that do a whole evaluation, see ``models.step``.
+        device: what torch-compile compiles for: this machine's CPU, or its GPU ("cuda"). Other
+            backends' engines are not for the one or the other, or for a GPU only.
 
     Raises:
         BackendError: unknown backend, or a precision or architecture that it lacks.
@@ -62,6 +64,7 @@ class Target:
     workspace_mib: int | None = None
     strip_weights: bool = False
     fuse: Literal["none", "step"] = "none"
+    device: Literal["cpu", "cuda"] = "cpu"
 
     def __post_init__(self) -> None:
         if self.backend not in COMPILED_BACKENDS:
@@ -73,6 +76,18 @@ class Target:
         if self.fuse not in ("none", "step"):
             raise UsageError(
                 "unknown fusion of graphs", value=self.fuse, remedy="Use none or step."
+            )
+        if self.device not in ("cpu", "cuda"):
+            raise UsageError(
+                "engines are not built for this device",
+                value=self.device,
+                remedy="Use cpu or cuda, which is torch's current GPU.",
+            )
+        if self.device != "cpu" and self.backend != "torch-compile":
+            raise UsageError(
+                "the device is an option of torch-compile alone",
+                value=self.backend,
+                remedy="Leave it out: other engines run wherever their backend does.",
             )
         possible = PRECISIONS_OF[self.backend]
         if self.precision not in possible:
@@ -122,6 +137,11 @@ class Target:
         return self.backend not in ("onnxruntime", "onnxruntime-tensorrt", "openvino")
 
 
+def device_for(backend: str, device: str) -> Literal["cpu", "cuda"]:
+    """``Target.device`` of engines that will run on ``device``."""
+    return "cuda" if backend == "torch-compile" and device.startswith("cuda") else "cpu"
+
+
 def backend_version(backend: str) -> str:
     """Version of what runs the engines, which are not used with another one.
 
@@ -142,7 +162,7 @@ def machine(target: Target) -> str:
     if not target.native:
         return "any"
     if target.backend == "torch-compile":
-        return aoti.target()
+        return aoti.target(target.device)
     if target.architectures:
         return " ".join(target.architectures)
     return f"{torch.cuda.get_device_name()} driver {_driver()}" if _has_gpu() else "no GPU"
@@ -155,7 +175,7 @@ def check_buildable(target: Target) -> None:
         BackendError: no GPU, no compiler, or no ONNX Runtime to check the graphs with.
     """
     if target.backend == "torch-compile":
-        aoti.check_compiler()
+        aoti.check_compiler(target.device)
     if target.backend not in TRT_LIBRARIES:
         return
     onnxruntime_version()

@@ -68,6 +68,16 @@ def compare(spec: IOSpec, expected: Sequence[Reference], run: Runner) -> float:
     return worst
 
 
+def on_device(run: Runner, device: str) -> Runner:
+    """``run``, whose tensors are on ``device``, as a function of tensors on the CPU."""
+
+    def moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = run({name: value.to(device) for name, value in inputs.items()})
+        return {name: value.cpu() for name, value in found.items()}
+
+    return run if device == "cpu" else moved
+
+
 def measure(
     spec: IOSpec, module: nn.Module, run: Runner, *, vocabulary: int, cases: int | None = None
 ) -> float:

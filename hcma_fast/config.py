@@ -27,6 +27,7 @@ _DEVICES = {
     "eager": ("cpu", "cuda", "mps"),
     "onnxruntime": ("cpu", "cuda"),
     "onnxruntime-tensorrt": ("cuda",),
+    "torch-compile": ("cpu", "cuda"),
     "tensorrt": ("cuda",),
     "tensorrt-rtx": ("cuda",),
 }

@@ -31,6 +31,13 @@ def build(
     precision: Annotated[
         str, typer.Option(callback=precision_name, help="float32, float16 or bfloat16.")
     ] = "float32",
+    device: Annotated[
+        str | None,
+        typer.Option(
+            help="cpu or cuda: what torch-compile compiles for, of this machine.",
+            show_default="cpu",
+        ),
+    ] = None,
     batch: Annotated[
         str | None,
         typer.Option(
@@ -104,8 +111,14 @@ def build(
             from hcma_fast.export.target import Target
             from hcma_fast.specs import BatchRange
 
+            name = _chosen(backend)
+            if device is not None:
+                from hcma_fast.runtime.requests import check_device
+
+                check_device(device, name)
             target = Target(
-                backend=_chosen(backend),
+                backend=name,
+                device=cast(Literal["cpu", "cuda"], device or "cpu"),
                 precision=cast(Precision, precision),
                 batch=BatchRange.parse(batch) if batch else None,
                 height=height,

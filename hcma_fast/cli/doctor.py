@@ -215,7 +215,7 @@ def _lines(report: Report) -> list[str]:
         "backends",
         *(_line(name, found) for name, found in report.backends.items()),
         "",
-        "other libraries (no backend of this version uses them)",
+        "other libraries (for an NVIDIA GPU: torch-compile there, CUDA graphs, kernels)",
         *(_line(name, found) for name, found in report.libraries.items()),
         "",
         "GPU",

@@ -67,7 +67,9 @@ def generate(
     ] = None,
     device: Annotated[
         str | None,
-        typer.Option(help="cpu or cuda.", show_default="cuda for TensorRT, else cpu"),
+        typer.Option(
+            help="cpu or cuda.", show_default="cuda for TensorRT and engines built for it, else cpu"
+        ),
     ] = None,
     precision: Annotated[
         str | None,

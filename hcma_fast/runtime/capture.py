@@ -18,14 +18,13 @@ CaptureMode = Literal["step", "trajectory"]
 Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 """From a function, and one to warm up with, to a function that does the same again as the first, at
 the same addresses."""
-CAPTURABLE = ("eager", "tensorrt", "tensorrt-rtx")
+CAPTURABLE = ("eager", "torch-compile", "tensorrt", "tensorrt-rtx")
 """Backends whose work goes to torch's stream, where a CUDA graph catches it.
 
 What an engine allocates while it is captured, outputs included, lies in the graphs' own pool: the
 evaluation copies what it keeps into its buffers, so nothing there outlives the evaluation. That is
-so for any engine; `torch-compile` is not among them because its engines (AOTInductor) are a CPU's.
-There they are called in place of a replay, and allocate their outputs anew in each call. On a GPU
-torch.compile computes the gradient (``grad_backend="compile"`` or ``"triton"``), which is captured.
+so for any engine. Those of `torch-compile` (AOTInductor) are opened so that a capture can hold them
+(``export.aoti.runner`` says how); the warm-up is the run in which they load their kernels.
 """
 _SAMPLED: tuple[GraphName, ...] = ("align", "unet_grounded", "unet_plain", *STEP_NAMES)
 _WARM_UPS = 3
@@ -139,7 +138,10 @@ def capture_errors() -> Iterator[None]:
     """Raises BackendError where CUDA refuses to capture, DeviceMemoryError for want of memory."""
     try:
         yield
-    except torch.AcceleratorError as error:
+    except RuntimeError as error:
+        # AOTInductor's code passes on which call failed, and not torch's own error
+        if not isinstance(error, torch.AcceleratorError) and "API call failed" not in str(error):
+            raise
         if "out of memory" in str(error):
             raise DeviceMemoryError(
                 "out of memory for a CUDA graph", remedy="Generate fewer images at once."

@@ -19,13 +19,19 @@ class CompiledEngine:
     Loading runs native code from the file, so the caller must have compared its sha256 with the
     manifest's before.
 
+    It holds no state of a shape or a stream, so it has no :meth:`fork`: see the comment in
+    :func:`runner`. On a GPU it must outlive the CUDA graphs that captured it, which read its
+    weights and run its kernels.
+
     Raises:
         EngineError: the file cannot be read, or was compiled for another CPU, GPU or torch.
+        DeviceMemoryError: the GPU has no memory left.
     """
 
     def __init__(self, path: Path, spec: IOSpec) -> None:
         self.spec = spec
         self._run = runner(path, spec)
+        self._misses = _gpu_misses()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -40,9 +46,20 @@ class CompiledEngine:
             return self._run(inputs)
         except RuntimeError as error:
             # on the CPU torch raises a plain RuntimeError
-            if isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error):
+            before, self._misses = self._misses, _gpu_misses()
+            missed = "allocate memory" in str(error) or self._misses > before
+            if isinstance(error, torch.OutOfMemoryError) or missed:
                 raise DeviceMemoryError(
                     f"out of memory in the graph {self.spec.graph}",
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
+
+
+def _gpu_misses() -> int:
+    """How often torch's allocator found no memory on the current GPU.
+
+    AOTInductor's error names the call that failed, and not why. This is looked up after an error
+    alone: it takes longer than a launch.
+    """
+    return int(torch.cuda.memory_stats().get("num_ooms", 0))

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from hcma_fast.config import devices_of
 from hcma_fast.errors import BackendError, EngineError, UsageError
 from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
 from hcma_fast.export.openvino_model import precision_of
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
-from hcma_fast.export.validate import cases_for, measure
+from hcma_fast.export.validate import cases_for, measure, on_device
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.runtime.compiled import CompiledEngine
 from hcma_fast.runtime.engine import Engine
@@ -69,14 +68,22 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
         BackendError: the backend is not installed, or does not run on ``device``.
         EngineError: the folder is of another version or machine.
         DeviceMemoryError: out of memory.
-        UsageError: TensorRT, and not torch's current GPU.
+        UsageError: TensorRT or torch-compile, and not torch's current GPU.
     """
+    built_for = manifest.target.device
+    if manifest.backend == "torch-compile" and torch.device(device).type != built_for:
+        raise BackendError(
+            f"the code in this engine folder was compiled for the device {built_for}",
+            value=device,
+            remedy="Leave the device out, or build again: hcma-fast build --backend torch-compile "
+            f"--device {torch.device(device).type}.",
+        )
     check_usable(manifest)
     card = torch.device(device).index
-    on_card = manifest.backend in TRT_LIBRARIES and card is not None
+    on_card = manifest.backend in (*TRT_LIBRARIES, "torch-compile") and card is not None
     if on_card and card != torch.cuda.current_device():
         raise UsageError(
-            "TensorRT's engines run on torch's current GPU",
+            f"engines of {manifest.backend} run on torch's current GPU",
             value=device,
             remedy=f"Set CUDA_VISIBLE_DEVICES={card} and use cuda.",
         )
@@ -128,19 +135,14 @@ def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, Graph
             value=manifest.weights_hash[:16],
             remedy="Name the model that they were built from with --model.",
         )
-    device, target = devices_of(manifest.backend)[0], manifest.target
-    engines = open_engines(folder, manifest, device)
+    target = manifest.target
+    engines = open_engines(folder, manifest, manifest.device)
     for name, engine in engines.items():
         module = source.graph(name, target.height, target.width)
         error = measure(
             engine.spec,
             module,
-            lambda inputs, engine=engine: {  # type: ignore[misc]
-                key: value.cpu()
-                for key, value in engine(
-                    {key: value.to(device) for key, value in inputs.items()}
-                ).items()
-            },
+            on_device(engine, manifest.device),
             vocabulary=len(source.tokenizer),
             cases=cases_for(engine.spec, module),
         )

@@ -200,10 +200,15 @@ class HCMAPipeline:
         else:
             from hcma_fast.export.cache import engine_folder
             from hcma_fast.export.precision import Precision
-            from hcma_fast.export.target import Target
+            from hcma_fast.export.target import Target, device_for
 
-            target = Target(backend=backend, precision=cast(Precision, precision or "float32"))
-            check_device(device or devices_of(backend)[0], backend)
+            where = device or devices_of(backend)[0]
+            check_device(where, backend)
+            target = Target(
+                backend=backend,
+                precision=cast(Precision, precision or "float32"),
+                device=device_for(backend, where),
+            )
             folder = engine_folder(checkpoint, target, progress=progress)
             pipe = cls.from_engines(folder, backend=backend, device=device)
         if grad_backend is not None:
@@ -253,7 +258,7 @@ class HCMAPipeline:
                 value=backend,
                 remedy=f"Leave it out, or build again: hcma-fast build --backend {backend}.",
             )
-        device = device or devices_of(manifest.backend)[0]
+        device = device or manifest.device
         check_device(device, manifest.backend)
         return cls(
             open_engines(folder, manifest, device),

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hcma_fast.export.estimate import estimate
@@ -64,6 +65,8 @@ def test_step_graphs_for_a_window_are_said_to_be_idle(cli: Any, build: Any) -> N
         (2, ["--gpu-arch", "sm89"], "TensorRT"),
         (2, ["--strip-weights"], "TensorRT"),
         (2, ["--fuse", "everything"], "everything"),
+        (2, ["--device", "toaster"], "toaster"),
+        (4, ["--backend", "torch-compile", "--device", "meta"], "device='cpu'"),
         (3, ["--height", "17"], "multiples of 4"),
         (2, ["--random-weights"], "sd14"),
         (2, ["--backend", "eager"], "nothing to build"),
@@ -81,6 +84,34 @@ def test_bad_input(build: Any, code: int, argv: list[str], word: str) -> None:
     build(*argv).failed(code, word)
     assert sorted(os.listdir()) == ["file", "other"]
     assert os.listdir("other") == ["mine.txt"]
+
+
+@pytest.mark.parametrize("extra", [(), ("--dry-run",), ("--out", "engine")])
+def test_no_gpu_is_said_before_any_work(
+    build: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        "hcma_fast.models.weights.load_components", lambda *_, **__: pytest.fail("loaded")
+    )
+    build("--backend", "torch-compile", "--device", "cuda", *extra).failed(
+        4, "torch finds no CUDA device", "hcma-fast doctor"
+    )
+    assert os.listdir() == [] and not (tmp_path / "cache").exists()
+
+
+def test_a_plan_for_a_gpu_names_it(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    for_gpu = ("--backend", "torch-compile", "--device", "cuda", "--precision", "fp16")
+    result = build(*for_gpu, "--dry-run", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["key_parts"]["machine"].endswith(" sm_89")
+    assert "sm_89" in result.err
+    on_cpu = build("--backend", "torch-compile", "--dry-run", "--json")
+    assert "sm_" not in json.loads(on_cpu.out)["key_parts"]["machine"]
+    build("--device", "cuda", "--dry-run").failed(2, "torch-compile alone")
+    build(*for_gpu[:2], "--device", "cuda:0", "--dry-run").failed(2, "cpu or cuda")
 
 
 @pytest.mark.slow

@@ -1,7 +1,8 @@
-"""Compiling ahead of time: whole files or none, static batches, and a missing compiler."""
+"""Compiling ahead of time: whole files or none, static batches, what a GPU needs and a capture."""
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import BackendError
-from hcma_fast.export.aoti import compile_aoti
-from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
+from hcma_fast.export.aoti import compile_aoti, export_program
+from hcma_fast.export.graphs import example_inputs
+from hcma_fast.export.precision import Precision, at_precision
+from hcma_fast.models.weights import Components
+from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 TENSORS = (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),)
 
@@ -62,3 +66,54 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     ):
         compile_aoti(IOSpec("vae_decoder", *TENSORS), Double(), tmp_path / "x.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("gpu", "missing", "toolkit", "remedy"),
+    [
+        (False, "", "/usr/local/cuda", "Build on the GPU's machine"),
+        (True, "triton", "/usr/local/cuda", r"hcma-fast\[gpu\]"),
+        (True, "", None, "CUDA_HOME"),
+    ],
+)
+def test_what_a_gpu_needs_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu: bool,
+    missing: str,
+    toolkit: str | None,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr("hcma_fast.export.aoti.find_spec", lambda name: name != missing or None)
+    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", toolkit)
+    spec = IOSpec("vae_decoder", *TENSORS)
+    with pytest.raises(BackendError, match=remedy):
+        compile_aoti(spec, Double(), tmp_path / "x.pt2", device="cuda")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+@pytest.mark.parametrize("name", [*GRAPH_NAMES, *STEP_NAMES])
+def test_a_graph_is_of_one_device_alone(
+    random_components: Components, name: GraphName, precision: Precision
+) -> None:
+    """On a GPU a constant of the CPU would be a copy from the host, which a capture forbids.
+
+    And its kernels must know the true range of the batch: see ``export_program``.
+    """
+    spec = random_components.specs()[name]
+    module = at_precision(name, random_components.graph(name), precision)
+    example = tuple(value.to("meta") for value in example_inputs(spec))
+    with torch.no_grad():
+        program = export_program(spec, copy.deepcopy(module).to("meta"), example)
+    devices = {
+        value.device.type
+        for node in program.graph.nodes
+        for value in torch.utils._pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(value, Tensor)
+    }
+    kept = {value.device.type for value in program.constants.values() if isinstance(value, Tensor)}
+    assert devices | kept == {"meta"}
+    (batch,) = program.range_constraints.values()
+    assert (batch.lower, batch.upper) == (spec.batch.min, spec.batch.max)

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from hcma_fast.export import key as key_module
+from hcma_fast.export.key import key_of, key_parts
+from hcma_fast.export.target import Target, device_for
 
 
 def test_the_code_is_the_same_wherever_it_is_installed(
@@ -33,3 +36,24 @@ def test_the_code_is_the_same_wherever_it_is_installed(
     assert key_module.code_hash.__wrapped__() == here
     (package / "config.py").write_text("changed")
     assert key_module.code_hash.__wrapped__() != here
+
+
+def test_code_for_a_gpu_has_a_key_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target("torch-compile", device="cuda")
+    on_cpu = key_parts("w", Target("torch-compile"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = {}
+    for capability in ((8, 9), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda given=capability: given)
+        found[capability] = key_parts("w", target)
+        assert (
+            found[capability]["machine"] == f"{on_cpu['machine']} sm_{capability[0]}{capability[1]}"
+        )
+        assert key_parts("w", Target("torch-compile")) == on_cpu
+    assert len({key_of(parts) for parts in (on_cpu, *found.values())}) == 3
+
+
+def test_only_compiled_code_is_for_a_device() -> None:
+    assert device_for("torch-compile", "cuda:0") == "cuda"
+    assert device_for("torch-compile", "cpu") == "cpu"
+    assert device_for("onnxruntime", "cuda") == "cpu"

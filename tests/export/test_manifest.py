@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.errors import EngineError
-from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
+from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.aoti import target as here
+from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, check_usable, load_manifest
+from hcma_fast.export.target import Target
+from hcma_fast.runtime.open import open_engines
 
 
 @pytest.fixture
@@ -104,3 +108,52 @@ def test_a_file_that_the_manifest_does_not_name_is_refused(engine: Path, name: s
     with pytest.raises(EngineError, match="does not name") as caught:
         load_manifest(engine)
     assert name in str(caught.value)
+
+
+def compiled(engine: Path, device: Any) -> Manifest:
+    """As if the folder had been compiled for ``device`` on this machine."""
+    manifest = load_manifest(engine)
+    target = Target("torch-compile", device=device)
+    return manifest.model_copy(
+        update={
+            "target": target,
+            "backend_version": str(torch.__version__),
+            "key_parts": {**manifest.key_parts, "machine": here(device)},
+        }
+    )
+
+
+def test_code_for_a_gpu_says_so_and_is_refused_elsewhere(
+    random_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as gpu:
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+        manifest = compiled(random_engine, "cuda")
+        check_usable(manifest)
+        gpu.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+        with pytest.raises(EngineError, match=r"built for .*sm_89") as caught:
+            check_usable(manifest)
+        assert "sm_90" in str(caught.value) and caught.value.exit_code == 6
+    if not torch.cuda.is_available():
+        with pytest.raises(EngineError, match=r"built for .*sm_89[\s\S]*no GPU"):
+            check_usable(manifest)
+    again = Manifest.model_validate_json(manifest.model_dump_json())
+    assert again == manifest and again.device == "cuda"
+
+
+def test_the_device_is_in_a_manifest_only_where_it_is_a_gpu(random_engine: Path) -> None:
+    def written(manifest: Manifest) -> dict[str, Any]:
+        return json.loads(manifest.model_dump_json())["target"]  # type: ignore[no-any-return]
+
+    assert written(compiled(random_engine, "cuda"))["device"] == "cuda"
+    manifest = compiled(random_engine, "cpu")
+    assert "device" not in written(manifest) and manifest.device == "cpu"
+    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
+
+
+@pytest.mark.parametrize(("built", "asked"), [("cuda", "cpu"), ("cpu", "cuda")])
+def test_code_of_the_other_device_is_refused(random_engine: Path, built: str, asked: str) -> None:
+    with pytest.raises(BackendError, match=f"compiled for the device {built}") as caught:
+        open_engines(random_engine, compiled(random_engine, built), asked)
+    assert f"--device {asked}" in str(caught.value)

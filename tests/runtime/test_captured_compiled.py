@@ -1,7 +1,7 @@
-"""Engines by torch-compile (AOTInductor) in the captured sampler, which is called here.
+"""Engines by torch-compile (AOTInductor) in the captured sampler, which is called here, on a CPU.
 
-They are a CPU's, so no CUDA graph holds them (:data:`hcma_fast.runtime.capture.CAPTURABLE`). What
-is shown is that the evaluation is right around engines whose code and memory torch cannot see.
+What is shown is that the evaluation is right around engines whose code and memory torch cannot see.
+test_compiled_gpu.py has those of a GPU, in CUDA graphs.
 """
 
 from __future__ import annotations

@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import threading
+import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from hcma_fast.errors import DeviceMemoryError, EngineError, InputError
+from hcma_fast.export import aoti
 from hcma_fast.export.aoti import TARGET_KEY, compile_aoti, target
 from hcma_fast.export.graphs import random_inputs
 from hcma_fast.export.validate import TOLERANCES, measure
@@ -167,9 +171,110 @@ def test_a_file_that_is_no_engine(tmp_path: Path, file: Path) -> None:
 
 def test_code_of_another_machine_is_not_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
-    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda path: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        torch._inductor, "aoti_load_package", lambda *_, **__: pytest.fail("loaded")
+    )
     with pytest.raises(EngineError, match="another machine"):
         CompiledEngine(file, SPEC)
+
+
+class Model:
+    """Stands in for code of a GPU: notes how it was opened, and what holds while it runs."""
+
+    def __init__(self) -> None:
+        self.opened: dict[str, Any] = {}
+        self.running, self.most = 0, 0
+        self.convolutions: set[str] = set()
+
+    def open(self, path: str, **options: Any) -> Model:
+        self.opened = options
+        return self
+
+    def __call__(self, *args: Tensor) -> tuple[Tensor, Tensor]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        self.convolutions.add(torch.backends.cudnn.conv.fp32_precision)
+        time.sleep(0.02)
+        self.running -= 1
+        return args[0], args[0]
+
+
+@pytest.fixture
+def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Model]:
+    """A file for the GPU sm_89, which is as if it were here, and what is loaded from it."""
+    model, path = Model(), tmp_path / "gpu.pt2"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 9))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", model.open)
+    with zipfile.ZipFile(path, "w") as archive:
+        metadata = {TARGET_KEY: target("cuda"), "AOTI_DEVICE_KEY": "cuda"}
+        archive.writestr("x/data/aotinductor/model/wrapper_metadata.json", json.dumps(metadata))
+    return path, model
+
+
+def test_code_of_a_gpu_runs_on_its_architecture_alone(
+    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = on_gpu
+    engine = CompiledEngine(path, SPEC)
+    # without which no CUDA graph can hold it
+    assert model.opened == {"run_single_threaded": True}
+    with pytest.raises(InputError, match=r"on cuda:0.*\n?.*on cpu"):
+        engine(draw(2))
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *_, **__: pytest.fail("no"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 0))
+    with pytest.raises(EngineError, match="sm_120") as caught:
+        CompiledEngine(path, SPEC)
+    assert "sm_89" in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match="no GPU"):
+        CompiledEngine(path, SPEC)
+
+
+def test_threads_take_turns_on_a_gpu_and_products_are_exact(
+    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, model = on_gpu
+    monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
+    before = torch.backends.cudnn.conv.fp32_precision
+    engine = CompiledEngine(path, SPEC)
+    threads = [threading.Thread(target=engine, args=(draw(1),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert model.most == 1
+    assert model.convolutions == {"ieee"}
+    assert torch.backends.cudnn.conv.fp32_precision == before != "ieee"
+
+
+def test_a_gpu_without_memory_is_an_error_of_its_own(
+    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AOTInductor names the call that failed and not why; torch's allocator counts."""
+    path, _ = on_gpu
+    misses = [3]
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda: {"num_ooms": misses[0]})
+    engine = CompiledEngine(path, SPEC)
+
+    def fail(inputs: object) -> dict[str, Tensor]:
+        raise RuntimeError("aoti_torch_empty_strided(...) API call failed at model.cpp, line 7")
+
+    engine._run = fail
+    for found in (4, 9):
+        misses[0] = found
+        with pytest.raises(DeviceMemoryError, match="out of memory in the graph"):
+            engine({})
+        with pytest.raises(RuntimeError, match="API call failed"):
+            engine({})
+
+    def refuse(path: str, **options: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", refuse)
+    with pytest.raises(DeviceMemoryError, match="weights of the graph"):
+        CompiledEngine(path, SPEC)
 
 
 @pytest.mark.parametrize(

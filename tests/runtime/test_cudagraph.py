@@ -5,6 +5,7 @@ Without a GPU the captured function is called instead of replayed.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode, check_capturable
+from hcma_fast.runtime.capture import CaptureMode, capture_errors, check_capturable
 from hcma_fast.runtime.cudagraph import ReplaySampler
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.pipeline import HCMAPipeline
@@ -313,6 +314,18 @@ def test_what_no_graph_can_hold_is_refused(
         check_capturable(mode, device, backend, grad, {})
     check_capturable("step", "cuda:0", "tensorrt", "triton", {})
     check_capturable("step", "cuda", "tensorrt-rtx", None, {})
+    check_capturable("trajectory", "cuda", "torch-compile", None, {})
+
+
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [("launch() API call failed at model.cpp, line 7", BackendError), ("other", RuntimeError)],
+)
+def test_what_compiled_code_cannot_do_in_a_capture_is_typed(
+    message: str, kind: type[Exception]
+) -> None:
+    with pytest.raises(kind, match=re.escape(message)), capture_errors():
+        raise RuntimeError(message)
 
 
 def test_a_pipeline_draws_the_same_picture_by_replays(random_components: Components) -> None:
