@@ -63,9 +63,6 @@ def _gpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
         ("a CUDA graph per evaluation", replace(best, cuda_graphs="step")),
         ("one CUDA graph for all evaluations", replace(best, cuda_graphs="trajectory")),
     ]
-    if fused:
-        compiled = Ours("torch-compile", cuda_graphs="trajectory")
-        rungs.append(("all graphs on torch-compile instead of torch", compiled))
     for library in (name for name in TRT_LIBRARIES if find_spec(name.replace("-", "_"))):
         ours = Ours(library, cuda_graphs="trajectory")
         half = replace(ours, precision="float16")

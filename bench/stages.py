@@ -185,7 +185,7 @@ def build(plan: Plan) -> list[Group]:
     cases = [
         Case(
             ours.label,
-            partial(load_build, plan.model, ours),
+            partial(load_build, plan.model, ours, plan.device),
             {"backend": ours.backend, "precision": ours.precision},
             max_error=None,
             warm_up=False,
@@ -196,14 +196,18 @@ def build(plan: Plan) -> list[Group]:
     return [Group("build", cases)]
 
 
-def build_command(model: str, ours: Ours, out: str) -> list[str]:
+def build_command(model: str, ours: Ours, out: str, device: str = "cpu") -> list[str]:
     """``hcma-fast build`` as a command of this interpreter."""
+    from hcma_fast.export.target import device_for
+
     command = [sys.executable, "-m", "hcma_fast.cli.app", "build", "--model", model]
     command += ["--backend", ours.backend, "--precision", ours.precision, "--out", out]
+    if ours.backend == "torch-compile":
+        command += ["--device", device_for(ours.backend, device)]
     return command + (["--random-weights"] if model == SD14 else [])
 
 
-def load_build(model: str, ours: Ours) -> Contestant:
+def load_build(model: str, ours: Ours, device: str = "cpu") -> Contestant:
     """A build from nothing, inductor's cache included.
 
     Raises:
@@ -215,7 +219,7 @@ def load_build(model: str, ours: Ours) -> Contestant:
         with tempfile.TemporaryDirectory() as folder:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(folder) / "inductor")
             out = Path(folder) / "engine"
-            figures["build_peak_mib"] = peak_rss_mib(build_command(model, ours, str(out)))
+            figures["build_peak_mib"] = peak_rss_mib(build_command(model, ours, str(out), device))
             sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
             figures["engine_mib"] = sum(sizes) / 2**20
         return np.zeros(1, np.float32)

@@ -11,10 +11,9 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,6 +23,9 @@ from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, Input
 from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
+_launching = threading.Lock()
+_ALIGNED = 16
+"""Bytes that the addresses of a GPU's inputs are multiples of"""
 TARGET_KEY = "HCMA_TARGET"
 """Entry of the file's metadata that holds :func:`target`."""
 
@@ -77,6 +79,8 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
                     # the number of threads is the user's of that day, not the builder's
                     "cpp.dynamic_threads": True,
                     "aot_inductor.metadata": {TARGET_KEY: target(device)},
+                    # whose allocator counts its failures, and shares what it has kept
+                    "aot_inductor.weight_use_caching_allocator": device != "cpu",
                 },
             )
             with partial.open("rb") as file:
@@ -108,11 +112,11 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     # thread's at a time. A run leaves nothing in the model but that: its temporaries and outputs
     # are from torch's allocator, for torch's stream, and the weights stay where they are. So batch
     # sizes, streams and CUDA graphs share one model, where TensorRT needs a context for each.
-    alone: AbstractContextManager[Any] = threading.Lock() if on_gpu else nullcontext()
+    misses = gpu_misses()
     try:
         model = torch._inductor.aoti_load_package(str(path), run_single_threaded=on_gpu)
     except RuntimeError as error:
-        if "out of memory" in str(error):
+        if gpu_misses() > misses:
             raise DeviceMemoryError(
                 f"out of memory for the weights of the graph {spec.graph}",
                 value=f"{path.stat().st_size / 2**20:.0f} MiB",
@@ -124,19 +128,34 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         args = [inputs[name].contiguous() for name in spec.input_names]
         _check_inputs(spec, args, device)
-        with alone, _exact_products() if on_gpu else nullcontext():
+        if not on_gpu:
             outputs = model(*args)
+        else:
+            # a row of a table may lie anywhere, and the code would copy it with a warning
+            args = [value.clone() if value.data_ptr() % _ALIGNED else value for value in args]
+            with _launching, _exact_products():
+                outputs = model(*args)
         return dict(zip(spec.output_names, outputs, strict=True))
 
     return run
+
+
+def gpu_misses() -> int:
+    """How often torch's allocator found no memory on the current GPU; 0 without one.
+
+    AOTInductor's errors name the call that failed, and not why. To be looked up around a load and
+    after an error: it takes longer than a launch.
+    """
+    return int(torch.cuda.memory_stats().get("num_ooms", 0))
 
 
 @contextmanager
 def _exact_products() -> Iterator[None]:
     """float32 convolutions as float32: by torch's default cuDNN rounds their inputs to TF32.
 
-    That is torch's setting when a convolution is launched, not when it is compiled. Matrix products
-    keep the user's setting, which is exact by default.
+    That is torch's setting when a convolution is launched, not when it is compiled, and the whole
+    process's: hence one lock for all engines. Matrix products keep the user's setting, which is
+    exact by default.
     """
     convolutions = torch.backends.cudnn.conv
     before = convolutions.fp32_precision

@@ -226,8 +226,6 @@ def _free_memory() -> None:
     glibc keeps what it once had: at full size 5 GB of a session that is closed.
     """
     gc.collect()
-    # an engine that is loaded next takes its memory from the driver
-    torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
         if trim is not None:

@@ -5,16 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    field_serializer,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
@@ -82,14 +75,6 @@ class Manifest(_Strict):
     def device(self) -> str:
         """Where the engines run, unless the caller says otherwise."""
         return "cuda" if self.target.device == "cuda" else devices_of(self.backend)[0]
-
-    @field_serializer("target", mode="wrap")
-    def _without_no_device(self, target: Target, write: SerializerFunctionWrapHandler) -> Any:
-        """The default says nothing of other backends, some of which are for GPUs alone."""
-        fields = write(target)
-        if target.device == "cpu":
-            del fields["device"]
-        return fields
 
     @property
     def engine_hash(self) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.aoti import runner
+from hcma_fast.export.aoti import gpu_misses, runner
 from hcma_fast.specs import IOSpec
 
 
@@ -31,7 +31,7 @@ class CompiledEngine:
     def __init__(self, path: Path, spec: IOSpec) -> None:
         self.spec = spec
         self._run = runner(path, spec)
-        self._misses = _gpu_misses()
+        self._misses = gpu_misses()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.runtime.engine.Engine`.
@@ -46,7 +46,8 @@ class CompiledEngine:
             return self._run(inputs)
         except RuntimeError as error:
             # on the CPU torch raises a plain RuntimeError
-            before, self._misses = self._misses, _gpu_misses()
+            # since the last error of this engine: one of others in between is taken for its own
+            before, self._misses = self._misses, gpu_misses()
             missed = "allocate memory" in str(error) or self._misses > before
             if isinstance(error, torch.OutOfMemoryError) or missed:
                 raise DeviceMemoryError(
@@ -54,12 +55,3 @@ class CompiledEngine:
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
-
-
-def _gpu_misses() -> int:
-    """How often torch's allocator found no memory on the current GPU.
-
-    AOTInductor's error names the call that failed, and not why. This is looked up after an error
-    alone: it takes longer than a launch.
-    """
-    return int(torch.cuda.memory_stats().get("num_ooms", 0))

@@ -43,16 +43,10 @@ def test_a_ladder_on_a_gpu_takes_nothing_back(model: str, monkeypatch: pytest.Mo
             *(None, "step", "trajectory"),
         ].index(after.cuda_graphs)
         assert before.fuse <= after.fuse
-    assert {ours.backend for ours in rungs} == {
-        "eager",
-        "torch-compile",
-        "tensorrt",
-        "tensorrt-rtx",
-    }
+    assert {ours.backend for ours in rungs} == {"eager", "tensorrt", "tensorrt-rtx"}
     assert any(ours.fuse for ours in rungs) == (model == SD14)
     for ours in rungs:
-        target = ours.target(None, "cuda")  # can be built
-        assert ours.backend != "torch-compile" or (target and target.device == "cuda")
+        ours.target(None, "cuda")  # can be built
 
 
 def test_the_kernels_suite_needs_a_gpu() -> None:

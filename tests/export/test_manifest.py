@@ -142,16 +142,6 @@ def test_code_for_a_gpu_says_so_and_is_refused_elsewhere(
     assert again == manifest and again.device == "cuda"
 
 
-def test_the_device_is_in_a_manifest_only_where_it_is_a_gpu(random_engine: Path) -> None:
-    def written(manifest: Manifest) -> dict[str, Any]:
-        return json.loads(manifest.model_dump_json())["target"]  # type: ignore[no-any-return]
-
-    assert written(compiled(random_engine, "cuda"))["device"] == "cuda"
-    manifest = compiled(random_engine, "cpu")
-    assert "device" not in written(manifest) and manifest.device == "cpu"
-    assert Manifest.model_validate_json(manifest.model_dump_json()) == manifest
-
-
 @pytest.mark.parametrize(("built", "asked"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_code_of_the_other_device_is_refused(random_engine: Path, built: str, asked: str) -> None:
     with pytest.raises(BackendError, match=f"compiled for the device {built}") as caught:

@@ -238,8 +238,9 @@ def test_threads_take_turns_on_a_gpu_and_products_are_exact(
     path, model = on_gpu
     monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
     before = torch.backends.cudnn.conv.fp32_precision
-    engine = CompiledEngine(path, SPEC)
-    threads = [threading.Thread(target=engine, args=(draw(1),)) for _ in range(4)]
+    # two engines: the setting is the process's
+    engines = [CompiledEngine(path, SPEC) for _ in range(2)]
+    threads = [threading.Thread(target=engines[k % 2], args=(draw(1),)) for k in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -270,11 +271,29 @@ def test_a_gpu_without_memory_is_an_error_of_its_own(
             engine({})
 
     def refuse(path: str, **options: Any) -> None:
-        raise RuntimeError("CUDA error: out of memory")
+        misses[0] += short
+        raise RuntimeError("create_func_( &container_handle_, num_models) API call failed at x.cpp")
 
     monkeypatch.setattr(torch._inductor, "aoti_load_package", refuse)
-    with pytest.raises(DeviceMemoryError, match="weights of the graph"):
-        CompiledEngine(path, SPEC)
+    for short, error in ((1, DeviceMemoryError), (0, EngineError)):
+        with pytest.raises(error, match="weights of the graph" if short else "cannot load"):
+            CompiledEngine(path, SPEC)
+
+
+def test_a_gpu_gets_its_inputs_at_addresses_that_its_code_reads(
+    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = on_gpu
+    monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
+    given = draw(1)
+    name = SPEC.input_names[0]
+    table = torch.zeros(given[name].numel() + 1, dtype=given[name].dtype)
+    odd = table[1:].view(given[name].shape).copy_(given[name])
+    assert odd.data_ptr() % 16
+    found = CompiledEngine(path, SPEC)({**given, name: odd})
+    # the stand-in hands back what it was given
+    value = found[SPEC.output_names[0]]
+    assert value.data_ptr() % 16 == 0 and torch.equal(value, given[name])
 
 
 @pytest.mark.parametrize(
