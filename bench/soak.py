@@ -114,7 +114,7 @@ class SoakReport(BaseModel):
         """What it should not have done; see ``not_judged`` for what is unknown."""
         found = [] if self.same_image else ["the same request gave another image"]
         drift = self.latency_drift
-        judged = {
+        judged: dict[str, tuple[Sequence[float], Estimate | None]] = {
             "the number of Python's objects": (self.python_blocks, self.python_blocks_per_hour)
         }
         if self.allocated_mib:

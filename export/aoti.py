@@ -157,7 +157,7 @@ def _exact_products() -> Iterator[None]:
     process's: hence one lock for all engines. Matrix products keep the user's setting, which is
     exact by default.
     """
-    convolutions = torch.backends.cudnn.conv
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     before = convolutions.fp32_precision
     convolutions.fp32_precision = "ieee"
     try:
