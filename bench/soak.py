@@ -10,6 +10,7 @@ memory also has steps, as an allocator asks the system for more and keeps what w
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import resource
 import signal
@@ -44,6 +45,9 @@ if TYPE_CHECKING:
 _KILL_AT, _SETTLED = 0.15, 0.3
 """Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
 _KILL_AFTER_S = 0.1
+_COLLECT_EVERY = 20
+"""Rounds: what Python's full collection finds is no leak, and by itself Python puts that off until
+a quarter of all objects wait for it"""
 _FAULT_EVERY = 3
 """Rounds; the first one has both faults"""
 _BLOCKS = 10
@@ -308,6 +312,8 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
         found = list(generator.generate(_reference()))
         figures["reference_s"] = time.perf_counter() - start
         figures["rss_mib"] = status_mib("VmRSS") or 0.0
+        if number % _COLLECT_EVERY == 1:
+            gc.collect()
         figures["python_blocks"] = sys.getallocatedblocks()
         if (allocated := allocated_mib()) is not None:
             figures["allocated_mib"] = allocated

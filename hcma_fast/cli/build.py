@@ -112,10 +112,6 @@ def build(
             from hcma_fast.specs import BatchRange
 
             name = _chosen(backend)
-            if device is not None:
-                from hcma_fast.runtime.requests import check_device
-
-                check_device(device, name)
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
@@ -128,6 +124,10 @@ def build(
                 strip_weights=strip_weights,
                 fuse=cast(Literal["none", "step"], fuse),
             )
+            if device is not None:
+                from hcma_fast.runtime.requests import check_device
+
+                check_device(device, name)
             source = _source(model, aligner, random_weights)
             report = _build(source, target, out, force=force, dry_run=dry_run)
     if json_:

@@ -27,7 +27,12 @@ from hcma_fast.runtime.encodings import CachedEngine
 from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.images import to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import check_layout, noise_from_seeds, spread_seeds
+from hcma_fast.runtime.requests import (
+    check_layout,
+    noise_from_seeds,
+    override_settings,
+    spread_seeds,
+)
 from hcma_fast.runtime.sampler import Schedule, StepLosses
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import GraphName
@@ -149,7 +154,10 @@ class BatchGenerator:
             yield from finish()
 
     def _schedule(self, request: Request) -> Schedule:
-        settings = request.settings or self.pipe.settings
+        settings = self.pipe.settings
+        if request.settings is not None:
+            # pydantic's model_copy, by which they are made from others, checks nothing
+            settings = override_settings(settings, **vars(request.settings))
         schedule = Schedule.of(request.num_inference_steps, settings, request.savings)
         always = schedule.guided_steps == schedule.steps
         self.pipe.check_batch(self.pipe.batch_range.min, always)

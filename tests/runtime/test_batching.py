@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -119,6 +120,29 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
     for group in groups:
         evaluation_kinds([schedules[i] for i in group])  # refuses what needs two UNets at once
         assert len({schedules[i].guidance_scale > 1 for i in group}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grounding_beta", 1.5),
+        ("grounding_beta", math.nan),
+        ("grounding_beta", "x"),
+        ("guidance_scale", 0.5),
+        ("eta0", -1.0),
+        ("eta0", math.nan),
+        ("window", (0.9, 0.1)),
+        ("grounding_betta", 0.2),
+    ],
+)
+def test_settings_that_were_copied_unchecked_are_refused(
+    pipe: HCMAPipeline, name: str, value: object
+) -> None:
+    wrong = pipe.settings.model_copy(update={name: value})
+    requests = [Request("a cat"), Request("a cat", settings=wrong)]
+    with pytest.raises(UsageError, match=name) as caught:
+        next(iter(BatchGenerator(pipe).generate(requests)))
+    assert caught.value.request == 1
 
 
 def test_images_with_the_same_end_of_gated_attention_are_neighbours() -> None:
