@@ -202,8 +202,8 @@ def build_command(model: str, ours: Ours, out: str, device: str = "cpu") -> list
 
     command = [sys.executable, "-m", "hcma_fast.cli.app", "build", "--model", model]
     command += ["--backend", ours.backend, "--precision", ours.precision, "--out", out]
-    if ours.backend == "torch-compile":
-        command += ["--device", device_for(ours.backend, device)]
+    if (compiled_for := device_for(ours.backend, device)) != "cpu":
+        command += ["--device", compiled_for]
     return command + (["--random-weights"] if model == SD14 else [])
 
 

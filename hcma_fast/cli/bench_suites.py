@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -207,9 +208,9 @@ def soak(
         )
 
 
-def _per_hour(slope: Estimate) -> str:
-    low, high = slope.interval or (slope.value,) * 2
-    return f"{slope.value:+.2f} MiB an hour (95% interval {low:+.2f} to {high:+.2f})"
+def _with_interval(found: Estimate, form: str, unit: str = "") -> str:
+    low, high = found.interval or (found.value,) * 2
+    return f"{found.value:{form}}{unit} (95% interval {low:{form}} to {high:{form}})"
 
 
 def soak_text(report: SoakReport) -> str:
@@ -226,22 +227,17 @@ def soak_text(report: SoakReport) -> str:
     if slope is None or drift is None:
         lines.append(f"{report.not_judged}.")
     else:
-        lines.append(f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {_per_hour(slope)}.")
+        per_hour = partial(_with_interval, form="+.2f", unit=" MiB an hour")
+        lines.append(f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {per_hour(slope)}.")
         if report.allocated_mib_per_hour is not None:
             lines.append(
                 f"Of it handed out by the C library: {report.allocated_mib[-1]:.0f} MiB, "
-                f"{_per_hour(report.allocated_mib_per_hour)}."
+                f"{per_hour(report.allocated_mib_per_hour)}."
             )
         if report.python_blocks_per_hour is not None:
-            blocks = report.python_blocks_per_hour
-            low, high = blocks.interval or (blocks.value,) * 2
             lines.append(
-                f"Python's objects: {report.python_blocks[-1]:,} blocks, {blocks.value:+,.0f} an "
-                f"hour (95% interval {low:+,.0f} to {high:+,.0f})."
+                f"Python's objects: {report.python_blocks[-1]:,} blocks, "
+                f"{_with_interval(report.python_blocks_per_hour, '+,.0f', ' an hour')}."
             )
-        low, high = drift.interval or (drift.value,) * 2
-        lines.append(
-            f"Latency: last third over first {drift.value:.3f} "
-            f"(95% interval {low:.3f} to {high:.3f})."
-        )
+        lines.append(f"Latency: last third over first {_with_interval(drift, '.3f')}.")
     return "\n".join([*lines, f"{report.machine.line()}."])

@@ -139,37 +139,6 @@ def test_an_engine_folder_runs_where_its_backend_does(random_engine: Path) -> No
         HCMAPipeline.from_pretrained(random_engine, device="meta")
 
 
-@pytest.mark.parametrize(
-    ("backend", "device", "built_for"),
-    [
-        ("torch-compile", "cuda", "cuda"),
-        ("torch-compile", None, "cpu"),
-        ("onnxruntime", "cuda", "cpu"),
-    ],
-)
-def test_from_pretrained_asks_for_code_of_its_device(
-    random_checkpoint: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    backend: str,
-    device: str | None,
-    built_for: str,
-) -> None:
-    class Asked(Exception):
-        """Instead of a build."""
-
-    def ask(checkpoint: object, target: Target, **_: object) -> None:
-        raise Asked(target.device)
-
-    monkeypatch.setattr(module, "engine_folder", ask)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(Asked, match=built_for):
-        HCMAPipeline.from_pretrained(random_checkpoint, backend=backend, device=device)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    if device == "cuda":
-        with pytest.raises(BackendError, match="no CUDA device"):
-            HCMAPipeline.from_pretrained(random_checkpoint, backend=backend, device=device)
-
-
 def test_half_a_cached_engine_is_replaced(
     cached: Path,
     random_engine: Path,

@@ -16,10 +16,12 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from hcma_fast.errors import DeviceMemoryError, EngineError, InputError
-from hcma_fast.export import aoti
+from hcma_fast import HCMAPipeline
+from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
+from hcma_fast.export import aoti, cache
 from hcma_fast.export.aoti import TARGET_KEY, compile_aoti, target
 from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.target import Target
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.models.weights import Components, load_components
 from hcma_fast.runtime.compiled import CompiledEngine
@@ -213,6 +215,15 @@ def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Model
     return path, model
 
 
+@pytest.fixture
+def on_gpu_unchecked(
+    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+) -> tuple[Path, Model]:
+    """The same, and what the CPU's tensors are is not looked at."""
+    monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
+    return on_gpu
+
+
 def test_code_of_a_gpu_runs_on_its_architecture_alone(
     on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -233,10 +244,9 @@ def test_code_of_a_gpu_runs_on_its_architecture_alone(
 
 
 def test_threads_take_turns_on_a_gpu_and_products_are_exact(
-    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+    on_gpu_unchecked: tuple[Path, Model],
 ) -> None:
-    path, model = on_gpu
-    monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
+    path, model = on_gpu_unchecked
     before = torch.backends.cudnn.conv.fp32_precision
     # two engines: the setting is the process's
     engines = [CompiledEngine(path, SPEC) for _ in range(2)]
@@ -281,10 +291,9 @@ def test_a_gpu_without_memory_is_an_error_of_its_own(
 
 
 def test_a_gpu_gets_its_inputs_at_addresses_that_its_code_reads(
-    on_gpu: tuple[Path, Model], monkeypatch: pytest.MonkeyPatch
+    on_gpu_unchecked: tuple[Path, Model],
 ) -> None:
-    path, _ = on_gpu
-    monkeypatch.setattr(aoti, "_check_inputs", lambda spec, args, device: None)
+    path, _ = on_gpu_unchecked
     given = draw(1)
     name = SPEC.input_names[0]
     table = torch.zeros(given[name].numel() + 1, dtype=given[name].dtype)
@@ -311,3 +320,34 @@ def test_out_of_memory_is_typed_and_the_rest_is_not_hidden(
     engine._run = fail
     with pytest.raises(DeviceMemoryError if "alloc" in message else RuntimeError, match=expected):
         engine(draw(2))
+
+
+@pytest.mark.parametrize(
+    ("backend", "device", "built_for"),
+    [
+        ("torch-compile", "cuda", "cuda"),
+        ("torch-compile", None, "cpu"),
+        ("onnxruntime", "cuda", "cpu"),
+    ],
+)
+def test_from_pretrained_asks_for_code_of_its_device(
+    random_checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    device: str | None,
+    built_for: str,
+) -> None:
+    class Asked(Exception):
+        """Instead of a build."""
+
+    def ask(checkpoint: object, target: Target, **_: object) -> None:
+        raise Asked(target.device)
+
+    monkeypatch.setattr(cache, "engine_folder", ask)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(Asked, match=built_for):
+        HCMAPipeline.from_pretrained(random_checkpoint, backend=backend, device=device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if device == "cuda":
+        with pytest.raises(BackendError, match="no CUDA device"):
+            HCMAPipeline.from_pretrained(random_checkpoint, backend=backend, device=device)
