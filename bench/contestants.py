@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from hcma_fast.bench.harness import HALF_ERROR, MAX_ERROR
 from hcma_fast.bench.workers import Contestant, worker
 from hcma_fast.config import BACKENDS, MAX_OBJECTS
 from hcma_fast.errors import BackendError, UsageError
@@ -119,8 +120,14 @@ class Ours:
 
     @property
     def label(self) -> str:
-        """Backend, and the precision where that is not float32."""
-        return self.backend + ("" if self.precision == "float32" else f" {self.precision}")
+        """Backend, precision where that is not float32, and if it is captured."""
+        label = self.backend + ("" if self.precision == "float32" else f" {self.precision}")
+        return f"{label}, CUDA graphs" if self.cuda_graphs else label
+
+    @property
+    def max_error(self) -> float:
+        """Relative error above which a row of it is void."""
+        return MAX_ERROR if self.precision == "float32" else HALF_ERROR
 
     def target(self, side: int | None, device: str = "cpu") -> Target | None:
         """What must be built for it to run on ``device``; None for eager."""

@@ -12,7 +12,7 @@ from hcma_fast.bench.harness import Group
 from hcma_fast.bench.plan import Plan, side_by_side
 from hcma_fast.bench.plots import figure_png, new_figure
 from hcma_fast.bench.speed import ours_case, plain_case
-from hcma_fast.export.target import TRT_LIBRARIES
+from hcma_fast.runtime.capture import CAPTURABLE
 from hcma_fast.specs import GraphName
 
 if TYPE_CHECKING:
@@ -25,10 +25,10 @@ def ladder(plan: Plan) -> list[Group]:
     """Each rung has what those before it have, but for what its name says."""
     work = plan.work()
     rungs = _gpu_rungs(plan) if plan.on_gpu else _cpu_rungs(plan)
-    cases = [
-        ours_case(plan.model, ours, work, plan.device, name)
-        for name, ours in (rungs[:2] if plan.quick else rungs)
-    ]
+    if plan.quick:
+        # without engines; on a GPU with CUDA graphs
+        rungs = [(name, ours) for name, ours in rungs if ours.backend == "eager"]
+    cases = [ours_case(plan.model, ours, work, plan.device, name) for name, ours in rungs]
     return side_by_side(plan, "ladder", [plain_case(plan.model, work, plan.device), *cases])
 
 
@@ -63,16 +63,17 @@ def _gpu_rungs(plan: Plan) -> list[tuple[str, Ours]]:
         ("a CUDA graph per evaluation", replace(best, cuda_graphs="step")),
         ("one CUDA graph for all evaluations", replace(best, cuda_graphs="trajectory")),
     ]
-    for library in (name for name in TRT_LIBRARIES if find_spec(name.replace("-", "_"))):
-        ours = Ours(library, cuda_graphs="trajectory")
+    compiled = dict.fromkeys(ours.backend for ours in plan.chosen if ours.backend in CAPTURABLE)
+    for backend in (name for name in compiled if name != "eager"):
+        ours = Ours(backend, cuda_graphs="trajectory")
         half = replace(ours, precision="float16")
         rungs += [
-            (f"all graphs on {library} instead of torch", ours),
-            (f"{library} in float16", half),
+            (f"all graphs on {backend} instead", ours),
+            (f"{backend} in float16", half),
         ]
         # tiny leaves steps unaligned, where step graphs would not be used
         if plan.model == SD14:
-            rungs.append((f"{library}, a whole evaluation as one engine", replace(half, fuse=True)))
+            rungs.append((f"{backend}, a whole evaluation as one engine", replace(half, fuse=True)))
     # names are keys
     return [(f"{place}. {name}", ours) for place, (name, ours) in enumerate(rungs, 1)]
 

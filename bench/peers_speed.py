@@ -6,6 +6,7 @@ graphs, and diffusers' own GLIGEN pipeline, which has no alignment.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -28,18 +29,19 @@ from hcma_fast.bench.contestants import (
     components_of,
     plain_contestant,
 )
-from hcma_fast.bench.harness import MAX_ERROR, Case, Group
+from hcma_fast.bench.harness import HALF_ERROR, MAX_ERROR, Case, Group
 from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
 from hcma_fast.bench.report import COMPILED
-from hcma_fast.bench.speed import HALF_ERROR, ours_case, plain_case
+from hcma_fast.bench.speed import ours_case, plain_case
 from hcma_fast.bench.workers import Contestant
-from hcma_fast.config import TOKEN_LENGTH
+from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.models.weights import Components
 
 Exported = Literal["onnxruntime", "openvino", "openvino bfloat16"]
+Half = Literal["float16", "bfloat16"]
 _NAMES = ("sample", "timestep", "context", "boxes", "positive_embeddings", "masks")
 Runner = Callable[[Mapping[str, NDArray[Any]]], NDArray[np.float32]]
 
@@ -57,7 +59,7 @@ def peers(plan: Plan) -> list[Group]:
     load = partial(load_gligen, plan.model, work, plan.device)
     gligen = Case("diffusers' GLIGEN pipeline", load, work.labels, work.batch)
     cases = [plain_case(plan.model, work, plan.device), gligen]
-    cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.chosen[:1]]
+    cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.leading[:1]]
     return groups + side_by_side(plan, "without alignment", cases)
 
 
@@ -65,6 +67,9 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
     cases = [plain_case(plan.model, work, plan.device)]
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
     cases.append(Case(COMPILED, load, work.labels, work.batch))
+    half: Half = "float16" if plan.on_gpu else "bfloat16"
+    load = partial(load_half, plan.model, work, half, plan.device)
+    cases.append(Case(f"plain loop in {half}", load, work.labels, work.batch, HALF_ERROR))
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
     some = exported if openvino_rounds(plan.device) else exported[:2]
     for runtime in () if plan.on_gpu else some:
@@ -89,6 +94,36 @@ def load_compiled(model: str, work: Work, device: str = "cpu") -> Contestant:
         unet=torch.compile(parts.unet),
         losses=torch.compile(parts.aligner.losses),
     )
+
+
+def load_half(model: str, work: Work, precision: Half, device: str = "cpu") -> Contestant:
+    """The plain loop with UNet and aligner in half precision; texts, latent and scheduler are not.
+
+    Raises:
+        WeightsError: as in ``load_components``.
+    """
+    parts, dtype = components_of(model, device), getattr(torch, precision)
+    parts.unet.to(dtype)
+    # the region map is computed once, as it is
+    aligner = copy.deepcopy(parts.aligner).to(dtype)
+
+    def unet(
+        sample: Tensor, t: Tensor, context: Tensor, *, cross_attention_kwargs: dict[str, Any] | None
+    ) -> SimpleNamespace:
+        given = cross_attention_kwargs and {
+            "gligen": {name: x.to(dtype) for name, x in cross_attention_kwargs["gligen"].items()}
+        }
+        found = parts.unet(
+            sample.to(dtype), t, context.to(dtype), cross_attention_kwargs=given, return_dict=False
+        )[0]
+        return SimpleNamespace(sample=found.float())
+
+    def losses(*given: Any) -> tuple[Tensor, Tensor]:
+        halves = [x.to(dtype) if torch.is_tensor(x) and x.is_floating_point() else x for x in given]
+        loss_global, per_box = aligner.losses(*halves)
+        return loss_global.float(), per_box.float()
+
+    return plain_contestant(parts, work, device, unet=unet, losses=losses)
 
 
 def load_exported(model: str, work: Work, runtime: Exported) -> Contestant:
@@ -168,10 +203,10 @@ def _export(parts: Components, batch: int, folder: Path) -> Path:
     example = (
         torch.randn(batch, 4, side, side),
         torch.tensor([1]),
-        torch.randn(batch, 77, width),
-        torch.rand(batch, 30, 4),
-        torch.randn(batch, 30, width),
-        torch.ones(batch, 30),
+        torch.randn(batch, TOKEN_LENGTH, width),
+        torch.rand(batch, MAX_OBJECTS, 4),
+        torch.randn(batch, MAX_OBJECTS, width),
+        torch.ones(batch, MAX_OBJECTS),
     )
     path = folder / "unet.onnx"
     with warnings.catch_warnings():

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
 from hcma_fast.bench.contestants import SD14, Ours, Work
 from hcma_fast.bench.harness import Case, Group
+from hcma_fast.errors import BackendError
+from hcma_fast.runtime.capture import CAPTURABLE
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,14 @@ class Plan:
         """
         return tuple(map(Ours.named, self.backends)) or installed_backends(self.device)
 
+    @property
+    def leading(self) -> tuple[Ours, ...]:
+        """What stands for our pipeline where many sizes run: the first backend, on a GPU also with
+        CUDA graphs."""
+        first = self.chosen[0]
+        captured = replace(first, cuda_graphs="step")
+        return (first, captured) if self.on_gpu and first.backend in CAPTURABLE else (first,)
+
     def work(self, batch: int = 1, **changes: int) -> Work:
         """50 steps, few when it must be quick, one evaluation at full size."""
         steps = changes.pop("steps", 4 if self.quick else 50)
@@ -60,18 +71,39 @@ def installed_backends(device: str) -> tuple[Ours, ...]:
             found.append(Ours("openvino", precision="bfloat16"))
         return (*found, Ours("eager"))
     from hcma_fast.export.session import CUDA
-    from hcma_fast.export.target import TRT_LIBRARIES
 
-    found = []
-    for library in TRT_LIBRARIES:
-        if find_spec(library.replace("-", "_")):
-            found += [Ours(library), Ours(library, precision="float16")]
+    found = [
+        Ours(backend, precision=precision)
+        for backend in _native_backends(device)
+        # what is deployed comes first, and stands for us in the large suites
+        for precision in ("float16", "float32")
+    ]
     if find_spec("onnxruntime"):
         import onnxruntime
 
         if CUDA[0] in onnxruntime.get_available_providers():
             found.append(Ours("onnxruntime"))
     return (*found, Ours("eager"))
+
+
+def _native_backends(device: str) -> list[str]:
+    """Backends that compile for a GPU, of those that are installed and can for this one."""
+    import torch
+
+    from hcma_fast.export.aoti import check_compiler
+    from hcma_fast.export.target import TRT_LIBRARIES
+    from hcma_fast.export.trt_engine import ARCHITECTURES
+
+    card = "sm{}{}".format(*torch.cuda.get_device_capability(device))
+    found: list[str] = [
+        library
+        for library in TRT_LIBRARIES
+        if find_spec(library.replace("-", "_")) and card in (ARCHITECTURES[library] or (card,))
+    ]
+    with suppress(BackendError):
+        check_compiler(device)
+        found.append("torch-compile")
+    return found
 
 
 def openvino_rounds(device: str) -> bool:

@@ -163,7 +163,7 @@ def read_results(path: Path) -> Results:
 def _line(fit: Fit) -> str:
     if fit.fixed_s is None:
         return "- | -"
-    fixed = f"{fit.fixed_s.value:.3f} ({_interval(fit.fixed_s.interval, '.3f')})"
+    fixed = _estimate(fit.fixed_s)
     return f"{fixed} | {'-' if fit.off_line is None else f'{fit.off_line:.1%}'}"
 
 
@@ -190,7 +190,7 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
         lines += [
             f"| {fit.axis} | {', '.join(f'{size:g}' for size in fit.sizes)} "
             f"| {fit.exponent.value:.3f} | {_interval(fit.exponent.interval, '.3f')} "
-            f"| {fit.growth.value:.3f} ({_interval(fit.growth.interval, '.3f')}) | {_line(fit)} |"
+            f"| {_estimate(fit.growth)} | {_line(fit)} |"
             for fit in report.fits
         ]
     if report.failed:
@@ -228,7 +228,7 @@ def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
     heads += [] if other is None else [f"against {against}", "p10 to p90"]
     heads += ["error", "load, s", "first run, s", "peak, MiB"]
     on_gpu = any(row.device_peak_mib is not None for row in rows)
-    heads += (["GPU peak, MiB"] if on_gpu else []) + extra
+    heads += (["torch on the GPU, peak MiB"] if on_gpu else []) + extra
     lines = [f"{group}{f' ({shared})' if shared else ''}", ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
@@ -255,6 +255,11 @@ def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
 
 def _short(seconds: float) -> str:
     return f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.3g}"
+
+
+def _estimate(found: Estimate) -> str:
+    interval = f" ({_interval(found.interval, '.3f')})" if found.interval else ""
+    return f"{found.value:.3f}{interval}"
 
 
 def _interval(interval: tuple[float, float] | None, form: str) -> str:

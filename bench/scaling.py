@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.bootstrap import Indices, estimate
+from hcma_fast.bench.bootstrap import FEWEST, RESAMPLES, Indices, estimate
 from hcma_fast.bench.contestants import SD14, Ours, Work
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.plan import Plan
@@ -36,6 +36,9 @@ def scaling(plan: Plan) -> list[Group]:
         steps: (10, 20, 40, 80),
         "batch": (1, 2, 4, 8, 16),
     }
+    if plan.on_gpu:
+        # each case is a process that loads for some seconds
+        sizes = {axis: (values[0], *values[2::2]) for axis, values in sizes.items()}
     if plan.model == SD14:
         sizes |= {"pixels": (256, 512), steps: (1, 3), "batch": (1, 4)}
     if plan.quick:
@@ -56,7 +59,7 @@ def scaling(plan: Plan) -> list[Group]:
 def _case(plan: Plan, axis: str, value: int, work: Work) -> Case:
     size = value * value if axis == "pixels" else value
     # engines of a size are built in minutes on a card, so there torch tells of the pixels
-    ours = Ours("eager") if axis == "pixels" and plan.on_gpu else plan.chosen[0]
+    ours = Ours("eager") if axis == "pixels" and plan.on_gpu else plan.leading[-1]
     case = ours_case(plan.model, ours, work, plan.device, f"{axis} {size}")
     # other sizes give other images: nothing to compare
     return replace(case, max_error=None, labels={**case.labels, axis: size})
@@ -73,6 +76,7 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
         # (sizes, rounds): a round ran all sizes, one after the other
         seconds = np.array([row.seconds for row in of_axis])
         rounds = seconds.shape[1]
+        resamples = RESAMPLES if rounds >= FEWEST else 0
 
         def exponent(chosen: Indices, x: Floats = sizes, s: Floats = seconds) -> float:
             logs = np.log(np.median(s[:, chosen], axis=1))
@@ -93,9 +97,9 @@ def fit_scaling(rows: Sequence[Row]) -> tuple[Fit, ...]:
                 axis=axis,
                 sizes=tuple(sizes.tolist()),
                 median_s=tuple(medians.tolist()),
-                exponent=estimate(exponent, rounds),
-                growth=estimate(growth, rounds),
-                fixed_s=estimate(fixed, rounds),
+                exponent=estimate(exponent, rounds, resamples=resamples),
+                growth=estimate(growth, rounds, resamples=resamples),
+                fixed_s=estimate(fixed, rounds, resamples=resamples),
                 off_line=(
                     float(np.abs((start + slope * sizes) / medians - 1).max())
                     if len(sizes) > 2  # through two points there always is one

@@ -27,13 +27,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
 
 from hcma_fast.bench.bad_requests import bad_requests, check_refused
-from hcma_fast.bench.bootstrap import Estimate, Indices, estimate, median_ratio
 from hcma_fast.bench.contestants import SEED, Ours, Work, build_missing, open_pipe
-from hcma_fast.bench.machine import Machine, describe_machine
+from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.memory import allocated_mib, status_mib
+from hcma_fast.bench.soak_report import JUDGED_ROUNDS, SoakReport, drift, slope_per_hour
 from hcma_fast.bench.workers import Contestant, Run, Worker, worker
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, HcmaError, OutputError, UsageError
@@ -50,89 +49,10 @@ _COLLECT_EVERY = 20
 a quarter of all objects wait for it"""
 _FAULT_EVERY = 3
 """Rounds; the first one has both faults"""
-_BLOCKS = 10
-"""Of rounds, that the slope's interval resamples: memory is like that of the rounds before, and
-moves in steps, as an allocator asks for more and gives back when it likes"""
-JUDGED_ROUNDS = 20
-"""Fewer say nothing of slopes"""
 _FULL_BYTES = 64
 """That a file may have while the disk is full"""
 _SCENES = 12
 """Prompts with their layouts: few, for the cache of encodings grows with every new one"""
-
-
-class SoakReport(BaseModel):
-    """What :func:`soak` found."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    backend: str
-    minutes: float
-    rounds: int
-    """in both processes"""
-    images: int
-    refused: dict[str, int]
-    """bad requests by their kind, each with its own typed error"""
-    full_disks: int
-    """images that could not be written, each with a typed error and without half a file, and could
-    be written afterwards"""
-    kills: int
-    same_image: bool
-    """the reference images were the same in every round and in both processes, to the last bit"""
-    image_sha256: str
-    seconds: tuple[float, ...]
-    """of the reference batch, per round of the second process"""
-    at_s: tuple[float, ...]
-    """when those rounds ended, since that process had loaded"""
-    rss_mib: tuple[float, ...]
-    """after those rounds"""
-    judged_rounds: int
-    """those of the second process, without its beginning, that memory and latency are judged by"""
-    rss_mib_per_hour: Estimate | None
-    """by least squares over the judged rounds, with a 95% interval by bootstrap over blocks of
-    them; None for too few"""
-    allocated_mib: tuple[float, ...] = ()
-    """what the C library's allocator had handed out after those rounds; none where it cannot say"""
-    allocated_mib_per_hour: Estimate | None = None
-    """as ``rss_mib_per_hour``: what leaks, and not what an allocator keeps"""
-    python_blocks: tuple[int, ...] = ()
-    """small objects of Python (``sys.getallocatedblocks``) after those rounds"""
-    python_blocks_per_hour: Estimate | None = None
-    latency_drift: Estimate | None
-    """median of the last third of the judged rounds over that of the first; None for too few"""
-    machine: Machine
-
-    @property
-    def not_judged(self) -> str | None:
-        """Why nothing is said of memory and latency; None if they are judged."""
-        if self.rss_mib_per_hour is not None and self.latency_drift is not None:
-            return None
-        return (
-            f"NOT JUDGED: memory and latency. {self.judged_rounds} rounds count, and it takes "
-            f"{JUDGED_ROUNDS}: soak for longer"
-        )
-
-    @property
-    def problems(self) -> list[str]:
-        """What it should not have done; see ``not_judged`` for what is unknown."""
-        found = [] if self.same_image else ["the same request gave another image"]
-        drift = self.latency_drift
-        judged: dict[str, tuple[Sequence[float], Estimate | None]] = {
-            "the number of Python's objects": (self.python_blocks, self.python_blocks_per_hour)
-        }
-        if self.allocated_mib:
-            judged["what is allocated (MiB)"] = (self.allocated_mib, self.allocated_mib_per_hour)
-        else:
-            judged["memory (MiB)"] = (self.rss_mib, self.rss_mib_per_hour)
-        for what, (values, slope) in judged.items():
-            low = None if slope is None else slope.interval and slope.interval[0]
-            # 1% in an hour is a fault if it is no chance
-            if slope is not None and low is not None and low > 0.01 * float(np.median(values)):
-                found.append(f"{what} grows by {slope.value:,.1f} an hour")
-        if drift is not None and drift.interval is not None and drift.interval[0] > 1.05:
-            found.append(f"it became slower by {drift.value - 1:.0%}")
-        return found
 
 
 def soak(
@@ -157,17 +77,21 @@ def soak(
             remedy="Use 20 and 4.",
         )
     build_missing(model, Ours(backend), None, progress)
+
+    def said(process: int) -> Callable[[str], None]:
+        return lambda line: progress(f"process {process}, {line}")
+
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder:
         load = partial(load_soak, model, backend, max_batch, folder)
-        progress(f"until the kill: {_KILL_AT:.0%} of {minutes:g} minutes")
+        progress(f"for {_KILL_AT:.0%} of {minutes:g} minutes, then it is killed")
         with worker("soak", load) as first:
-            before = _rounds(first, time.monotonic() + _KILL_AT * 60 * minutes, progress)
+            before = _rounds(first, time.monotonic() + _KILL_AT * 60 * minutes, said(1))
             _kill(first)
         progress("killed; another process takes its place")
         with worker("soak", load) as second:
             start = time.monotonic()
-            after = _rounds(second, end, progress)
+            after = _rounds(second, end, said(2))
     at_s = np.array([at - start for at, _ in after])
     runs = [run for _, run in after]
     rss = np.array([run.figures["rss_mib"] for run in runs])
@@ -217,23 +141,6 @@ def _counted(prefix: str, runs: Sequence[Run]) -> dict[str, int]:
     return dict(found)
 
 
-def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:
-    """Least squares, with the interval over resampled blocks of neighbours."""
-
-    def slope(chosen: Indices) -> float:
-        times = at_s[chosen] / 3600
-        spread = times - times.mean()
-        return float((spread * values[chosen]).sum() / (spread**2).sum())
-
-    return estimate(slope, len(values), block=-(-len(values) // _BLOCKS))
-
-
-def drift(seconds: NDArray[np.float64]) -> Estimate:
-    """Median of the last third over that of the first."""
-    third = len(seconds) // 3
-    return median_ratio(seconds[-third:], seconds[:third])
-
-
 def _rounds(
     process: Worker, end: float, progress: Callable[[str], None]
 ) -> list[tuple[float, Run]]:
@@ -244,8 +151,8 @@ def _rounds(
         found.append((time.monotonic(), run))
         if len(found) % 20 == 1:
             progress(
-                f"round {len(found)}: {run.figures['rss_mib']:.0f} MiB, reference "
-                f"{run.figures['reference_s']:.2f} s"
+                f"round {len(found)}: {run.figures['rss_mib']:.0f} MiB resident, "
+                f"{run.figures['reference_s']:.2f} s for the reference images"
             )
     return found
 

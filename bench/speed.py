@@ -18,7 +18,7 @@ from hcma_fast.bench.contestants import (
     load_ours,
     load_plain,
 )
-from hcma_fast.bench.harness import MAX_ERROR, Case, Group, run_group
+from hcma_fast.bench.harness import Case, Group, run_group
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.memory import peak_rss_mib
 from hcma_fast.bench.report import Report
@@ -26,9 +26,6 @@ from hcma_fast.errors import UsageError
 from hcma_fast.schedule import plms_table
 
 PLAIN = "plain diffusers loop"
-HALF_ERROR = 0.1
-"""Relative error of the latents above which a row in half precision is void. Rounding to 8 bits at
-each of 50 steps moves them by some percent; another image is 1 away"""
 
 
 def plain_case(model: str, work: Work, device: str = "cpu") -> Case:
@@ -41,14 +38,12 @@ def ours_case(
     model: str, ours: Ours, work: Work, device: str = "cpu", name: str | None = None
 ) -> Case:
     """Our pipeline; its engines are built where they are missing."""
-    exact = ours.precision == "float32"
-    suffix = "" if exact else f" {ours.precision}"
     return Case(
-        name or f"hcma-fast {ours.backend}{suffix}",
+        name or f"hcma-fast {ours.label}",
         partial(load_ours, model, ours, work, device),
         work.labels,
         work.batch,
-        MAX_ERROR if exact else HALF_ERROR,
+        ours.max_error,
         prepare=partial(build_missing, model, ours, work.side, device=device),
     )
 

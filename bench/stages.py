@@ -21,10 +21,9 @@ from hcma_fast.bench.contestants import (
     open_graph,
     weights_hash_of,
 )
-from hcma_fast.bench.harness import MAX_ERROR, Case, Group
+from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.memory import peak_rss_mib
 from hcma_fast.bench.plan import Plan, side_by_side
-from hcma_fast.bench.speed import HALF_ERROR
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
 
@@ -65,7 +64,7 @@ def align(plan: Plan) -> list[Group]:
                     partial(load_align, plan.model, ours, batch, calls, plan.device),
                     {"batch": batch, "calls": calls},
                     batch * calls,
-                    MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
+                    ours.max_error,
                     prepare=partial(build_missing, plan.model, ours, None, device=plan.device),
                 )
                 for ours in engines
@@ -124,11 +123,11 @@ def unet(plan: Plan) -> list[Group]:
     calls = 2 if plan.quick or plan.model == SD14 else _CALLS
     cases = [
         Case(
-            "torch eager" if ours.backend == "eager" else f"{ours.backend} {ours.precision}",
+            "torch eager" if ours.backend == "eager" else ours.label,
             partial(load_unet, plan.model, ours, calls, plan.device),
             {"calls": calls},
             calls,
-            MAX_ERROR if ours.precision == "float32" else HALF_ERROR,
+            ours.max_error,
             prepare=partial(build_missing, plan.model, ours, None, device=plan.device),
         )
         for ours in (Ours("eager"), *kinds)
@@ -179,9 +178,10 @@ def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
 
 def build(plan: Plan) -> list[Group]:
     """``hcma-fast build`` into an empty folder, once per backend: seconds, MiB, peak memory."""
-    every = plan.chosen
+    every = [ours for ours in plan.chosen if ours.backend != "eager"]
     if not plan.backends:
-        every = (Ours("onnxruntime"),) if plan.quick else (*every, Ours("torch-compile"))
+        native = [] if plan.on_gpu else [Ours("torch-compile")]
+        every = every[:1] if plan.quick else [*every, *native]
     cases = [
         Case(
             ours.label,
@@ -191,19 +191,19 @@ def build(plan: Plan) -> list[Group]:
             warm_up=False,
         )
         for ours in every
-        if ours.backend != "eager"
     ]
     return [Group("build", cases)]
 
 
 def build_command(model: str, ours: Ours, out: str, device: str = "cpu") -> list[str]:
     """``hcma-fast build`` as a command of this interpreter."""
-    from hcma_fast.export.target import device_for
-
+    target = ours.target(None, device)
+    assert target is not None, "eager builds nothing"
     command = [sys.executable, "-m", "hcma_fast.cli.app", "build", "--model", model]
     command += ["--backend", ours.backend, "--precision", ours.precision, "--out", out]
-    if (compiled_for := device_for(ours.backend, device)) != "cpu":
-        command += ["--device", compiled_for]
+    command += [] if target.device == "cpu" else ["--device", target.device]
+    # the engines that the other suites run
+    command += [] if target.batch is None else ["--batch", str(target.batch)]
     return command + (["--random-weights"] if model == SD14 else [])
 
 

@@ -106,10 +106,10 @@ def load_training(
 ) -> Contestant:
     """Some steps of :func:`hcma_fast.train.aligner.train_aligner`, with its checkpoint at the end.
 
-    Figures are of the training loop alone, without validation and checkpoint: samples per second,
-    share of the time that it waited for data, and, with a cache, operations per second and the
-    share that these are of a large matrix product's rate, in the same precision, measured after the
-    run. Without one, encoders run that are not counted.
+    Figures are of the training loop alone, without validation and checkpoint, medians of all runs
+    but the first: samples per second, share of the time that it waited for data, and, with a cache,
+    operations per second and the share that these are of a large matrix product's rate, in the same
+    precision, measured after each run. Without one, encoders run that are not counted.
 
     Raises:
         WeightsError: no such model.
@@ -144,13 +144,16 @@ def load_training(
     for parameter in parts.aligner.parameters():
         parameter.requires_grad_()
     flops = training_flops(parts, cache) if cached else 0.0
-    figures: dict[str, float] = {}
+    rates: list[float] = []
+    waits: list[float] = []
+    peaks: list[float] = []
 
     def progress(done: int, total: int, record: dict[str, object] | None) -> None:
         if record is not None:
             rate, waited = record["samples_per_second"], record["data_wait_share"]
             assert isinstance(rate, float) and isinstance(waited, float)
-            figures.update(loop_samples_per_second=rate, data_wait_share=waited)
+            rates.append(rate)
+            waits.append(waited)
 
     def generate() -> NDArray[np.float32]:
         with tempfile.TemporaryDirectory(dir=folder.name) as out:
@@ -160,10 +163,12 @@ def load_training(
         return np.zeros(1, np.float32)
 
     def tell() -> dict[str, float]:
+        samples, waited = (float(np.median(found[1:] or found)) for found in (rates, waits))
+        figures = {"loop_samples_per_second": samples, "data_wait_share": waited}
         if not cached:
-            return dict(figures)
-        peak = matmul_rate(torch.bfloat16 if bf16 else torch.float32, device)
-        rate = figures["loop_samples_per_second"] * flops
+            return figures
+        peaks.append(matmul_rate(torch.bfloat16 if bf16 else torch.float32, device))
+        rate, peak = samples * flops, float(np.median(peaks[1:] or peaks))
         gflops = {"gflops": rate / 1e9, "matmul_gflops": peak / 1e9}
         return {**figures, **gflops, "share_of_matmul": rate / peak}
 

@@ -152,8 +152,10 @@ def worker(name: str, load: Callable[[], Contestant]) -> Iterator[Worker]:
                 stdout=log,
                 stderr=log,
                 pass_fds=[theirs.fileno()],
-                # in a checkout, the working folder's kernels/ must not be taken for the package
-                env={**os.environ, "PYTHONSAFEPATH": "1"},
+                # In a checkout, the working folder's kernels/ must not be taken for the package.
+                # float32 is float32 for everybody: torch rounds convolutions to TF32 by default,
+                # ONNX Runtime all products, our engines none, and rows would be of unequal work.
+                env={**os.environ, "PYTHONSAFEPATH": "1", "NVIDIA_TF32_OVERRIDE": "0"},
                 # Ctrl-C is for the parent, which ends its workers
                 start_new_session=True,
             )

@@ -227,9 +227,9 @@ def _check_gpu_tools() -> None:
         remedy = "Build on the GPU's machine, or for a CPU: --device cpu."
     elif find_spec("triton") is None:
         problem, remedy = "needs Triton for a GPU", 'Run pip install "hcma-fast[gpu]".'
-    elif CUDA_HOME is None:
-        problem = "found no CUDA toolkit, whose headers its code for a GPU includes"
-        remedy = "Install the toolkit of torch's CUDA version, or set CUDA_HOME to it."
+    elif CUDA_HOME is None or not Path(CUDA_HOME, "include", "cuda.h").is_file():
+        problem = f"found no CUDA toolkit with its headers (CUDA_HOME is {CUDA_HOME or 'not set'})"
+        remedy = f"Install the toolkit of CUDA {torch.version.cuda}, or set CUDA_HOME to it."
     else:
         return
     raise BackendError(f"the backend torch-compile {problem}", remedy=remedy)

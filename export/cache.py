@@ -30,7 +30,7 @@ _KEY_LETTERS = 24
 _OURS = re.compile(
     rf"\.?(?P<name>({'|'.join(COMPILED_BACKENDS)})-[0-9a-f]{{{_KEY_LETTERS}}})(\.(part|old)-\w+)?"
 )
-State = Literal["current", "stale", "elsewhere", "damaged", "leftover"]
+State = Literal["current", "stale", "elsewhere", "damaged", "building", "leftover"]
 
 
 def cached_folder(weights_hash: str, target: Target) -> Path:
@@ -82,7 +82,7 @@ def find_or_build(
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(folder.with_name(f".{folder.name}.lock")).acquire()
+        held = _lock(folder.parent, folder.name).acquire()
     except OSError as error:
         raise InputError(
             f"the engine cache cannot be written: {error.strerror}",
@@ -119,8 +119,8 @@ class CacheEntry(BaseModel):
     folder: Path
     state: State
     """stale: of other versions, or for an engine that is gone, so it is never found again;
-    elsewhere: for a backend that is not installed here, or another machine; leftover: of a build
-    that was killed, or runs"""
+    elsewhere: for a backend that is not installed here, or another machine; building: a process is
+    at work on it; leftover: of a build that was killed"""
     reason: str
     backend: str | None
     precision: str | None
@@ -163,9 +163,8 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
         match = _OURS.fullmatch(entry.folder.name)
         if match is None or not unwanted(entry):
             continue
-        lock = FileLock(entry.folder.with_name(f".{match['name']}.lock"), blocking=False)
         try:
-            with lock:
+            with _lock(entry.folder.parent, match["name"]).acquire(blocking=False):
                 _remove(entry.folder)
         except TimeoutError:
             _log.warning("%s is left: it is being built.", entry.folder)
@@ -176,6 +175,27 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
         _remove(entry.folder)
         removed.append(entry.folder)
     return removed
+
+
+def _lock(root: Path, name: str) -> FileLock:
+    """Of the engine folder of that name; who holds it may write there."""
+    return FileLock(root / f".{name}.lock")
+
+
+def _is_building(folder: Path, name: str) -> bool:
+    """Is a process at work on the engine of that name, of which ``folder`` is a part?"""
+    lock = _lock(folder.parent, name)
+    # a list makes no files, and needs no right to
+    if not Path(lock.lock_file).exists():
+        return False
+    try:
+        with lock.acquire(blocking=False):
+            return False
+    except TimeoutError:
+        return True
+    except OSError:
+        # in a cache that is only to be read
+        return False
 
 
 def _remove(path: Path) -> None:
@@ -234,6 +254,9 @@ def _age_days(folder: Path) -> float:
 
 def _judge(folder: Path) -> tuple[Manifest | None, State, str]:
     if folder.name.startswith("."):
+        match = _OURS.fullmatch(folder.name)
+        if match is not None and _is_building(folder, match["name"]):
+            return None, "building", "by a process that runs"
         return None, "leftover", "of a build that did not end"
     try:
         manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -16,10 +17,16 @@ from hcma_fast.models.checkpoint import first_line
 
 
 def save_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module, step: int
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module,
+    step: int,
+    settings: Mapping[str, float],
 ) -> None:
-    """Write model, optimiser, average and step to ``path``, whole or not at all."""
+    """Write model, optimiser, average, step and settings to ``path``, whole or not at all."""
     content = {
+        "settings": dict(settings),
         "step": step,
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
@@ -51,21 +58,29 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_state(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    ema: nn.Module,
+    settings: Mapping[str, float],
 ) -> int:
     """Restore what :func:`save_state` wrote; returns the step to go on from (0 without a file).
 
     Raises:
-        WeightsError: the file is damaged or belongs to a model of another shape.
+        WeightsError: the file is damaged, belongs to a model of another shape, or the run was begun
+            with other settings.
     """
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_settings(path, state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         step = int(state["step"])
+    except WeightsError:
+        raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise WeightsError(
             f"this training state cannot be resumed ({first_line(error)})",
@@ -73,3 +88,19 @@ def load_state(
             remedy="Delete it to start over, or give the run another folder.",
         ) from error
     return step
+
+
+def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Is a run in ``path`` to go on as it was begun?
+
+    Raises:
+        WeightsError: a setting differs; the message names it.
+    """
+    for name in sorted(wanted.keys() | found.keys()):
+        was, now = found.get(name), wanted.get(name)
+        if was != now:
+            raise WeightsError(
+                f"this run was begun with {name} = {was}, not {now}",
+                value=str(path),
+                remedy="Give what it was begun with, or another --out.",
+            )

@@ -131,14 +131,20 @@ def _positive(text: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path(".runs/tiny"))
-    parser.add_argument("--steps", type=_positive, default=8000)
-    parser.add_argument("--batch", type=_positive, default=16)
-    parser.add_argument("--scenes", type=_positive, default=30000)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--aligned-share", type=float, default=0.0, help="of the examples")
-    parser.add_argument("--sample-every", type=int, default=0, help="steps; 0 for no samples")
+    parser = argparse.ArgumentParser(
+        description="Train the gated UNet of tiny on EmojiScenes. What was stopped goes on.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    for name, kind, default, told in (
+        ("--out", Path, Path(".runs/tiny"), "folder of all of tiny's parts, the VAE's included"),
+        ("--steps", _positive, 8000, "steps in all"),
+        ("--batch", _positive, 16, "scenes a step"),
+        ("--scenes", _positive, 30000, "scenes to draw"),
+        ("--lr", float, 1e-3, "learning rate"),
+        ("--aligned-share", float, 0.0, "share of the examples that the aligner in --out aligns"),
+        ("--sample-every", int, 0, "draw some val layouts every so many steps; 0 for never"),
+    ):
+        parser.add_argument(name, type=kind, default=default, help=told)
     args = parser.parse_args()
     check_batch(args.batch, args.scenes)
 
@@ -207,6 +213,11 @@ def main() -> None:
         weight_decay=0.01,
         ema_decay=0.9995,
         checkpoint_every=400,
+        draws={
+            "batch": args.batch,
+            "scenes": args.scenes,
+            "aligned_share": args.aligned_share,
+        },
     )
     with sampling(args.out, model, args.sample_every, state) as sample:
         run(model, loss_of_step, config, state, keep, sample, batch_of_step)

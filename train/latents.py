@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,8 @@ from hcma_fast.models.weights import load_part, load_tokenizer
 from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.scenes_cache import rendered_scenes
 from hcma_fast.train.vae import to_tensor
+
+_log = logging.getLogger("hcma_fast")
 
 
 def trained_part(folder: Path, command: str) -> Path:
@@ -49,6 +52,7 @@ def cached_posteriors(
     path = folder / f"latents-{split}-{count}-{digest}.npy"
     if not path.exists():
         scenes = rendered_scenes(folder, split, count)
+        _log.info("Encoding them, once for this VAE.")
         parts = []
         for start in range(0, count, 100):
             posterior = vae.encode(to_tensor(scenes[start : start + 100])).latent_dist

@@ -43,8 +43,16 @@ class LoopConfig(BaseModel):
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.0
+    draws: dict[str, int | float] = {}
+    """what else the batches follow from, such as their size"""
     log_every: int = 50
     checkpoint_every: int = 200
+
+    def course(self) -> dict[str, float]:
+        """What a run goes on with as it was begun. Its length is free: a finished run may be made
+        longer, and from there on the rate is that of the longer one."""
+        rest = self.model_dump(exclude={"steps", "draws", "log_every", "checkpoint_every"})
+        return self.draws | rest
 
 
 def print_record(record: Record) -> None:
@@ -86,12 +94,13 @@ def run(
         on_step: called with both after each step; its time is not counted in the log.
         batch_of_step: draws again what the losses of a step are computed from, to be kept for
             inspection where one of them is not finite.
-        on_log: called with each record that goes into log.jsonl.
+        on_log: called with the step to begin at and the number of steps, then with each record
+            that goes into log.jsonl.
 
     Raises:
         DivergenceError: a loss or gradient is not finite; the last state stays as it was, and the
             batch was saved where ``batch_of_step`` is given.
-        WeightsError: the state in ``folder`` cannot be resumed.
+        WeightsError: the state in ``folder`` cannot be resumed, or was begun with other settings.
         OutputError: ``folder`` cannot be written, or the disk is full.
     """
     make_folder(folder)
@@ -101,7 +110,8 @@ def run(
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True
     )
-    start = load_state(folder / "state.pt", model, optimizer, ema)
+    start = load_state(folder / "state.pt", model, optimizer, ema, config.course())
+    on_log({"step": start, "steps": config.steps})
     model.train()
     totals: dict[str, float] = {}
     count = 0
@@ -141,7 +151,7 @@ def run(
             if on_checkpoint is not None:
                 on_checkpoint(done, cast(_Model, ema.module))
                 model.train()
-            save_state(folder / "state.pt", model, optimizer, ema, done)
+            save_state(folder / "state.pt", model, optimizer, ema, done, config.course())
     return cast(_Model, ema.module)
 
 

@@ -22,7 +22,7 @@ from hcma_fast.export.manifest import hash_file
 from hcma_fast.files import make_folder, write_folder, write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint import CheckpointInfo, first_line, write_info
-from hcma_fast.models.weights import load_components, load_part
+from hcma_fast.models.weights import load_components, load_part, quiet_transformers
 from hcma_fast.program import run_program
 
 SUMS_FILE = "sha256.txt"
@@ -41,7 +41,8 @@ def pack(run: Path, out: Path, settings: AlignmentSettings, image_size: int = 64
     unet = load_part(UNet2DConditionModel, run / "unet")
     text_encoder = load_part(CLIPTextModel, run / "text_encoder")
     for name, part in (("vae", vae), ("unet", unet), ("text_encoder", text_encoder)):
-        write_folder(out / name, part.half().save_pretrained)
+        with quiet_transformers():
+            write_folder(out / name, part.half().save_pretrained)
     Aligner.from_pretrained(run / "aligner").save_pretrained(out / "aligner", dtype=torch.float16)
     shutil.copytree(run / "tokenizer", out / "tokenizer", dirs_exist_ok=True)
     write_info(out, CheckpointInfo(preset="tiny", image_size=image_size, alignment=settings))

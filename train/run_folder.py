@@ -24,7 +24,7 @@ from hcma_fast.errors import OutputError, UsageError, WeightsError
 from hcma_fast.files import append_line, make_folder, write_whole
 from hcma_fast.models.checkpoint import first_line
 from hcma_fast.train.cache import CacheHeader
-from hcma_fast.train.checkpoints import write_state
+from hcma_fast.train.checkpoints import check_settings, write_state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -150,17 +150,14 @@ class RunFolder:
 
     def _check_same(self, path: Path, there: Provenance) -> None:
         wanted, found = self.provenance.model_dump(), there.model_dump()
-        for part in ("architecture", "training"):
-            for name in wanted[part].keys() | found[part].keys():
-                was, now = found[part].get(name), wanted[part].get(name)
-                # a constant rate leads the same way, however long
-                longer = name in ("epochs", "max_steps") and not wanted[part]["cosine"]
-                if was != now and not longer:
-                    raise WeightsError(
-                        f"this run was begun with {name} = {was}, not {now}",
-                        value=str(path),
-                        remedy="Give what it was begun with, or another --out.",
-                    )
+        check_settings(path, found["architecture"], wanted["architecture"])
+        # a constant rate leads the same way, however long
+        free = () if wanted["training"]["cosine"] else ("epochs", "max_steps")
+        kept = (
+            {name: value for name, value in settings.items() if name not in free}
+            for settings in (found["training"], wanted["training"])
+        )
+        check_settings(path, *kept)
         for name in ("vae_sha256", "text_sha256", "cache"):
             if wanted[name] != found[name]:
                 raise WeightsError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,7 @@ from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.emoji_scenes import Split, render_scene, sample_scene
 
 _CHUNK = 500
+_log = logging.getLogger("hcma_fast")
 
 
 def _render_chunk(job: tuple[Split, int, int, int]) -> NDArray[np.uint8]:
@@ -37,6 +39,7 @@ def rendered_scenes(
     path = folder / f"scenes-{split}-{count}-{image_size}.npy"
     if not path.exists():
         make_folder(folder)
+        _log.info("Drawing %d scenes of the split %s, once for this folder.", count, split)
         jobs = [
             (split, start, min(start + _CHUNK, count), image_size)
             for start in range(0, count, _CHUNK)

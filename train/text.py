@@ -22,6 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.files import write_folder
+from hcma_fast.models.weights import quiet_transformers
 from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
 from hcma_fast.train.loop import LoopConfig, Record, run
 
@@ -115,12 +116,12 @@ def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], 
 
     Args:
         batch: captions and labels in a step.
-        on_log: called with each record of log.jsonl.
+        on_log: called with the step to begin at, then with each record of log.jsonl.
 
     Raises:
         DivergenceError: a loss is not finite; its batch was saved.
         OutputError: ``out`` cannot be written, or the disk is full.
-        WeightsError: the state is another model's, or damaged.
+        WeightsError: the state is another model's, was begun with other settings, or is damaged.
     """
     torch.manual_seed(0)
     captions = [text for i in range(3000) for text in sample_scene("train", i).captions]
@@ -159,7 +160,9 @@ def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], 
         loss = count_loss + 0.3 * background_loss + 0.2 * relation_loss + 2 * apart
         return {"loss": loss, "counts": count_loss, "apart": apart, "all_counts_right": right}
 
-    config = LoopConfig(steps=steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99)
+    config = LoopConfig(
+        steps=steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99, draws={"batch": batch}
+    )
     averaged = run(
         model,
         loss_of_step,
@@ -168,5 +171,6 @@ def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], 
         batch_of_step=batch_of_step,
         on_log=on_log,
     )
-    write_folder(out / "text_encoder", averaged.encoder.eval().save_pretrained)
+    with quiet_transformers():
+        write_folder(out / "text_encoder", averaged.encoder.eval().save_pretrained)
     return out / "text_encoder"

@@ -86,13 +86,14 @@ def train_vae(
 
     Args:
         scenes: of the split "train", rendered into ``out`` once.
-        on_log: called with each record of log.jsonl, and with the PSNR at each checkpoint.
+        on_log: called with the step to begin at, with each record of log.jsonl, and with the PSNR
+            at each checkpoint.
 
     Raises:
         UsageError: a batch takes more scenes than there are.
         DivergenceError: a loss is not finite; its batch was saved.
         OutputError: ``out`` cannot be written, or the disk is full.
-        WeightsError: the state is another model's, or damaged.
+        WeightsError: the state is another model's, was begun with other settings, or is damaged.
     """
     check_batch(batch, scenes)
     torch.manual_seed(0)
@@ -120,7 +121,7 @@ def train_vae(
     averaged = run(
         model,
         loss_of_step,
-        LoopConfig(steps=steps, lr=lr, ema_decay=0.995),
+        LoopConfig(steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}),
         out / "vae-state",
         report,
         batch_of_step=batch_of_step,

@@ -16,7 +16,7 @@ from hcma_fast.errors import HcmaError, UsageError
 if TYPE_CHECKING:
     from hcma_fast.bench.bootstrap import Estimate
     from hcma_fast.bench.report import Report
-    from hcma_fast.bench.soak import SoakReport
+    from hcma_fast.bench.soak_report import SoakReport
 
 RESULTS_FILE = "bench.json"
 
@@ -187,7 +187,7 @@ def soak(
     """Mixed requests for a long time, with bad ones, a full disk and a killed process among them.
 
     Ends with an error if memory grows, latency drifts, or an image changes. Too short a soak says
-    that memory and latency were not judged.
+    that memory and latency were not judged, or not shown to stay.
     """
     from hcma_fast.bench.soak import soak as run_soak
 
@@ -213,14 +213,19 @@ def _with_interval(found: Estimate, form: str, unit: str = "") -> str:
     return f"{found.value:{form}}{unit} (95% interval {low:{form}} to {high:{form}})"
 
 
+def _counted(number: int, one: str, many: str | None = None) -> str:
+    return f"{number:,} {one if number == 1 else many or one + 's'}"
+
+
 def soak_text(report: SoakReport) -> str:
     """The report in Markdown."""
     slope, drift = report.rss_mib_per_hour, report.latency_drift
     lines = [
         f"Soak of {report.model} on {report.backend}, {report.minutes:g} minutes: {report.rounds} "
         f"rounds, {report.images} mixed images.",
-        f"Faults: {sum(report.refused.values())} bad requests of {len(report.refused)} kinds "
-        f"refused, {report.full_disks} full disks, {report.kills} process killed and replaced.",
+        f"Faults: {_counted(sum(report.refused.values()), 'bad request')} refused, of "
+        f"{_counted(len(report.refused), 'kind')}; {_counted(report.full_disks, 'full disk')}; "
+        f"{_counted(report.kills, 'process', 'processes')} killed and replaced.",
         f"Reference images {'the same' if report.same_image else 'NOT the same'} in all rounds and "
         f"both processes (sha256 {report.image_sha256[:16]}).",
     ]
@@ -228,10 +233,12 @@ def soak_text(report: SoakReport) -> str:
         lines.append(f"{report.not_judged}.")
     else:
         per_hour = partial(_with_interval, form="+.2f", unit=" MiB an hour")
-        lines.append(f"Memory: {report.rss_mib[-1]:.0f} MiB at the end, {per_hour(slope)}.")
+        lines.append(
+            f"Resident memory: {report.rss_mib[-1]:.0f} MiB at the end, {per_hour(slope)}."
+        )
         if report.allocated_mib_per_hour is not None:
             lines.append(
-                f"Of it handed out by the C library: {report.allocated_mib[-1]:.0f} MiB, "
+                f"Allocated, as the C library counts: {report.allocated_mib[-1]:.0f} MiB, "
                 f"{per_hour(report.allocated_mib_per_hour)}."
             )
         if report.python_blocks_per_hour is not None:
@@ -239,5 +246,9 @@ def soak_text(report: SoakReport) -> str:
                 f"Python's objects: {report.python_blocks[-1]:,} blocks, "
                 f"{_with_interval(report.python_blocks_per_hour, '+,.0f', ' an hour')}."
             )
-        lines.append(f"Latency: last third over first {_with_interval(drift, '.3f')}.")
+        lines.append(
+            "Latency, median of the last third of rounds over that of the first: "
+            f"{_with_interval(drift, '.3f')}."
+        )
+    lines += [f"Not shown to stay: {what}; soak for longer." for what in report.not_shown]
     return "\n".join([*lines, f"{report.machine.line()}."])

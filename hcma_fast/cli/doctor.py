@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
@@ -48,6 +50,8 @@ _EXTRAS = {
 _LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "gpu"),
 }
+#: in torch/version.py, which torch's build writes: cuda: Optional[str] = '13.0'
+_TORCH_CUDA = re.compile(r"^cuda\b[^=\n]*= *'([^']+)'", re.MULTILINE)
 _GPU_QUERY = "name,memory.total,driver_version,compute_cap"
 _NVIDIA_SMI_TIMEOUT_S = 20
 _MIB = 2**20
@@ -87,6 +91,8 @@ class Report(_Frozen):
     libraries: dict[str, Found]
     conflicts: list[str]
     notes: list[str]
+    torch_cuda: str | None
+    """CUDA version that torch was built for; None without CUDA, or without torch"""
     gpus: list[str]
     """one line per NVIDIA GPU; empty when none was found"""
     cache: Cache
@@ -111,6 +117,12 @@ def examine() -> Report:
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall onnxruntime onnxruntime-gpu, then install one of them again."
         )
+    gpus, torch_cuda = _gpus(), _torch_cuda()
+    if gpus and torch_cuda is None and _version("torch"):
+        conflicts.append(
+            "torch is built without CUDA and cannot use the GPU that is here: see docs/gpu.md, how "
+            "to install."
+        )
     return Report(
         hcma_fast=__version__,
         python=f"{platform.python_version()} ({sys.executable})",
@@ -121,7 +133,8 @@ def examine() -> Report:
         libraries={name: _library(*entry) for name, entry in _LIBRARIES.items()},
         conflicts=conflicts,
         notes=["The extra gpu excludes cpu and onnxruntime: install one of them."],
-        gpus=_gpus(),
+        torch_cuda=torch_cuda,
+        gpus=gpus,
         cache=_cache(),
     )
 
@@ -161,6 +174,18 @@ def _library(distributions: tuple[str, ...], extra: str) -> Found:
             version=None, problem="not installed", remedy=f'pip install "hcma-fast[{extra}]"'
         )
     return Found(version=version)
+
+
+def _torch_cuda() -> str | None:
+    torch = find_spec("torch")
+    if torch is None or torch.origin is None:
+        return None
+    try:
+        text = Path(torch.origin).with_name("version.py").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    found = _TORCH_CUDA.search(text)
+    return found[1] if found else None
 
 
 def _gpus() -> list[str]:
@@ -203,6 +228,7 @@ def _cache() -> Cache:
 
 def _lines(report: Report) -> list[str]:
     cache = report.cache
+    cuda = report.torch_cuda
     state = "writable" if cache.writable else "NOT WRITABLE: set HCMA_FAST_CACHE to another folder"
     return [
         f"hcma-fast {report.hcma_fast}",
@@ -220,6 +246,7 @@ def _lines(report: Report) -> list[str]:
         "",
         "GPU",
         *(f"  {line}" for line in report.gpus or ["none found"]),
+        f"  torch is built {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
         "",
         "engine cache",
         f"  {cache.folder}",

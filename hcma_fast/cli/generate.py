@@ -147,7 +147,8 @@ def generate(
             metavar="NAME=VALUE",
             help="Faster, for an approximate image: align_every=2, guidance_end=0.8, "
             "latent_dtype=bfloat16; repeat it. Slower, for the same image, to check the exact "
-            "ones: skip_idle_alignment=false, contexts_once=false, skip_closed_gate=false.",
+            "ones: skip_idle_alignment=false, contexts_once=false, skip_closed_gate=false (the "
+            "last changes nothing where --grounding-beta is 1).",
             show_default="none, exact",
         ),
     ] = None,

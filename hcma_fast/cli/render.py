@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hcma_fast.cli.jobs import Job, at
 from hcma_fast.cli.output import BuildProgress, stderr, write_file
 from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
-from hcma_fast.config import PRESETS, AlignmentSettings
+from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
 from hcma_fast.errors import InputError, OutputError
 from hcma_fast.runtime.savings import EXACT, Savings
 
@@ -77,10 +77,15 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         WeightsError, BackendError, EngineError: the model does not load, or is not ``original``'s.
     """
     from hcma_fast.models.text import tokenize
+    from hcma_fast.runtime.capture import check_capturable
     from hcma_fast.runtime.pipeline import HCMAPipeline
     from hcma_fast.runtime.requests import override_settings
 
     override_settings(AlignmentSettings(), **plan.overrides)
+    if plan.cuda_graphs and plan.backend not in (None, "auto"):
+        # before minutes go into building engines; of theirs it asks again, when they are open
+        device = plan.device or devices_of(plan.backend)[0]
+        check_capturable("step", device, plan.backend, plan.grad_backend, {})
     if original is not None and not is_engine_folder(plan.model):
         _check_checkpoint(plan, original)
     announcement = (

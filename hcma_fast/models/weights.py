@@ -305,7 +305,7 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and load reports of transformers: what matters becomes a WeightsError."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
@@ -334,7 +334,7 @@ def load_part(cls: Any, folder: Path) -> Any:
     half_only = bool(names) and all(".fp16." in name for name in names)
     dtype_name = "dtype" if cls is CLIPTextModel else "torch_dtype"
     try:
-        with _quiet():
+        with quiet_transformers():
             model, report = cls.from_pretrained(
                 folder,
                 use_safetensors=True,

@@ -54,7 +54,7 @@ def check_capturable(
         raise UsageError(
             "CUDA graphs need an NVIDIA GPU",
             value=device,
-            remedy='Leave them off, or load the pipeline with device="cuda".',
+            remedy="Leave them off, or use the device cuda.",
         )
     if backend not in CAPTURABLE or grad_backend == "onnx":
         raise BackendError(

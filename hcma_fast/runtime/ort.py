@@ -76,7 +76,8 @@ class OrtEngine:
         if tensorrt is not None:
             self._cuda = cuda_runner(_tensorrt_session(path, spec, place, tensorrt), spec, place)
         elif place.type == "cuda":
-            card = {"device_id": str(place.index or 0)}
+            # ONNX Runtime's own default rounds the inputs of float32 products to TF32
+            card = {"device_id": str(place.index or 0), "use_tf32": "0"}
             session = open_session(path, CUDA, provider_options=card)
             self._cuda = cuda_runner(session, spec, place)
 

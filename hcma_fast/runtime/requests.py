@@ -162,12 +162,12 @@ def check_device(device: str, backend: str) -> None:
         raise BackendError(
             "torch finds no CUDA device",
             value=device,
-            remedy='Use device="cpu"; see hcma-fast doctor.',
+            remedy="Use the device cpu; hcma-fast doctor says what torch was built for.",
         )
     runs_on = devices_of(backend)
     if kind not in runs_on:
         raise BackendError(
             f"the backend {backend} does not run on this device",
             value=device,
-            remedy=f"Use device={runs_on[0]!r}, or another backend.",
+            remedy=f"Use the device {runs_on[0]}, or another backend.",
         )

@@ -25,7 +25,7 @@ def test_ratio_of_medians_and_its_interval() -> None:
     assert found.interval is not None
     low, high = found.interval
     assert low < found.value < high and low < 2 < high and high - low < 0.3
-    assert median_ratio(a[:1], b[:1]).interval == (a[0] / b[0],) * 2
+    assert median_ratio(a[:4], b).interval is None and median_ratio(a[:5], b[:5]).interval
 
 
 NOISY = (1.0, 3.0, 2.0, 1.2, 2.8)
@@ -40,6 +40,9 @@ NOISY = (1.0, 3.0, 2.0, 1.2, 2.8)
         ((3.0, 3.1, 2.9), (2.0, 2.1, 1.9), 1.1, False),
         # above the threshold, by chance
         (NOISY, tuple(1.2 * s for s in NOISY), 1.1, False),
+        ((2.0, 2.1, 1.9), (2.4, 2.0, 2.5), 1.1, False),
+        ((2.0,), (2.3,), 1.1, True),
+        ((2.0,), (2.1,), 1.1, False),
     ],
 )
 def test_slower_rows_are_found(old: Any, new: Any, threshold: float, slower: bool) -> None:
@@ -51,6 +54,7 @@ def test_slower_rows_are_found(old: Any, new: Any, threshold: float, slower: boo
     assert change.slower == slower
     ratio = f"{change.ratio.value:.3f} times as long"
     assert found.failures == ([f"latency tiny cpu g a batch=1: {ratio}"] if slower else [])
+    assert ("too few runs" in comparison_markdown(found)) == (len(old) < 5)
 
 
 def test_rows_are_matched_by_all_that_names_them() -> None:

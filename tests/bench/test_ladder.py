@@ -12,7 +12,7 @@ from hcma_fast.bench.kernel_times import kernels, load_kernel
 from hcma_fast.bench.kernels import CASES
 from hcma_fast.bench.ladder import _gpu_rungs, ladder
 from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.suites import check_suites
+from hcma_fast.bench.suites import SUITES, check_suites
 from hcma_fast.errors import BackendError
 
 
@@ -31,6 +31,8 @@ def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
 
 @pytest.mark.parametrize("model", ["tiny", SD14])
 def test_a_ladder_on_a_gpu_takes_nothing_back(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = ["tensorrt", "tensorrt-rtx", "torch-compile"]
+    monkeypatch.setattr("hcma_fast.bench.plan._native_backends", lambda device: compiled)
     monkeypatch.setattr("hcma_fast.bench.ladder.find_spec", lambda name: True)
     rungs = [ours for _, ours in _gpu_rungs(Plan(model, "cuda"))]
     names = [name for name, _ in _gpu_rungs(Plan(model, "cuda"))]
@@ -43,10 +45,46 @@ def test_a_ladder_on_a_gpu_takes_nothing_back(model: str, monkeypatch: pytest.Mo
             *(None, "step", "trajectory"),
         ].index(after.cuda_graphs)
         assert before.fuse <= after.fuse
-    assert {ours.backend for ours in rungs} == {"eager", "tensorrt", "tensorrt-rtx"}
+    assert {ours.backend for ours in rungs} == {"eager", *compiled}
     assert any(ours.fuse for ours in rungs) == (model == SD14)
     for ours in rungs:
         ours.target(None, "cuda")  # can be built
+    # on what is asked for, and quickly without engines, but with CUDA graphs
+    some = [ours.backend for _, ours in _gpu_rungs(Plan(model, "cuda", ("torch-compile",)))]
+    assert set(some) == {"eager", "torch-compile"}
+    quick = [case.name for group in ladder(Plan(model, "cuda", quick=True)) for case in group.cases]
+    assert any("CUDA graph" in name for name in quick)
+    assert not any(backend in name for name in quick for backend in compiled)
+
+
+@pytest.mark.parametrize(
+    ("card", "libraries"),
+    [((8, 9), ["tensorrt", "tensorrt-rtx"]), ((9, 0), ["tensorrt"]), ((10, 0), ["tensorrt"])],
+)
+def test_backends_of_a_gpu_are_those_that_can_build_for_it(
+    card: tuple[int, int], libraries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT-RTX is installed with the tools, and builds for no data-centre card."""
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: card)
+    found = {"tensorrt", "tensorrt_rtx"}
+    monkeypatch.setattr("hcma_fast.bench.plan.find_spec", lambda name: name in found or None)
+    plan = Plan("tiny", "cuda")
+    # no compiler for torch-compile: torch finds no GPU here
+    assert [ours.label for ours in plan.chosen] == [
+        *(label for name in libraries for label in (f"{name} float16", name)),
+        "eager",
+    ]
+    # what stands for us in the large suites is what one would deploy
+    assert [ours.label for ours in plan.leading] == [
+        f"{libraries[0]} float16",
+        f"{libraries[0]} float16, CUDA graphs",
+    ]
+    names = [case.name for case in SUITES["latency"][0](plan)[0].cases]
+    assert len(set(names)) == len(names) and names[-1].endswith("CUDA graphs")
+    (group, *_) = SUITES["throughput"][0](plan)
+    assert len(group.cases) == 3 and "float16" in group.cases[1].name
+    found.clear()
+    assert [ours.label for ours in plan.leading] == ["eager", "eager, CUDA graphs"]
 
 
 def test_the_kernels_suite_needs_a_gpu() -> None:

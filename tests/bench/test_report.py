@@ -88,7 +88,7 @@ def test_tables_are_even_and_name_what_could_not_run() -> None:
     tables = [line for line in page.splitlines() if line.startswith("|")]
     for first, second in pairwise(tables[:4]):
         assert first.count("|") == second.count("|")
-    assert "g (steps 4)" in page and "GPU peak, MiB" in page
+    assert "g (steps 4)" in page and "torch on the GPU, peak MiB" in page
     assert "Could not run: g: d: no such thing" in page
 
 

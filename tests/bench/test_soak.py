@@ -17,14 +17,8 @@ from hcma_fast.bench.bad_requests import bad_requests, check_refused
 from hcma_fast.bench.bootstrap import Estimate
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.memory import allocated_mib
-from hcma_fast.bench.soak import (
-    SoakReport,
-    check_full_disk,
-    drift,
-    load_soak,
-    slope_per_hour,
-    soak,
-)
+from hcma_fast.bench.soak import check_full_disk, load_soak, soak
+from hcma_fast.bench.soak_report import SoakReport, drift, slope_per_hour
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.cli.bench_suites import soak_text
 from hcma_fast.config import AlignmentSettings
@@ -123,11 +117,11 @@ def report(**changes: object) -> SoakReport:
         ({"allocated_mib_per_hour": Estimate(value=9.0, interval=(-1.0, 20.0))}, None),
         (
             {"allocated_mib_per_hour": Estimate(value=9.0, interval=(8.0, 10.0))},
-            "what is allocated (MiB) grows",
+            "what is allocated (MiB) grows in an hour: +9.0",
         ),
         (
             {"python_blocks_per_hour": Estimate(value=5e4, interval=(4e4, 6e4))},
-            "of Python's objects grows",
+            "Python's objects grow in an hour: +50,000.0",
         ),
         # resident memory counts where nothing better is known
         ({"rss_mib_per_hour": Estimate(value=60.0, interval=(50.0, 70.0))}, None),
@@ -137,9 +131,9 @@ def report(**changes: object) -> SoakReport:
                 "allocated_mib_per_hour": None,
                 "rss_mib_per_hour": Estimate(value=60.0, interval=(50.0, 70.0)),
             },
-            "memory (MiB) grows",
+            "memory (MiB) grows in an hour: +60.0",
         ),
-        ({"latency_drift": Estimate(value=1.2, interval=(1.1, 1.3))}, "slower by 20%"),
+        ({"latency_drift": Estimate(value=1.2, interval=(1.1, 1.3))}, "over the first: 1.200"),
         ({"same_image": False}, "another image"),
         ({"rss_mib_per_hour": None, "latency_drift": None, "judged_rounds": 7}, None),
     ],
@@ -148,10 +142,34 @@ def test_what_is_a_problem(changes: dict[str, object], problem: str | None) -> N
     found = report(**changes)
     assert bool(found.problems) == (problem is not None)
     assert problem is None or problem in found.problems[0]
-    assert "30 bad requests of 2 kinds" in soak_text(found)
+    assert "30 bad requests refused, of 2 kinds; 30 full disks; 1 process" in soak_text(found)
     judged = found.latency_drift is not None
     assert ("NOT JUDGED: memory and latency. 7 rounds" in soak_text(found)) != judged
-    assert (found.not_judged is None) == judged and ("Memory: " in soak_text(found)) == judged
+    assert (found.not_judged is None) == judged and (
+        "Resident memory: " in soak_text(found)
+    ) == judged
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({}, None),
+        ({"allocated_mib_per_hour": Estimate(value=9.0, interval=(8.0, 10.0))}, None),
+        (
+            {"allocated_mib_per_hour": Estimate(value=1.0, interval=(-1.0, 20.0))},
+            "what is allocated (MiB) grows in an hour: +1.0, at most +20.0",
+        ),
+        (
+            {"latency_drift": Estimate(value=1.0, interval=(0.9, 1.1))},
+            "latency, the last third over the first: 1.000, at most 1.100",
+        ),
+    ],
+)
+def test_what_is_not_shown_is_told(changes: dict[str, object], named: str | None) -> None:
+    """An interval that reaches above the limit is no fault, and no proof either."""
+    found = report(**changes)
+    assert found.not_shown == ([] if named is None else [named])
+    assert (f"Not shown to stay: {named}" in soak_text(found)) == (named is not None)
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 from importlib import metadata
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,36 @@ def test_gpus_are_read_from_nvidia_smi(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert doctor.examine().gpus == ["NVIDIA H100, 81559 MiB, 580.1, 9.0"]
     tool.write_text("#!/bin/sh\necho 'no driver'\nexit 9\n")
     assert doctor.examine().gpus == []
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("cuda: Optional[str] = None", None),
+        ("cuda: Optional[str] = '13.0'", "13.0"),
+        ("cuda = '12.8'", "12.8"),
+        ("hip: Optional[str] = '7.1'", None),
+    ],
+)
+def test_it_says_what_torch_was_built_for_without_its_import(
+    line: str,
+    version: str | None,
+    installed: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    installed["torch"] = "2.13.0"
+    package = tmp_path / "torch"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('a broken torch')")
+    (package / "version.py").write_text(f"__version__ = '2.13.0'\ndebug = False\n{line}\n")
+    spec = spec_from_file_location("torch", package / "__init__.py")
+    monkeypatch.setattr(doctor, "find_spec", lambda name: spec)
+    monkeypatch.setattr(doctor, "_gpus", lambda: ["NVIDIA A100"])
+    report = doctor.examine()
+    assert report.torch_cuda == version
+    # a GPU beside a torch that cannot use it is what users ask about most
+    assert any("without CUDA" in text for text in report.conflicts) == (version is None)
 
 
 def test_a_hanging_nvidia_smi_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,9 @@ def test_a_missing_compiler_is_named(tmp_path: Path) -> None:
     [
         (False, "", "/usr/local/cuda", "Build on the GPU's machine"),
         (True, "triton", "/usr/local/cuda", r"hcma-fast\[gpu\]"),
-        (True, "", None, "CUDA_HOME"),
+        (True, "", None, "CUDA_HOME is not set"),
+        # a runtime alone has no headers
+        (True, "", "/nowhere", "CUDA_HOME is /nowhere"),
     ],
 )
 def test_what_a_gpu_needs_is_named(
@@ -93,8 +95,15 @@ def test_what_a_gpu_needs_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("precision", ["float32", "float16"])
-@pytest.mark.parametrize("name", [*GRAPH_NAMES, *STEP_NAMES])
+@pytest.mark.parametrize(
+    ("name", "precision"),
+    [
+        *((name, "float32") for name in (*GRAPH_NAMES, *STEP_NAMES)),
+        *((name, "float16") for name in GRAPH_NAMES),
+        # of the same parts: the half of this file's time
+        *(pytest.param(name, "float16", marks=pytest.mark.slow) for name in STEP_NAMES),
+    ],
+)
 def test_a_graph_is_of_one_device_alone(
     random_components: Components, name: GraphName, precision: Precision
 ) -> None:

@@ -90,7 +90,7 @@ def test_the_session_is_on_the_card_that_was_asked_for(
     )
     monkeypatch.setattr(ort, "cuda_runner", lambda session, spec, place: None)
     OrtEngine(Path("a.onnx"), random_components.specs()["align"], device=device)
-    assert asked == [{"device_id": card}]
+    assert asked == [{"device_id": card, "use_tf32": "0"}]
 
 
 def test_tensorrt_says_how_to_choose_another_card(

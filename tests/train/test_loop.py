@@ -148,6 +148,30 @@ def test_a_finished_run_does_nothing(tmp_path: Path) -> None:
     assert same(run(again, never, CONFIG, tmp_path), average) and same(again, model)
 
 
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"draws": {"batch": 9}}, "batch = 8, not 9"),
+        ({"draws": {}}, "batch = 8, not None"),
+        ({"lr": 0.1}, "lr = 0.05, not 0.1"),
+    ],
+)
+def test_other_settings_are_refused(tmp_path: Path, changed: dict[str, object], named: str) -> None:
+    config = CONFIG.model_copy(update={"draws": {"batch": 8}})
+    model = make()
+    run(model, squared_error(model), config, tmp_path)
+    stored = (tmp_path / "state.pt").read_bytes()
+    with pytest.raises(WeightsError, match=f"begun with {named}") as caught:
+        run(model, squared_error(model), config.model_copy(update=changed), tmp_path)
+    assert "another --out" in caught.value.remedy
+    assert (tmp_path / "state.pt").read_bytes() == stored
+    # how often it logs and keeps changes no weight, and a run may be made longer
+    often = config.model_copy(update={"log_every": 1, "checkpoint_every": 1, "steps": 14})
+    said: list[dict[str, float]] = []
+    run(model, squared_error(model), often, tmp_path, on_log=said.append)
+    assert said[0] == {"step": 13, "steps": 14} and [record["step"] for record in said] == [13, 14]
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "noise", "shape", "keys", "code"])
 def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
     model = make()
@@ -257,17 +281,23 @@ def test_learning_rate() -> None:
 
 
 def test_log_holds_means_since_the_last_record(tmp_path: Path) -> None:
+    stop = [6]
+
     def loss(step: int) -> dict[str, Tensor]:
+        if step in stop:
+            raise KeyboardInterrupt
         return {"loss": model.weight.sum() * 0, "step_number": torch.tensor(float(step))}
 
     model = make()
-    # a checkpoint between two records: the resumed run must not count steps that it did not do
-    run(model, loss, CONFIG.model_copy(update={"steps": 5}), tmp_path)
+    # stopped between a checkpoint and a record: the steps before that count in no mean twice
+    with pytest.raises(KeyboardInterrupt):
+        run(model, loss, CONFIG, tmp_path)
+    stop.clear()
     run(model, loss, CONFIG, tmp_path)
     lines = (tmp_path / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     means = [(record["step"], record["step_number"]) for record in records]
-    assert means == [(4, 1.5), (5, 4.0), (8, 6.0), (12, 9.5), (13, 12.0)]
+    assert means == [(4, 1.5), (8, 6.0), (12, 9.5), (13, 12.0)]
     assert {"lr", "steps_per_second", "loss"} <= set(records[0])
 
 

@@ -108,8 +108,15 @@ def test_a_finished_run_does_nothing(
 ) -> None:
     monkeypatch.setattr(torch.Tensor, "backward", lambda *_: pytest.fail("no step is left"))
     assert start(name, *options_of(name, trained)) == 0
-    printed = f"{trained / PARTS[name]}\n" if name in COMMANDS else ""
-    assert capsys.readouterr().out == printed
+    where = json.dumps({"step": 2, "steps": 2})
+    said = capsys.readouterr()
+    if name in COMMANDS:
+        assert said.out == f"{trained / PARTS[name]}\n" and where in said.err
+    else:
+        assert said.out == f"{where}\n"
+    # another batch would be silently ignored
+    assert start(name, *options_of(name, trained), "--batch", "5") == 3
+    assert "begun with batch = 4, not 5" in error_line(capsys)
 
 
 def test_stage_2_trains_on_aligned_latents(
@@ -191,7 +198,9 @@ def test_a_command_prints_its_part_alone_on_stdout(
     assert said.out == f"{tmp_path / 'text_encoder'}\n"
     records = [json.loads(line) for line in said.err.splitlines() if line.startswith("{")]
     (line,) = (tmp_path / "text-state" / "log.jsonl").read_text().splitlines()
-    assert records == [json.loads(line)]
+    assert records == [{"step": 0, "steps": 2}, json.loads(line)]
+    # transformers' bar is drawn where it likes
+    assert "shards" not in said.err
 
 
 @pytest.mark.parametrize(
