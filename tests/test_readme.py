@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from hcma_fast.bench.report import read_results
+from hcma_fast.bench.soak_report import SoakReport
+
 ROOT = Path(__file__).parents[1]
 PAGES = [
     "README.md",
@@ -83,3 +86,35 @@ def test_links_lead_somewhere(page: str) -> None:
     for link in links:
         if not link.startswith("http"):
             assert ((ROOT / page).parent / link).exists(), link
+
+
+RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_results_behind_the_tables_can_be_shown(path: Path) -> None:
+    if path.stem == "soak":
+        found = SoakReport.model_validate_json(path.read_bytes())
+        assert found.minutes >= 20 and not (found.problems or found.not_shown)
+        return
+    for report in read_results(path).reports:
+        assert not (report.failed or report.quick or any(row.void for row in report.rows))
+
+
+@pytest.mark.parametrize(
+    ("group", "row"),
+    [
+        ("aligned, batch 1", "hcma-fast onnxruntime"),
+        ("aligned, batch 1", "hcma-fast openvino bfloat16"),
+        ("aligned, batch 8", "hcma-fast openvino bfloat16"),
+        ("aligned, batch 1", "plain loop, UNet on openvino bfloat16"),
+    ],
+)
+def test_headline_figures_are_those_of_the_results(group: str, row: str) -> None:
+    (peers,) = (
+        r for r in read_results(ROOT / "docs/results/peers.json").reports if r.suite == "peers"
+    )
+    (found,) = (r for r in peers.rows if (r.group, r.name) == (group, row))
+    assert found.speedup is not None
+    for page in ("README.md", "docs/performance.md"):
+        assert f"{found.speedup:.2f}" in (ROOT / page).read_text(), page
