@@ -12,6 +12,7 @@ from hcma_fast.bench.report import Report, Results, Row
 from hcma_fast.errors import InputError, UsageError
 
 Key = tuple[str, ...]
+_FEWEST_JUDGED = 3
 
 
 class Change(BaseModel):
@@ -27,6 +28,8 @@ class Change(BaseModel):
     slower: bool
     """the ratio is above the threshold, and its interval above 1; without one, every run was slower
     than all of before"""
+    judged: bool
+    """there are three runs of both, which is the fewest that say anything"""
     void: bool
     """the new results do not agree with their yardstick"""
 
@@ -100,8 +103,9 @@ def compare_results(old: Results, new: Results, threshold: float = 1.1) -> Compa
         ratio = median_ratio(np.array(now.seconds), np.array(then.seconds))
         # of few runs all must have been slower: three of three are so by chance in 1 of 20 cases
         sure = ratio.interval[0] > 1 if ratio.interval else min(now.seconds) > max(then.seconds)
+        judged = min(len(now.seconds), len(then.seconds)) >= _FEWEST_JUDGED
         # seconds of a void row are of other work
-        slower = not then.void and ratio.value > threshold and sure
+        slower = judged and not then.void and ratio.value > threshold and sure
         changes.append(
             Change(
                 row=" ".join(key),
@@ -109,6 +113,7 @@ def compare_results(old: Results, new: Results, threshold: float = 1.1) -> Compa
                 new_s=now.median_s,
                 ratio=ratio,
                 slower=slower,
+                judged=judged,
                 void=now.void,
             )
         )
@@ -207,6 +212,7 @@ def comparison_markdown(found: Comparison) -> str:
         found_in = change.ratio.interval
         interval = f"{found_in[0]:.3f} to {found_in[1]:.3f}" if found_in else "too few runs"
         verdict = "void" if change.void else "slower" if change.slower else ""
+        verdict = verdict if change.judged or change.void else "not judged"
         lines.append(
             f"| {change.row} | {change.old_s:.4g} | {change.new_s:.4g} "
             f"| {change.ratio.value:.3f} | {interval} | {verdict} |"

@@ -59,7 +59,9 @@ def peers(plan: Plan) -> list[Group]:
     load = partial(load_gligen, plan.model, work, plan.device)
     gligen = Case("diffusers' GLIGEN pipeline", load, work.labels, work.batch)
     cases = [plain_case(plan.model, work, plan.device), gligen]
-    cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.leading[:1]]
+    # the pipeline is in float32 here: ours too, where we have it
+    exact = [ours for ours in plan.chosen if ours.precision == "float32"]
+    cases += [ours_case(plan.model, ours, work, plan.device) for ours in exact[:1]]
     return groups + side_by_side(plan, "without alignment", cases)
 
 
@@ -67,9 +69,7 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
     cases = [plain_case(plan.model, work, plan.device)]
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
     cases.append(Case(COMPILED, load, work.labels, work.batch))
-    half: Half = "float16" if plan.on_gpu else "bfloat16"
-    load = partial(load_half, plan.model, work, half, plan.device)
-    cases.append(Case(f"plain loop in {half}", load, work.labels, work.batch, HALF_ERROR))
+    cases.append(half_case(plan, work))
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
     some = exported if openvino_rounds(plan.device) else exported[:2]
     for runtime in () if plan.on_gpu else some:
@@ -77,7 +77,15 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
         most = HALF_ERROR if "bfloat16" in runtime else MAX_ERROR
         name = f"plain loop, UNet on {runtime}"
         cases.append(Case(name, load, work.labels, work.batch, most))
-    return cases + [ours_case(plan.model, ours, work, plan.device) for ours in plan.chosen]
+    every = dict.fromkeys((*plan.chosen, *plan.leading))
+    return cases + [ours_case(plan.model, ours, work, plan.device) for ours in every]
+
+
+def half_case(plan: Plan, work: Work) -> Case:
+    """The plain loop in half precision, as :func:`load_half`."""
+    half: Half = "float16" if plan.on_gpu else "bfloat16"
+    load = partial(load_half, plan.model, work, half, plan.device)
+    return Case(f"plain loop in {half}", load, work.labels, work.batch, HALF_ERROR)
 
 
 def load_compiled(model: str, work: Work, device: str = "cpu") -> Contestant:

@@ -7,6 +7,8 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 
+import torch
+
 from hcma_fast.bench.contestants import SD14, Ours, Work
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.errors import BackendError
@@ -88,8 +90,6 @@ def installed_backends(device: str) -> tuple[Ours, ...]:
 
 def _native_backends(device: str) -> list[str]:
     """Backends that compile for a GPU, of those that are installed and can for this one."""
-    import torch
-
     from hcma_fast.export.aoti import check_compiler
     from hcma_fast.export.target import TRT_LIBRARIES
     from hcma_fast.export.trt_engine import ARCHITECTURES

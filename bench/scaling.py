@@ -38,7 +38,8 @@ def scaling(plan: Plan) -> list[Group]:
     }
     if plan.on_gpu:
         # each case is a process that loads for some seconds
-        sizes = {axis: (values[0], *values[2::2]) for axis, values in sizes.items()}
+        sizes = {"boxes": (1, 8, 30), "pixels": (32, 64, 128), steps: (10, 20, 80)}
+        sizes["batch"] = (1, 4, 16)
     if plan.model == SD14:
         sizes |= {"pixels": (256, 512), steps: (1, 3), "batch": (1, 4)}
     if plan.quick:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +17,8 @@ _BLOCKS = 10
 moves in steps, as an allocator asks for more and gives back when it likes"""
 JUDGED_ROUNDS = 20
 """Fewer say nothing of slopes"""
-SLOWER = 1.05
-"""Latency over that of the beginning which is a fault"""
+_GROWTH, _SLOWER = 0.01, 1.05
+"""What is a fault: a share in an hour; latency over that of the beginning"""
 
 
 class SoakReport(BaseModel):
@@ -76,41 +77,50 @@ class SoakReport(BaseModel):
     def problems(self) -> list[str]:
         """What it should not have done, beyond chance; see ``not_judged`` for what is unknown."""
         found = [] if self.same_image else ["the same request gave another image"]
-        return found + [
-            f"{what}: {estimate.value:{form}}"
-            for what, form, estimate, low, _, limit in self._judged()
-            if low > limit
-        ]
+        return found + [one.told for one in self._judged() if one.low > one.limit]
 
     @property
     def not_shown(self) -> list[str]:
         """What may have grown by more than is allowed, and may not: it takes a longer soak."""
-        return [
-            f"{what}: {estimate.value:{form}}, at most {high:{form}}"
-            for what, form, estimate, low, high, limit in self._judged()
-            if low <= limit < high
-        ]
+        return [one.told for one in self._judged() if one.low <= one.limit < one.high]
 
-    def _judged(self) -> Iterator[tuple[str, str, Estimate, float, float, float]]:
-        """What is judged: name, form of its figures, estimate, ends of its interval, limit."""
-        memory: list[tuple[str, Sequence[float], Estimate | None]] = [
-            ("Python's objects grow in an hour", self.python_blocks, self.python_blocks_per_hour),
-            (
-                "what is allocated (MiB) grows in an hour",
-                self.allocated_mib,
-                self.allocated_mib_per_hour,
-            ),
+    def _judged(self) -> list[_Judged]:
+        slopes: dict[str, tuple[Sequence[float], Estimate | None]] = {
+            "Python's objects grow": (self.python_blocks, self.python_blocks_per_hour)
+        }
+        if self.allocated_mib:
+            of_c = (self.allocated_mib, self.allocated_mib_per_hour)
+            slopes["what is allocated (MiB) grows"] = of_c
+        else:
+            slopes["memory (MiB) grows"] = (self.rss_mib, self.rss_mib_per_hour)
+        found = [
+            _Judged(f"{what} in an hour", "+,.1f", slope.value, *slope.interval, _GROWTH * size)
+            for what, (values, slope) in slopes.items()
+            if slope is not None and slope.interval is not None
+            for size in [float(np.median(values))]
         ]
-        if not self.allocated_mib:
-            memory[1] = ("memory (MiB) grows in an hour", self.rss_mib, self.rss_mib_per_hour)
-        for what, values, slope in memory:
-            if slope is not None and slope.interval is not None:
-                # growth of 1% an hour
-                yield what, "+,.1f", slope, *slope.interval, 0.01 * float(np.median(values))
         drift = self.latency_drift
         if drift is not None and drift.interval is not None:
             what = "latency, the last third over the first"
-            yield what, ".3f", drift, *drift.interval, SLOWER
+            found.append(_Judged(what, ".3f", drift.value, *drift.interval, _SLOWER))
+        return found
+
+
+class _Judged(NamedTuple):
+    """A figure with its interval, and how large it may be."""
+
+    what: str
+    form: str
+    value: float
+    low: float
+    high: float
+    limit: float
+
+    @property
+    def told(self) -> str:
+        figures = (self.value, self.low, self.high, self.limit)
+        value, low, high, limit = (format(figure, self.form) for figure in figures)
+        return f"{self.what}: {value} ({low} to {high}; the limit is {limit})"
 
 
 def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:
@@ -125,12 +135,12 @@ def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Es
 
 
 def drift(seconds: NDArray[np.float64]) -> Estimate:
-    """Median of the last third over that of the first, with an interval over blocks of rounds."""
+    """Median of the last third over that of the first, with an interval over blocks of rounds,
+    of about 95%: for rounds that are much alike it is too narrow (70% in a simulation)."""
     third = len(seconds) // 3
     first, last = seconds[:third], seconds[-third:]
 
     def ratio(chosen: Indices) -> float:
         return float(np.median(last[chosen]) / np.median(first[chosen]))
 
-    # of a third as many blocks: they are as long as those of the slopes
-    return estimate(ratio, third, block=-(-len(seconds) // _BLOCKS))
+    return estimate(ratio, third, block=-(-third // _BLOCKS))

@@ -192,7 +192,7 @@ def build(plan: Plan) -> list[Group]:
         )
         for ours in every
     ]
-    return [Group("build", cases)]
+    return [Group("build", cases)] if cases else []
 
 
 def build_command(model: str, ours: Ours, out: str, device: str = "cpu") -> list[str]:

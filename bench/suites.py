@@ -10,7 +10,7 @@ from hcma_fast.bench.kernel_times import kernels
 from hcma_fast.bench.ladder import ladder
 from hcma_fast.bench.machine import describe_machine
 from hcma_fast.bench.overhead import overhead
-from hcma_fast.bench.peers_speed import peers
+from hcma_fast.bench.peers_speed import half_case, peers
 from hcma_fast.bench.plan import Plan, extent, side_by_side
 from hcma_fast.bench.report import Report
 from hcma_fast.bench.scaling import fit_scaling, scaling
@@ -47,6 +47,8 @@ def throughput(plan: Plan) -> list[Group]:
     for batch, steps, boxes in sizes:
         work = plan.work(batch, steps=steps, boxes=boxes)
         cases = [plain_case(plan.model, work, plan.device)]
+        # which is what one would write there, and what ours are to be measured by
+        cases += [half_case(plan, work)] if plan.on_gpu else []
         cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.leading]
         groups += side_by_side(plan, f"batch {batch}, {extent(work)}, {boxes} boxes", cases)
     return groups
@@ -93,8 +95,8 @@ def check_suites(names: Sequence[str], plan: Plan) -> None:
             )
     if len(set(names)) < len(names):
         raise UsageError("a suite is named twice", value=list(names), remedy="Name it once.")
-    _ = plan.chosen  # refuses unknown ones
     check_device(plan.device, "eager")
+    _ = plan.chosen  # refuses unknown ones
     weights_hash_of(plan.model)
 
 

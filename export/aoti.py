@@ -227,7 +227,11 @@ def _check_gpu_tools() -> None:
         remedy = "Build on the GPU's machine, or for a CPU: --device cpu."
     elif find_spec("triton") is None:
         problem, remedy = "needs Triton for a GPU", 'Run pip install "hcma-fast[gpu]".'
-    elif CUDA_HOME is None or not Path(CUDA_HOME, "include", "cuda.h").is_file():
+    elif CUDA_HOME is None or not any(
+        # conda's are below the name of the machine
+        Path(CUDA_HOME, folder, "cuda.h").is_file()
+        for folder in ("include", f"targets/{platform.machine()}-linux/include")
+    ):
         problem = f"found no CUDA toolkit with its headers (CUDA_HOME is {CUDA_HOME or 'not set'})"
         remedy = f"Install the toolkit of CUDA {torch.version.cuda}, or set CUDA_HOME to it."
     else:

@@ -165,6 +165,8 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
             continue
         try:
             with _lock(entry.folder.parent, match["name"]).acquire(blocking=False):
+                if not entry.folder.exists():
+                    continue  # of a build that has ended since
                 _remove(entry.folder)
         except TimeoutError:
             _log.warning("%s is left: it is being built.", entry.folder)

@@ -62,32 +62,48 @@ def load_state(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     ema: nn.Module,
-    settings: Mapping[str, float],
 ) -> int:
     """Restore what :func:`save_state` wrote; returns the step to go on from (0 without a file).
 
     Raises:
-        WeightsError: the file is damaged, belongs to a model of another shape, or the run was begun
-            with other settings.
+        WeightsError: the file is damaged or belongs to a model of another shape.
     """
     if not path.exists():
         return 0
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        check_settings(path, state["settings"], settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
         step = int(state["step"])
-    except WeightsError:
-        raise
     except Exception as error:  # torch.load raises many kinds for a damaged file
-        raise WeightsError(
-            f"this training state cannot be resumed ({first_line(error)})",
-            value=str(path),
-            remedy="Delete it to start over, or give the run another folder.",
-        ) from error
+        raise _unusable(path, first_line(error)) from error
     return step
+
+
+def check_begun(path: Path, settings: Mapping[str, float]) -> None:
+    """Was the run whose state :func:`save_state` wrote to ``path``, if any, begun with these?
+
+    Raises:
+        WeightsError: it was not, or the file is damaged, or does not say.
+    """
+    if not path.exists():
+        return
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True).get("settings")
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        raise _unusable(path, first_line(error)) from error
+    if not isinstance(found, dict):
+        raise _unusable(path, "it does not say with which settings it was begun")
+    check_settings(path, found, settings)
+
+
+def _unusable(path: Path, why: str) -> WeightsError:
+    return WeightsError(
+        f"this training state cannot be resumed ({why})",
+        value=str(path),
+        remedy="Delete it to start over, or give the run another folder.",
+    )
 
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -31,7 +31,7 @@ from hcma_fast.train.aligner_settings import architecture
 from hcma_fast.train.alignment import align_rows
 from hcma_fast.train.grounding_attention import GroundingAttention
 from hcma_fast.train.latents import Batch, SceneLatents
-from hcma_fast.train.loop import LoopConfig, run
+from hcma_fast.train.loop import LoopConfig, check_can_go_on, run
 from hcma_fast.train.samples import plan_scene_samples
 from hcma_fast.train.scenes_cache import check_batch
 from hcma_fast.train.text import WIDTH
@@ -147,6 +147,21 @@ def main() -> None:
         parser.add_argument(name, type=kind, default=default, help=told)
     args = parser.parse_args()
     check_batch(args.batch, args.scenes)
+    state = args.out / "denoiser-state"
+    config = LoopConfig(
+        steps=args.steps,
+        lr=args.lr,
+        warmup=200,
+        weight_decay=0.01,
+        ema_decay=0.9995,
+        checkpoint_every=400,
+        draws={
+            "batch": args.batch,
+            "scenes": args.scenes,
+            "aligned_share": args.aligned_share,
+        },
+    )
+    check_can_go_on(state, config)
 
     torch.manual_seed(0)
     data = SceneLatents(args.out, "train", args.scenes)
@@ -205,20 +220,6 @@ def main() -> None:
     def keep(step: int, averaged: UNet2DConditionModel) -> None:
         write_folder(args.out / "unet", averaged.save_pretrained)
 
-    state = args.out / "denoiser-state"
-    config = LoopConfig(
-        steps=args.steps,
-        lr=args.lr,
-        warmup=200,
-        weight_decay=0.01,
-        ema_decay=0.9995,
-        checkpoint_every=400,
-        draws={
-            "batch": args.batch,
-            "scenes": args.scenes,
-            "aligned_share": args.aligned_share,
-        },
-    )
     with sampling(args.out, model, args.sample_every, state) as sample:
         run(model, loss_of_step, config, state, keep, sample, batch_of_step)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hcma_fast.errors import HcmaError
 from hcma_fast.files import append_line, make_folder
-from hcma_fast.train.checkpoints import load_state, save_state, write_tensors
+from hcma_fast.train.checkpoints import check_begun, load_state, save_state, write_tensors
 
 Record = dict[str, float]
 """what is logged of a step: its number and named figures"""
@@ -49,10 +49,19 @@ class LoopConfig(BaseModel):
     checkpoint_every: int = 200
 
     def course(self) -> dict[str, float]:
-        """What a run goes on with as it was begun. Its length is free: a finished run may be made
-        longer, and from there on the rate is that of the longer one."""
+        """What a run goes on with as it was begun. Its length is free, to make a run longer: from
+        there on the rate is that of the longer one."""
         rest = self.model_dump(exclude={"steps", "draws", "log_every", "checkpoint_every"})
         return self.draws | rest
+
+
+def check_can_go_on(folder: Path, config: LoopConfig) -> None:
+    """What :func:`run` asks of the state in ``folder`` first; for those who draw data before.
+
+    Raises:
+        WeightsError: the state cannot be resumed, or was begun with other settings.
+    """
+    check_begun(folder / "state.pt", config.course())
 
 
 def print_record(record: Record) -> None:
@@ -104,13 +113,14 @@ def run(
         OutputError: ``folder`` cannot be written, or the disk is full.
     """
     make_folder(folder)
+    check_can_go_on(folder, config)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=config.lr, weight_decay=config.weight_decay, betas=(0.9, 0.99)
     )
     ema = torch.optim.swa_utils.AveragedModel(
         model, multi_avg_fn=ema_update(config.ema_decay), use_buffers=True
     )
-    start = load_state(folder / "state.pt", model, optimizer, ema, config.course())
+    start = load_state(folder / "state.pt", model, optimizer, ema)
     on_log({"step": start, "steps": config.steps})
     model.train()
     totals: dict[str, float] = {}

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.train.loop import LoopConfig, Record, run
+from hcma_fast.train.loop import LoopConfig, Record, check_can_go_on, run
 from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
 
 KL_WEIGHT = 1e-4
@@ -96,6 +96,10 @@ def train_vae(
         WeightsError: the state is another model's, was begun with other settings, or is damaged.
     """
     check_batch(batch, scenes)
+    config = LoopConfig(
+        steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}
+    )
+    check_can_go_on(out / "vae-state", config)
     torch.manual_seed(0)
     pictures = rendered_scenes(out, "train", scenes)
     validation = rendered_scenes(out, "val", 500)[:200]
@@ -121,7 +125,7 @@ def train_vae(
     averaged = run(
         model,
         loss_of_step,
-        LoopConfig(steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}),
+        config,
         out / "vae-state",
         report,
         batch_of_step=batch_of_step,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from hcma_fast.files import write_folder
 from hcma_fast.models.weights import load_part
 from hcma_fast.train.latents import cached_posteriors, trained_part
-from hcma_fast.train.loop import LoopConfig, Record, run
+from hcma_fast.train.loop import LoopConfig, Record, check_can_go_on, run
 from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
 from hcma_fast.train.vae import psnr, reconstruction_loss, to_tensor
 
@@ -58,6 +58,10 @@ def train_decoder(
             settings, or is damaged.
     """
     check_batch(batch, scenes)
+    config = LoopConfig(
+        steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}
+    )
+    check_can_go_on(out / "vae-decoder-state", config)
     torch.manual_seed(0)
     vae = load_part(AutoencoderKL, trained_part(out / "vae", "hcma-fast train vae")).eval()
     pictures = rendered_scenes(out, "train", scenes)
@@ -87,7 +91,7 @@ def train_decoder(
     averaged = run(
         model,
         loss_of_step,
-        LoopConfig(steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}),
+        config,
         out / "vae-decoder-state",
         keep,
         batch_of_step=batch_of_step,

@@ -210,7 +210,7 @@ def soak(
 
 def _with_interval(found: Estimate, form: str, unit: str = "") -> str:
     low, high = found.interval or (found.value,) * 2
-    return f"{found.value:{form}}{unit} (95% interval {low:{form}} to {high:{form}})"
+    return f"{found.value:{form}}{unit} (about 95%: {low:{form}} to {high:{form}})"
 
 
 def _counted(number: int, one: str, many: str | None = None) -> str:

@@ -118,8 +118,9 @@ def examine() -> Report:
             "pip uninstall onnxruntime onnxruntime-gpu, then install one of them again."
         )
     gpus, torch_cuda = _gpus(), _torch_cuda()
+    notes = ["The extra gpu excludes cpu and onnxruntime: install one of them."]
     if gpus and torch_cuda is None and _version("torch"):
-        conflicts.append(
+        notes.append(
             "torch is built without CUDA and cannot use the GPU that is here: see docs/gpu.md, how "
             "to install."
         )
@@ -132,7 +133,7 @@ def examine() -> Report:
         backends={name: _backend(name) for name in BACKENDS},
         libraries={name: _library(*entry) for name, entry in _LIBRARIES.items()},
         conflicts=conflicts,
-        notes=["The extra gpu excludes cpu and onnxruntime: install one of them."],
+        notes=notes,
         torch_cuda=torch_cuda,
         gpus=gpus,
         cache=_cache(),
@@ -228,7 +229,7 @@ def _cache() -> Cache:
 
 def _lines(report: Report) -> list[str]:
     cache = report.cache
-    cuda = report.torch_cuda
+    built = f"for CUDA {report.torch_cuda}" if report.torch_cuda else "without CUDA"
     state = "writable" if cache.writable else "NOT WRITABLE: set HCMA_FAST_CACHE to another folder"
     return [
         f"hcma-fast {report.hcma_fast}",
@@ -246,7 +247,7 @@ def _lines(report: Report) -> list[str]:
         "",
         "GPU",
         *(f"  {line}" for line in report.gpus or ["none found"]),
-        f"  torch is built {f'for CUDA {cuda}' if cuda else 'without CUDA'}",
+        *([f"  torch is built {built}"] if report.packages["torch"] else []),
         "",
         "engine cache",
         f"  {cache.folder}",

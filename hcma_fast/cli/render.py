@@ -82,7 +82,7 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
     from hcma_fast.runtime.requests import override_settings
 
     override_settings(AlignmentSettings(), **plan.overrides)
-    if plan.cuda_graphs and plan.backend not in (None, "auto"):
+    if plan.cuda_graphs and plan.backend not in (None, "auto") and not is_engine_folder(plan.model):
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
         check_capturable("step", device, plan.backend, plan.grad_backend, {})

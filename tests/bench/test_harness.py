@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 from hcma_fast.bench.harness import Case, Group, group_rows, take_turns
 from hcma_fast.bench.report import Row
 from hcma_fast.bench.speed import PLAIN
-from hcma_fast.bench.workers import Contestant, Loaded, Run
+from hcma_fast.bench.workers import Contestant, Loaded, Run, worker
 
 GOOD = np.array([3.0, 4.0], dtype=np.float32)
 
@@ -104,3 +105,18 @@ def test_results_that_are_not_compared_are_never_void() -> None:
         {"A": recording("A", GOOD, []), "B": recording("B", GOOD[:1], [])}, 1, max_error=None
     )
     assert not row.void and row.speedup is None and row.relative_error is None
+
+
+def test_no_worker_rounds_float32_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default torch's convolutions would on a GPU, and our engines' would not."""
+    given: dict[str, str] = {}
+
+    def start(command: object, *, env: dict[str, str], **_: object) -> None:
+        given.update(env)
+        raise OSError("seen")
+
+    monkeypatch.setattr("hcma_fast.bench.workers.subprocess.Popen", start)
+    load = partial(Contestant, lambda: np.zeros(1, np.float32), "fake", "0")
+    with pytest.raises(OSError, match="seen"), worker("a", load):
+        pass
+    assert given["NVIDIA_TF32_OVERRIDE"] == "0" and given["PYTHONSAFEPATH"] == "1"

@@ -64,12 +64,16 @@ def test_a_ladder_on_a_gpu_takes_nothing_back(model: str, monkeypatch: pytest.Mo
 def test_backends_of_a_gpu_are_those_that_can_build_for_it(
     card: tuple[int, int], libraries: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """TensorRT-RTX is installed with the tools, and builds for no data-centre card."""
+    """TensorRT-RTX is installed with the tools, and builds for neither sm90 nor sm100."""
+
+    def no_compiler(device: str) -> None:
+        raise BackendError("no compiler", remedy="None.")
+
+    monkeypatch.setattr("hcma_fast.export.aoti.check_compiler", no_compiler)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: card)
     found = {"tensorrt", "tensorrt_rtx"}
     monkeypatch.setattr("hcma_fast.bench.plan.find_spec", lambda name: name in found or None)
     plan = Plan("tiny", "cuda")
-    # no compiler for torch-compile: torch finds no GPU here
     assert [ours.label for ours in plan.chosen] == [
         *(label for name in libraries for label in (f"{name} float16", name)),
         "eager",
@@ -82,9 +86,15 @@ def test_backends_of_a_gpu_are_those_that_can_build_for_it(
     names = [case.name for case in SUITES["latency"][0](plan)[0].cases]
     assert len(set(names)) == len(names) and names[-1].endswith("CUDA graphs")
     (group, *_) = SUITES["throughput"][0](plan)
-    assert len(group.cases) == 3 and "float16" in group.cases[1].name
+    names = [case.name for case in group.cases]
+    assert names[1] == "plain loop in float16" and all("float16" in name for name in names[1:])
+    without = SUITES["peers"][0](plan)[-1].cases
+    assert without[-1].name == f"hcma-fast {libraries[0]}" and len(without) == 3
+    # nothing that a build is for
+    assert [case.name for group in SUITES["build"][0](plan) for case in group.cases]
     found.clear()
     assert [ours.label for ours in plan.leading] == ["eager", "eager, CUDA graphs"]
+    assert SUITES["build"][0](plan) == []
 
 
 def test_the_kernels_suite_needs_a_gpu() -> None:

@@ -157,11 +157,11 @@ def test_what_is_a_problem(changes: dict[str, object], problem: str | None) -> N
         ({"allocated_mib_per_hour": Estimate(value=9.0, interval=(8.0, 10.0))}, None),
         (
             {"allocated_mib_per_hour": Estimate(value=1.0, interval=(-1.0, 20.0))},
-            "what is allocated (MiB) grows in an hour: +1.0, at most +20.0",
+            "what is allocated (MiB) grows in an hour: +1.0 (-1.0 to +20.0; the limit is +3.0)",
         ),
         (
             {"latency_drift": Estimate(value=1.0, interval=(0.9, 1.1))},
-            "latency, the last third over the first: 1.000, at most 1.100",
+            "latency, the last third over the first: 1.000 (0.900 to 1.100; the limit is 1.050)",
         ),
     ],
 )

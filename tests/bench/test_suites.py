@@ -16,7 +16,7 @@ from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
 from hcma_fast.bench.counting import count_module
 from hcma_fast.bench.harness import Case, Group
 from hcma_fast.bench.ladder import ladder_png
-from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen
+from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen, load_half
 from hcma_fast.bench.plan import Plan, extent
 from hcma_fast.bench.report import Results, Row, read_results, report_markdown
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
@@ -110,13 +110,17 @@ def test_gligen_pipeline_is_the_plain_loop_without_alignment(random_checkpoint: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("peer", ["compiled", "onnxruntime", "openvino", "openvino bfloat16"])
+@pytest.mark.parametrize(
+    "peer", ["compiled", "half bfloat16", "onnxruntime", "openvino", "openvino bfloat16"]
+)
 def test_peers_agree_with_the_plain_loop(random_checkpoint: Path, peer: Any) -> None:
-    if peer != "compiled":
+    if peer not in ("compiled", "half bfloat16"):
         pytest.importorskip(peer.split()[0])
     model, work = str(random_checkpoint), Work(3, 2)
     expected = load_plain(model, work).generate()
-    if peer == "compiled":
+    if peer == "half bfloat16":
+        found = load_half(model, work, "bfloat16").generate()
+    elif peer == "compiled":
         found = load_compiled(model, work).generate()
     else:
         found = load_exported(model, work, peer).generate()
@@ -261,6 +265,7 @@ def test_ladder_plot_leaves_void_rows_out() -> None:
         (["latency", "latency"], UsageError),
         (["latency", "--backend", "nonsense"], BackendError),
         (["latency", "--device", "nonsense"], UsageError),
+        (["latency", "--device", "cudax"], UsageError),
         (["latency", "--model", "/no/such/folder"], HcmaError),
         (["latency", "--json", "--csv"], UsageError),
     ],

@@ -111,7 +111,7 @@ def test_it_says_what_torch_was_built_for_without_its_import(
     report = doctor.examine()
     assert report.torch_cuda == version
     # a GPU beside a torch that cannot use it is what users ask about most
-    assert any("without CUDA" in text for text in report.conflicts) == (version is None)
+    assert any("without CUDA" in text for text in report.notes) == (version is None)
 
 
 def test_a_hanging_nvidia_smi_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -346,3 +346,31 @@ def test_a_full_disk_in_the_middle_keeps_whole_images(
 
 def _no_space(_: int) -> None:
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--backend", "openvino"), 2, "CUDA graphs need an NVIDIA GPU"),
+        (("--backend", "torch-compile", "--device", "cpu"), 2, "CUDA graphs need an NVIDIA GPU"),
+        (("--backend", "onnxruntime", "--device", "cuda"), 4, "cannot be captured"),
+    ],
+)
+def test_cuda_graphs_are_refused_before_engines_are_built(
+    cli: Any, options: tuple[str, ...], code: int, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "hcma_fast.export.cache.engine_folder", lambda *_, **__: pytest.fail("it builds")
+    )
+    result = cli("generate", "--prompt", "a", "--cuda-graphs", *options, "--out", "out")
+    result.failed(code, words)
+    assert not Path("out").exists()
+
+
+def test_cuda_graphs_of_an_engine_folder_are_up_to_its_device(cli: Any, tmp_path: Path) -> None:
+    """torch-compile's may be for a GPU, which only the manifest says."""
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "manifest.json").write_text("{}")
+    given = ("--model", tmp_path / "engine", "--backend", "torch-compile", "--cuda-graphs")
+    result = cli("generate", "--prompt", "a", *given, "--out", "out")
+    assert result.code == 6 and "NVIDIA" not in result.err, result.err

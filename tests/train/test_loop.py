@@ -172,7 +172,7 @@ def test_other_settings_are_refused(tmp_path: Path, changed: dict[str, object], 
     assert said[0] == {"step": 13, "steps": 14} and [record["step"] for record in said] == [13, 14]
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "shape", "keys", "code"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "noise", "shape", "keys", "code", "settings"])
 def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
     model = make()
     run(model, squared_error(model), CONFIG, tmp_path)
@@ -183,6 +183,9 @@ def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
         torch.save({k: v for k, v in kept.items() if k != "step"}, state)
     elif damage == "code":
         torch.save({"step": 1, "model": print, "optimizer": {}, "ema": {}}, state)
+    elif damage == "settings":
+        kept = torch.load(state, weights_only=True)
+        torch.save({k: v for k, v in kept.items() if k != "settings"}, state)
     elif damage != "shape":
         broken = {"cut": content[: len(content) // 2], "empty": b"", "noise": b"\x00\xff" * 500}
         state.write_bytes(broken[damage])
