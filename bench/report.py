@@ -14,7 +14,6 @@ from hcma_fast.bench.bootstrap import Estimate
 from hcma_fast.bench.clocks import Clocks
 from hcma_fast.bench.machine import Machine
 from hcma_fast.errors import InputError
-from hcma_fast.models.checkpoint import first_line
 
 Label = int | float | str
 COMPILED = "plain loop, torch.compile"
@@ -153,8 +152,9 @@ def read_results(path: Path) -> Results:
     try:
         return Results.model_validate_json(path.read_bytes())
     except (OSError, ValidationError) as error:
+        why = error.strerror if isinstance(error, OSError) else "it is of another kind"
         raise InputError(
-            f"these are no results of hcma-fast bench run: {first_line(error)}",
+            f"these are no results of hcma-fast bench run: {why}",
             value=str(path),
             remedy="Write some with hcma-fast bench run SUITE --out FOLDER.",
         ) from error
@@ -175,7 +175,7 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
             columns; groups that do not have it have no such columns.
     """
     lines = [f"{report.suite}: {report.model} on {report.device}, {report.rounds} rounds"]
-    lines[0] += ", quick sizes" if report.quick else ""
+    lines[0] += ", quick sizes: whether it works, not how fast" if report.quick else ""
     groups = dict.fromkeys(row.group for row in report.rows)
     for group in groups:
         rows = [row for row in report.rows if row.group == group]
@@ -263,7 +263,9 @@ def _estimate(found: Estimate) -> str:
 
 
 def _interval(interval: tuple[float, float] | None, form: str) -> str:
-    return "" if interval is None else f"{interval[0]:{form}} to {interval[1]:{form}}"
+    if interval is None or interval[0] == interval[1]:
+        return ""  # of one run
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 
 def rows_csv(reports: Sequence[Report]) -> str:

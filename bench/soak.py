@@ -84,7 +84,7 @@ def soak(
     end = time.monotonic() + 60 * minutes
     with tempfile.TemporaryDirectory() as folder:
         load = partial(load_soak, model, backend, max_batch, folder)
-        progress(f"for {_KILL_AT:.0%} of {minutes:g} minutes, then it is killed")
+        progress(f"process 1, for {_KILL_AT:.0%} of {minutes:g} min, then it is killed")
         with worker("soak", load) as first:
             before = _rounds(first, time.monotonic() + _KILL_AT * 60 * minutes, said(1))
             _kill(first)

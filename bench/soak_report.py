@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.bench.bootstrap import Estimate, Indices, estimate
 from hcma_fast.bench.machine import Machine
@@ -121,6 +122,14 @@ class _Judged(NamedTuple):
         figures = (self.value, self.low, self.high, self.limit)
         value, low, high, limit = (format(figure, self.form) for figure in figures)
         return f"{self.what}: {value} ({low} to {high}; the limit is {limit})"
+
+
+def read_soak(path: Path) -> SoakReport | None:
+    """The report that ``hcma-fast bench soak --out`` wrote to ``path``; None if it is none."""
+    try:
+        return SoakReport.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def slope_per_hour(at_s: NDArray[np.float64], values: NDArray[np.float64]) -> Estimate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from functools import partial
@@ -73,6 +74,7 @@ def run(
     every = [name for name in SUITES if plan.on_gpu or name not in ON_GPU]
     names = every if suites == ["all"] else suites
     check_suites(names, plan)
+    _tell_if_busy()
     reports: list[Report] = []
 
     def results() -> Results:
@@ -122,8 +124,17 @@ def _write(folder: Path, report: Report) -> None:
         write_file(folder / "scaling.png", scaling_png(report.fits))
 
 
+def _tell_if_busy() -> None:
+    """Beside other work a torch loop loses more time than engines do, and we would look better."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores / 2:
+        print_note(
+            f"This machine is busy (load {load:.1f} on {cores} cores): timings will say little."
+        )
+
+
 def show(
-    results: Annotated[Path, typer.Argument(help="JSON of bench run.")],
+    results: Annotated[Path, typer.Argument(help="JSON of bench run or bench soak.")],
     against: Annotated[
         str | None,
         typer.Option(
@@ -138,7 +149,11 @@ def show(
     Speed-ups against another row are ratios within a round, as those against the first one.
     """
     from hcma_fast.bench.report import COMPILED, read_results, report_markdown
+    from hcma_fast.bench.soak_report import read_soak
 
+    if (soaked := read_soak(results)) is not None:
+        typer.echo(soak_text(soaked))
+        return
     reports = read_results(results).reports
     names = list(dict.fromkeys(row.name for report in reports for row in report.rows))
     if against is not None and against not in names:
@@ -221,7 +236,7 @@ def soak_text(report: SoakReport) -> str:
     """The report in Markdown."""
     slope, drift = report.rss_mib_per_hour, report.latency_drift
     lines = [
-        f"Soak of {report.model} on {report.backend}, {report.minutes:g} minutes: {report.rounds} "
+        f"Soak of {report.model} on {report.backend}, {report.minutes:g} min: {report.rounds} "
         f"rounds, {report.images} mixed images.",
         f"Faults: {_counted(sum(report.refused.values()), 'bad request')} refused, of "
         f"{_counted(len(report.refused), 'kind')}; {_counted(report.full_disks, 'full disk')}; "

@@ -77,4 +77,9 @@ def vae(
 
 
 def _note(record: Record) -> None:
-    print_note(json.dumps(record))
+    if record.keys() == {"step", "steps"}:
+        step, steps = record["step"], record["steps"]
+        at = f"at step {step} of {steps}"
+        print_note(f"Finished before, {at}." if step >= steps else f"Begins {at}.")
+    else:
+        print_note(json.dumps(record))

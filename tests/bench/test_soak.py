@@ -172,6 +172,13 @@ def test_what_is_not_shown_is_told(changes: dict[str, object], named: str | None
     assert (f"Not shown to stay: {named}" in soak_text(found)) == (named is not None)
 
 
+def test_a_finished_soak_can_be_shown(tmp_path: Path) -> None:
+    path = tmp_path / "soak.json"
+    path.write_text(report().model_dump_json())
+    result = CliRunner().invoke(bench_app, ["show", str(path)])
+    assert result.exit_code == 0 and result.stdout == soak_text(report()) + "\n"
+
+
 def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     check_full_disk(lambda file: file.write(b"x" * 5000), path)

@@ -22,7 +22,7 @@ from hcma_fast.bench.report import Results, Row, read_results, report_markdown
 from hcma_fast.bench.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed import PLAIN
 from hcma_fast.bench.stages import align, load_align, load_gradient, load_unet
-from hcma_fast.bench.suites import SUITES, check_suites
+from hcma_fast.bench.suites import ON_GPU, SUITES, check_suites
 from hcma_fast.bench.workers import Contestant
 from hcma_fast.cli.bench import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
@@ -328,7 +328,7 @@ def test_run_ends_with_an_error_if_a_case_cannot_run(
 @pytest.mark.slow
 def test_all_suites_run(random_checkpoint: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
-    names = [name for name in SUITES if name != "build"]
+    names = [name for name in SUITES if name not in ("build", *ON_GPU)]
     found = {r.suite: r for r in run_quick(random_checkpoint, tmp_path / "out", *names).reports}
     rows = {suite: [row.name for row in report.rows] for suite, report in found.items()}
     assert {"plain loop, torch.compile", "plain loop, UNet on onnxruntime"} < set(rows["peers"])
@@ -365,3 +365,18 @@ def test_all_suites_run_on_a_gpu(tmp_path: Path) -> None:
             if report.suite != "build":
                 assert row.device_peak_mib is not None and row.device_peak_mib > 0
                 assert row.clocks.gpu_sm_mhz is not None and row.clocks.gpu_sm_mhz > 0
+
+
+@pytest.mark.parametrize(("load", "told"), [(0.2, False), (3.4, True)])
+def test_a_busy_machine_is_told(
+    load: float,
+    told: bool,
+    random_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(SUITES, "latency", (lambda plan: [], 5))
+    monkeypatch.setattr("os.getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    result = CliRunner().invoke(bench_app, ["run", "latency", "--model", str(random_checkpoint)])
+    assert ("This machine is busy (load 3.4 on 2 cores)" in result.stderr) == told

@@ -111,7 +111,8 @@ def test_a_finished_run_does_nothing(
     where = json.dumps({"step": 2, "steps": 2})
     said = capsys.readouterr()
     if name in COMMANDS:
-        assert said.out == f"{trained / PARTS[name]}\n" and where in said.err
+        assert said.out == f"{trained / PARTS[name]}\n"
+        assert "Finished before, at step 2 of 2." in said.err
     else:
         assert said.out == f"{where}\n"
     # another batch would be silently ignored
@@ -198,7 +199,7 @@ def test_a_command_prints_its_part_alone_on_stdout(
     assert said.out == f"{tmp_path / 'text_encoder'}\n"
     records = [json.loads(line) for line in said.err.splitlines() if line.startswith("{")]
     (line,) = (tmp_path / "text-state" / "log.jsonl").read_text().splitlines()
-    assert records == [{"step": 0, "steps": 2}, json.loads(line)]
+    assert records == [json.loads(line)] and "Begins at step 0 of 2." in said.err
     # transformers' bar is drawn where it likes
     assert "shards" not in said.err
 
