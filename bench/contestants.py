@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcma_fast.bench.harness import HALF_ERROR, MAX_ERROR
+from hcma_fast.bench.report import Label
 from hcma_fast.bench.workers import Contestant, worker
 from hcma_fast.config import BACKENDS, MAX_OBJECTS
 from hcma_fast.errors import BackendError, UsageError
@@ -74,13 +75,9 @@ class Work:
         return [SEED + i for i in range(self.batch)]
 
     @property
-    def labels(self) -> dict[str, int | float | str]:
+    def labels(self) -> dict[str, Label]:
         """For a report."""
-        found: dict[str, int | float | str] = {
-            "batch": self.batch,
-            "steps": self.steps,
-            "boxes": self.boxes,
-        }
+        found: dict[str, Label] = {"batch": self.batch, "steps": self.steps, "boxes": self.boxes}
         named = {"size": self.side, "evaluations": self.evaluations, "eta0": self.eta0}
         return found | {name: value for name, value in named.items() if value is not None}
 

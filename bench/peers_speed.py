@@ -77,8 +77,7 @@ def _aligned(plan: Plan, work: Work) -> list[Case]:
         most = HALF_ERROR if "bfloat16" in runtime else MAX_ERROR
         name = f"plain loop, UNet on {runtime}"
         cases.append(Case(name, load, work.labels, work.batch, most))
-    every = dict.fromkeys((*plan.chosen, *plan.leading))
-    return cases + [ours_case(plan.model, ours, work, plan.device) for ours in every]
+    return cases + [ours_case(plan.model, ours, work, plan.device) for ours in plan.deployed]
 
 
 def half_case(plan: Plan, work: Work) -> Case:

@@ -43,6 +43,11 @@ class Plan:
         return tuple(map(Ours.named, self.backends)) or installed_backends(self.device)
 
     @property
+    def deployed(self) -> tuple[Ours, ...]:
+        """All backends, and what of the leading ones is not among them."""
+        return tuple(dict.fromkeys((*self.chosen, *self.leading)))
+
+    @property
     def leading(self) -> tuple[Ours, ...]:
         """What stands for our pipeline where many sizes run: the first backend, on a GPU also with
         CUDA graphs."""

@@ -94,12 +94,12 @@ class SoakReport(BaseModel):
             slopes["what is allocated (MiB) grows"] = of_c
         else:
             slopes["memory (MiB) grows"] = (self.rss_mib, self.rss_mib_per_hour)
-        found = [
-            _Judged(f"{what} in an hour", "+,.1f", slope.value, *slope.interval, _GROWTH * size)
-            for what, (values, slope) in slopes.items()
-            if slope is not None and slope.interval is not None
-            for size in [float(np.median(values))]
-        ]
+        found = []
+        for what, (values, slope) in slopes.items():
+            if slope is not None and slope.interval is not None:
+                most = _GROWTH * float(np.median(values))
+                told = (f"{what} in an hour", "+,.1f")
+                found.append(_Judged(*told, slope.value, *slope.interval, most))
         drift = self.latency_drift
         if drift is not None and drift.interval is not None:
             what = "latency, the last third over the first"

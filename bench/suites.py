@@ -26,8 +26,7 @@ def latency(plan: Plan) -> list[Group]:
     work = plan.work()
     cases = [plain_case(plan.model, work, plan.device)]
     # as it is deployed: on a GPU also captured
-    every = dict.fromkeys((*plan.chosen, *plan.leading))
-    cases += [ours_case(plan.model, ours, work, plan.device) for ours in every]
+    cases += [ours_case(plan.model, ours, work, plan.device) for ours in plan.deployed]
     return side_by_side(plan, "latency", cases)
 
 

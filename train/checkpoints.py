@@ -58,10 +58,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_state(
-    path: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    ema: nn.Module,
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ema: nn.Module
 ) -> int:
     """Restore what :func:`save_state` wrote; returns the step to go on from (0 without a file).
 
@@ -90,7 +87,9 @@ def check_begun(path: Path, settings: Mapping[str, float]) -> None:
     if not path.exists():
         return
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True).get("settings")
+        # mapped: of the weights nothing is read
+        stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        found = stored.get("settings")
     except Exception as error:  # torch.load raises many kinds for a damaged file
         raise _unusable(path, first_line(error)) from error
     if not isinstance(found, dict):
