@@ -70,8 +70,11 @@ class WeightsFile:
         return self._places[digest]
 
 
-def check_external_data(path: Path) -> None:
+def check_external_data(path: Path) -> onnx.ModelProto:
     """Refuse a graph that reads its weights from anywhere but plain files of its own folder.
+
+    Returns:
+        the graph, without these weights.
 
     Raises:
         EngineError: it is no ONNX file, or names a file that is absolute, outside of the folder,
@@ -97,6 +100,7 @@ def check_external_data(path: Path) -> None:
         end = sum(map(int, numbers))
         if end > file.stat().st_size:
             raise _refuse("a graph's weights are cut off", str(file))
+    return model
 
 
 def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:

@@ -16,9 +16,9 @@ from hcma_fast.errors import (
     InputError,
     UsageError,
 )
+from hcma_fast.export.signature import check_signature
 from hcma_fast.export.trt_engine import (
     TRTLibrary,
-    check_signature,
     dtype_name,
     parser_errors,
     trt_failure,
@@ -79,8 +79,7 @@ class TRTEngine:
                 remedy="Install a CUDA build of torch: see pytorch.org/get-started.",
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        check_signature(spec, {name: self._found(name) for name in names})
+        self._check_signature(trt)
         self._check_range()
         if weights_onnx is not None:
             refit_trt(self._engine, weights_onnx, library)
@@ -224,6 +223,16 @@ class TRTEngine:
     def _found(self, name: str) -> tuple[tuple[int, ...], str]:
         shape = tuple(self._engine.get_tensor_shape(name))
         return shape, dtype_name(self._engine.get_tensor_dtype(name))
+
+    def _check_signature(self, trt: Any) -> None:
+        """Whether the engine's inputs and outputs are the spec's; it lists them in its own order."""
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+        inputs, outputs = (
+            {n: self._found(n) for n in names if self._engine.get_tensor_mode(n) == mode}
+            for mode in modes
+        )
+        check_signature(self.spec, inputs, outputs, ordered=False)
 
     def _check_range(self) -> None:
         """Whether the engine takes all batch sizes of the spec."""
