@@ -69,4 +69,3 @@ def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTR
         return file, None
     engine = file.with_suffix(".engine")
     return engine, build_trt(file, spec, engine, target.trt_options())
-

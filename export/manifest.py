@@ -26,6 +26,7 @@ from hcma_fast.strict_json import parse_json, read_regular
 MANIFEST_FILE = "manifest.json"
 FORMAT: Literal[3] = 3
 _MAX_BYTES = 16 * 2**20
+_NOT_HASHED = ("engine_hash", "signature")
 
 _ONNX = ("onnxruntime", "onnxruntime-tensorrt", "openvino")
 _SUFFIXES = {**dict.fromkeys(_ONNX, ".onnx"), "torch-compile": ".pt2"}
@@ -79,15 +80,9 @@ class Manifest(_Strict):
 
     def sealed(self, sign: Callable[[str], str] | None = None) -> Manifest:
         """The same with its hash and, by ``sign``, a signature of that."""
-        digest = self.content_hash()
+        digest = canonical_hash(self.model_dump(mode="json"))
         signature = sign(digest) if sign is not None else None
         return self.model_copy(update={"engine_hash": digest, "signature": signature})
-
-    def content_hash(self) -> str:
-        """sha256 of the canonical manifest: JSON with sorted keys, without hash and signature."""
-        content = self.model_dump(mode="json", exclude={"engine_hash", "signature"})
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(text.encode()).hexdigest()
 
     @property
     def backend(self) -> str:
@@ -103,6 +98,13 @@ class Manifest(_Strict):
     def device(self) -> str:
         """Where the engines run, unless the caller says otherwise."""
         return "cuda" if self.target.device == "cuda" else devices_of(self.backend)[0]
+
+
+def canonical_hash(values: Mapping[str, Any]) -> str:
+    """The engine hash: sha256 of a manifest as JSON with sorted keys, without hash and signature."""
+    content = {key: value for key, value in values.items() if key not in _NOT_HASHED}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -159,7 +161,7 @@ def read_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:
         raise _unusable(f"its manifest cannot be read: {first_line(error)}", path) from error
     if verify_key is not None:
         verify(verify_key, manifest.engine_hash, manifest.signature, str(folder))
-    if manifest.content_hash() != manifest.engine_hash:
+    if canonical_hash(values) != manifest.engine_hash:
         raise _unusable("its manifest has changed since it was built", path)
     if key_of(manifest.key_parts) != manifest.key:
         raise _unusable("its manifest contradicts itself", "key")
@@ -250,9 +252,7 @@ def _is_linked(folder: Path, inside: PurePosixPath) -> bool:
     return any((folder / part).is_symlink() for part in (inside, *inside.parents[:-1]))
 
 
-def _unusable(
-    problem: str, value: object, kind: type[EngineError] = EngineError
-) -> EngineError:
+def _unusable(problem: str, value: object, kind: type[EngineError] = EngineError) -> EngineError:
     return kind(
         f"this engine folder cannot be used: {problem}",
         value=str(value),

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +26,7 @@ from hcma_fast.errors import (
 )
 from hcma_fast.export.signature import check_signature
 from hcma_fast.files import write_whole
-from hcma_fast.specs import BATCH, BatchRange, IOSpec, TensorSpec
+from hcma_fast.specs import BATCH, IOSpec
 
 TRTLibrary = Literal["tensorrt", "tensorrt-rtx"]
 #: library -> its module, and the extra that installs it

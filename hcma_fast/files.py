@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -12,6 +13,9 @@ from typing import BinaryIO
 from safetensors import SafetensorError
 
 from hcma_fast.errors import InputError, OutputError
+
+PARTIAL_NAME = re.compile(r"\.(?P<name>.+)\.\d+\.part")
+"""Of a file or folder that a process is writing, or left: ``.NAME.PID.part``"""
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:

@@ -1,4 +1,4 @@
-"""JSON files whose content is not trusted: read whole, from regular files, and without ambiguity."""
+"""JSON files that are not trusted: regular files of a limited size, whose JSON is unambiguous."""
 
 from __future__ import annotations
 

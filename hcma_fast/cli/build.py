@@ -87,6 +87,14 @@ def build(
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option(help="Public key (PEM) that must have signed the folder of --verify."),
+    ] = None,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(help="Sign the folder of --out with this ed25519 private key (PEM)."),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine folder, or build a cached one again.")
     ] = False,
@@ -102,10 +110,22 @@ def build(
     Prints the folder, which `generate --model` takes.
     """
     _check_backend(backend)
+    if sign_key is not None and (out is None or verify is not None):
+        raise UsageError(
+            "--sign-key signs a folder that is built for --out, not one in the cache",
+            value=str(sign_key),
+            remedy="Add --out FOLDER, without --verify.",
+        )
+    if verify_key is not None and verify is None:
+        raise UsageError(
+            "--verify-key checks the signature of the folder of --verify",
+            value=str(verify_key),
+            remedy="Add --verify FOLDER; to sign what is built, use --sign-key.",
+        )
     # libraries print while they export; stdout is for the result alone
     with redirect_stdout(stderr.file):
         if verify is not None:
-            report = _verify(verify, _source(model, aligner, random_weights))
+            report = _verify(verify, _source(model, aligner, random_weights), verify_key)
         else:
             from hcma_fast.export.precision import Precision
             from hcma_fast.export.target import Target
@@ -129,7 +149,7 @@ def build(
 
                 check_device(device, name)
             source = _source(model, aligner, random_weights)
-            report = _build(source, target, out, force=force, dry_run=dry_run)
+            report = _build(source, target, out, force=force, dry_run=dry_run, sign_key=sign_key)
     if json_:
         print_json(report)
     else:
@@ -163,7 +183,13 @@ def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSour
 
 
 def _build(
-    source: ModelSource, target: Target, out: Path | None, *, force: bool, dry_run: bool
+    source: ModelSource,
+    target: Target,
+    out: Path | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    sign_key: Path | None,
 ) -> dict[str, Any]:
     from hcma_fast.export.build import build as build_folder
     from hcma_fast.export.cache import cached_folder, find_or_build
@@ -187,23 +213,21 @@ def _build(
             if not progress.started:
                 print_note("These engines are in the cache already; --force builds them again.")
         else:
-            manifest = build_folder(source, folder, target, progress=progress, force=force)
+            manifest = build_folder(
+                source, folder, target, progress=progress, force=force, sign_key=sign_key
+            )
     stderr.print(_table(manifest, folder))
-    return {
-        "folder": str(folder),
-        "engine_hash": manifest.engine_hash,
-        **manifest.model_dump(mode="json"),
-    }
+    return {"folder": str(folder), **manifest.model_dump(mode="json")}
 
 
-def _verify(folder: Path, source: ModelSource) -> dict[str, Any]:
+def _verify(folder: Path, source: ModelSource, verify_key: Path | None) -> dict[str, Any]:
     from hcma_fast.runtime.open import verify
 
     table = Table("graph", box=box.SIMPLE)
     for column in ("parity now", "when built", "tolerance"):
         table.add_column(column, justify="right")
     found, wrong = {}, []
-    for name, record, error in verify(folder, source):
+    for name, record, error in verify(folder, source, verify_key):
         found[name] = error
         table.add_row(name, f"{error:.1e}", f"{record.parity:.1e}", f"{record.tolerance:.0e}")
         if not error <= record.tolerance:

@@ -65,6 +65,10 @@ def generate(
         str | None,
         typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
     ] = None,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option(help="Public key (PEM) that must have signed the engine folder of --model."),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -208,6 +212,7 @@ def generate(
             grad_backend=grad_backend or original.grad_backend,
             cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
             savings=original.savings,
+            verify_key=verify_key,
         )
     else:
         if input_ is not None:
@@ -236,6 +241,7 @@ def generate(
             grad_backend,
             bool(cuda_graphs),
             savings,
+            verify_key,
         )
     if plan.backend not in (None, "auto", *BACKENDS):
         raise BackendError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 from collections.abc import Sequence
@@ -14,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from hcma_fast.errors import HcmaError, InputError, OutputError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
+from hcma_fast.strict_json import parse_json, read_regular
 
 MAX_SEED = 2**63 - 1
 _SLUG_LETTERS = 48
+_SIDECAR_BYTES = 2**20
 _NAME = re.compile(r"\w[\w.-]*")
 _ID_BYTES, STEM_BYTES = 120, 220
 _LINE_REMEDY = (
@@ -132,6 +135,8 @@ def check_outputs(
 ) -> None:
     """Refuse two jobs with one name, and files that exist already (unless ``force``).
 
+    Even with ``force`` no file is replaced that lies where a sidecar would, and is none.
+
     Args:
         other: what gives new files instead, for the message.
 
@@ -151,12 +156,39 @@ def check_outputs(
                 )
         # the overlay in any case: one of an earlier image would not show the new one
         for path in job.files(folder):
-            if path.is_dir() or (path.exists() and not force):
+            if path.is_dir() or (os.path.lexists(path) and not force):
                 raise OutputError(
                     "the output exists already",
                     value=str(path),
                     remedy=f"Use --force to replace it, or {other}.",
                 )
+        _check_companions(job, folder, other)
+
+
+def _check_companions(job: Job, folder: Path, other: str) -> None:
+    """Refuse to replace what lies under the names of a sidecar and an overlay, but is neither."""
+    image, sidecar, overlay = job.files(folder)
+    taken = [path for path in (sidecar, overlay) if os.path.lexists(path)]
+    if taken and not _is_sidecar(sidecar, image.name):
+        raise OutputError(
+            "this file is in the way, and hcma-fast did not write it with an image: it is not "
+            "replaced",
+            value=str(taken[0]),
+            remedy=f"Move it away, or use {other}.",
+        )
+
+
+def _is_sidecar(path: Path, image: str) -> bool:
+    """Is it the sidecar, of any version, of the image with this name?"""
+    try:
+        values = parse_json(read_regular(path, _SIDECAR_BYTES))
+    except (OSError, InputError):
+        return False
+    return (
+        isinstance(values, dict)
+        and values.get("image") == image
+        and isinstance(values.get("image_sha256"), str)
+    )
 
 
 def slug(text: str) -> str:

@@ -40,6 +40,8 @@ class Plan:
     grad_backend: str | None = None
     cuda_graphs: bool = False
     savings: Savings = EXACT
+    verify_key: Path | None = None
+    """must have signed the engine folder that ``model`` names"""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
             precision=plan.precision,
             aligner=plan.aligner,
             grad_backend=plan.grad_backend,
+            verify_key=plan.verify_key,
             progress=progress,
         )
     if plan.cuda_graphs:

@@ -122,13 +122,19 @@ def runtime_cache(engine: Path, sha256: str) -> Path:
     return kernel_folder(engine, sha256) / f"sm{gpu}"
 
 
-def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, GraphRecord, float]]:
+def verify(
+    folder: Path, source: ModelSource, verify_key: Path | None = None
+) -> Iterator[tuple[GraphName, GraphRecord, float]]:
     """Compare every engine of a folder with torch again: graph, its record, relative error now.
 
+    Args:
+        verify_key: public key that must have signed the folder, if any.
+
     Raises:
-        EngineError: the folder is damaged, of another version, or of other weights.
+        EngineError: the folder is damaged, of another version, of other weights, or not signed.
+        InputError, UsageError: the key cannot be read.
     """
-    manifest = load_manifest(folder)
+    manifest = load_manifest(folder, verify_key)
     if manifest.weights_hash != source.weights_hash:
         raise EngineError(
             "these engines were built from other weights than those of the model",

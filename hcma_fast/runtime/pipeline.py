@@ -145,6 +145,7 @@ class HCMAPipeline:
         device: str | None = None,
         aligner: str | Path | None = None,
         grad_backend: str | None = None,
+        verify_key: str | Path | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
         """Load a preset, a folder, a hub id, or an engine folder.
@@ -158,6 +159,7 @@ class HCMAPipeline:
             aligner: folder of the aligner, for a checkpoint that has none.
             grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
                 place of ``backend``; see ``runtime.gradient``.
+            verify_key: file of the ed25519 public key that must have signed the engine folder.
             progress: called with (graph, stage) while engines are built.
 
         Raises:
@@ -176,7 +178,15 @@ class HCMAPipeline:
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
             chosen = None if backend == "auto" else backend
-            return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
+            return cls.from_engines(
+                Path(name_or_path), backend=chosen, device=device, verify_key=verify_key
+            )
+        if verify_key is not None:
+            raise UsageError(
+                "only engine folders are signed, and this is none",
+                value=str(name_or_path),
+                remedy="Leave out the key, or name an engine folder as the model.",
+            )
         if backend == "auto":
             from hcma_fast.runtime.open import choose_backend
 
@@ -239,19 +249,29 @@ class HCMAPipeline:
 
     @classmethod
     def from_engines(
-        cls, folder: Path, *, backend: str | None = None, device: str | None = None
+        cls,
+        folder: Path,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
+        verify_key: str | Path | None = None,
     ) -> HCMAPipeline:
         """Open an engine folder; every file's hash is checked before it is read.
 
+        Args:
+            verify_key: see :meth:`from_pretrained`.
+
         Raises:
-            EngineError: it is incomplete, of another version or machine, or was tampered with.
+            EngineError: it is incomplete, of another version or machine, was tampered with, or is
+                not signed by the key.
+            InputError, UsageError: the key cannot be read.
             BackendError: it was built for another backend than the one asked for, which is not
                 installed, or does not run on ``device``.
         """
         from hcma_fast.export.manifest import load_manifest
         from hcma_fast.runtime.open import open_engines
 
-        manifest = load_manifest(folder)
+        manifest = load_manifest(folder, Path(verify_key) if verify_key is not None else None)
         if backend not in (None, manifest.backend):
             raise BackendError(
                 f"this engine folder was built for {manifest.backend}",

@@ -225,7 +225,7 @@ class TRTEngine:
         return shape, dtype_name(self._engine.get_tensor_dtype(name))
 
     def _check_signature(self, trt: Any) -> None:
-        """Whether the engine's inputs and outputs are the spec's; it lists them in its own order."""
+        """Whether the engine's inputs and outputs are the spec's, in any order."""
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
         inputs, outputs = (

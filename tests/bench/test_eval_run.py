@@ -198,6 +198,12 @@ def test_another_run_does_not_overwrite_without_force(
         open_run(tmp_path, other, force=False)
     before = image_files(tmp_path, METHODS[0], items[0])[0].read_bytes()
     open_run(tmp_path, other, force=True)
+    for content in ("{}", "[]", "", '{"name": "another program"}'):
+        (tmp_path / "run.json").write_text(content)
+        for force in (False, True):
+            with pytest.raises(InputError, match="not one of hcma-fast eval"):
+                open_run(tmp_path, other, force=force)
+        assert (tmp_path / "run.json").read_text() == content
     assert generate(runner, METHODS[:1], items, other, tmp_path, batch_size=8) == COUNT
     assert image_files(tmp_path, METHODS[0], items[0])[0].read_bytes() != before
 

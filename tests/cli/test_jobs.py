@@ -142,11 +142,26 @@ def test_two_jobs_may_not_share_a_file(tmp_path: Path, second: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".json", "-overlay.png"])
 def test_existing_files_need_force(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"a-1{suffix}").write_text("")
+    (tmp_path / "a-1.json").write_text(json.dumps({"image": "a-1.png", "image_sha256": "0"}))
+    (tmp_path / f"a-1{suffix}").touch()
     with pytest.raises(OutputError, match="exists already") as caught:
         check_outputs([_job("a-1")], tmp_path, force=False)
     assert caught.value.exit_code == 3
     check_outputs([_job("a-1")], tmp_path, force=True)
+
+
+def test_files_of_others_under_our_names_are_never_replaced(tmp_path: Path) -> None:
+    """A sidecar and an overlay are removed with the image: by what they are, not by their names."""
+    (tmp_path / "a-1.png").touch()
+    check_outputs([_job("a-1")], tmp_path, force=True)  # as a killed process leaves it
+    for content in ("", "[]", "{}", '{"image": "b-1.png", "image_sha256": "0"}', "[" * 10**5):
+        (tmp_path / "a-1.json").write_text(content)
+        with pytest.raises(OutputError, match=r"in the way[\s\S]*a-1\.json"):
+            check_outputs([_job("a-1")], tmp_path, force=True)
+    (tmp_path / "a-1.json").unlink()
+    (tmp_path / "a-1-overlay.png").touch()
+    with pytest.raises(OutputError, match=r"in the way[\s\S]*a-1-overlay\.png"):
+        check_outputs([_job("a-1")], tmp_path, force=True)
 
 
 def test_a_folder_in_the_way_is_never_replaced(tmp_path: Path) -> None:
