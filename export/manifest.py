@@ -101,7 +101,7 @@ class Manifest(_Strict):
 
 
 def canonical_hash(values: Mapping[str, Any]) -> str:
-    """The engine hash: sha256 of a manifest as JSON with sorted keys, without hash and signature."""
+    """The engine hash: sha256 of the manifest as canonical JSON, without hash and signature."""
     content = {key: value for key, value in values.items() if key not in _NOT_HASHED}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
