@@ -8,18 +8,19 @@ from pathlib import Path
 
 import torch
 
+from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, EngineError, UsageError
+from hcma_fast.export.backends.aoti.engine import CompiledEngine
+from hcma_fast.export.backends.onnxruntime.engine import OrtEngine
+from hcma_fast.export.backends.openvino.engine import OpenVINOEngine
+from hcma_fast.export.backends.openvino.model import precision_of
+from hcma_fast.export.backends.trt.engine import TRTEngine
 from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
-from hcma_fast.export.openvino_model import precision_of
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
 from hcma_fast.export.validate import cases_for, measure, on_device
-from hcma_fast.models.weights import ModelSource
-from hcma_fast.runtime.compiled import CompiledEngine
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.openvino import OpenVINOEngine
-from hcma_fast.runtime.ort import OrtEngine
-from hcma_fast.runtime.trt import TRTEngine
+from hcma_fast.models.checkpoint.folder import ModelSource
+from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GraphName
 
 _MODULES = {
@@ -138,7 +139,7 @@ def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, Graph
     target = manifest.target
     engines = open_engines(folder, manifest, manifest.device)
     for name, engine in engines.items():
-        module = source.graph(name, target.height, target.width)
+        module = graph_of(source, name, target.height, target.width)
         error = measure(
             engine.spec,
             module,

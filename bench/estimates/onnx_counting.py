@@ -1,4 +1,4 @@
-"""The counts of :mod:`hcma_fast.bench.counting`, of an exported ONNX graph without its weights."""
+"""Operations and bytes of an exported ONNX graph, counted without its weights."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from hcma_fast.bench.counting import Counts, Operation
+from hcma_fast.bench.estimates.counting import Counts, Operation
 from hcma_fast.errors import EngineError
 from hcma_fast.specs import BATCH
 

@@ -21,17 +21,17 @@ from typing import Literal, NamedTuple, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.counting import Counts, count_module
-from hcma_fast.bench.gpus import GPU, GPUS
-from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.onnx_counting import count_onnx
+from hcma_fast.bench.estimates.counting import Counts, count_module
+from hcma_fast.bench.estimates.gpus import GPU, GPUS
+from hcma_fast.bench.estimates.onnx_counting import count_onnx
+from hcma_fast.bench.shared.machine import Machine, describe_machine
 from hcma_fast.config import MAX_OBJECTS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
 from hcma_fast.export.precision import PRECISIONS, Precision, at_precision
-from hcma_fast.models.checkpoint import CheckpointInfo
-from hcma_fast.models.random_sd14 import RandomSD14
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.models.checkpoint.info import CheckpointInfo
+from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import ANY_BATCH, MAX_BATCH, BatchRange, GraphName
 

@@ -16,8 +16,8 @@ from filelock import FileLock, Timeout
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.methods import Method, Runner
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.models.text import tokenize

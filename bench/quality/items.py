@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.coco import read_coco
-from hcma_fast.train.emoji_scenes import CATEGORIES, Split, render_scene, sample_scene
-from hcma_fast.train.views import crop_image
+from hcma_fast.train.data.coco import read_coco
+from hcma_fast.train.data.emoji_scenes import CATEGORIES, Split, render_scene, sample_scene
+from hcma_fast.train.data.views import crop_image
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _PLURALS = {category.name: category.plural for category in CATEGORIES}

@@ -14,9 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from hcma_fast.bench.detection import Detection, Detector
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import (
+from hcma_fast.bench.quality.generate import (
     WHOLE,
     Progress,
     RunSettings,
@@ -25,13 +23,15 @@ from hcma_fast.bench.eval_run import (
     image_files,
     write_whole,
 )
-from hcma_fast.bench.fidelity import check_count, check_features
-from hcma_fast.bench.judge import Judge
-from hcma_fast.bench.judge_count import categories_match, is_clear, outside_windows
-from hcma_fast.bench.methods import Method
-from hcma_fast.bench.networks import ClipScorer, FeatureNetwork, cut
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.metrics.detection import Detection, Detector
+from hcma_fast.bench.quality.metrics.fidelity import check_count, check_features
+from hcma_fast.bench.quality.metrics.judge.count import categories_match, is_clear, outside_windows
+from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.networks import ClipScorer, FeatureNetwork, cut
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.train.emoji_scenes import CATEGORY_NAMES
+from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES
 
 METRICS = ("judge", "fid", "kid", "precision-recall", "clip", "detector")
 _ON_FEATURES = ("fid", "kid", "precision-recall")

@@ -12,16 +12,23 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Difference, Estimate, Score, compare, estimate, share_score
-from hcma_fast.bench.detection import Detection, best_ious, counts_match, layout_ap
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_measure import REAL, Instruments, Measured, block_file
-from hcma_fast.bench.eval_run import BLOCK, ImageRecord, RunSettings, load_records
-from hcma_fast.bench.fidelity import fid, kid, precision_recall
-from hcma_fast.bench.judge import CONFIDENCE_FLOOR
-from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.methods import Method
-from hcma_fast.bench.networks import FeatureNetwork
+from hcma_fast.bench.quality.generate import BLOCK, ImageRecord, RunSettings, load_records
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.measure import REAL, Instruments, Measured, block_file
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.metrics.detection import Detection, best_ious, counts_match, layout_ap
+from hcma_fast.bench.quality.metrics.fidelity import fid, kid, precision_recall
+from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR
+from hcma_fast.bench.quality.metrics.networks import FeatureNetwork
+from hcma_fast.bench.shared.bootstrap import (
+    Difference,
+    Estimate,
+    Score,
+    compare,
+    estimate,
+    share_score,
+)
+from hcma_fast.bench.shared.machine import Machine, describe_machine
 from hcma_fast.errors import InputError, UsageError
 
 MIN_SIDE = 0.25

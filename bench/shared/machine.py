@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.clocks import Clocks, query_gpu, read_clocks, read_text
+from hcma_fast.bench.shared.clocks import Clocks, query_gpu, read_clocks, read_text
 
 _PACKAGES = (
     *("hcma-fast", "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu"),

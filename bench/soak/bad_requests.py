@@ -13,7 +13,7 @@ from hcma_fast.errors import DivergenceError, HcmaError, InputError, UsageError
 from hcma_fast.layout import Layout
 
 if TYPE_CHECKING:
-    from hcma_fast.runtime.batching import BatchGenerator, Request
+    from hcma_fast.runtime.generator import BatchGenerator, Request
 
 _LONG = "many words " * 100
 _BOX = (0.1, 0.1, 0.5, 0.9)
@@ -39,7 +39,7 @@ def bad_requests(settings: AlignmentSettings) -> tuple[BadRequest, ...]:
         settings: the checkpoint's.
     """
     # torch is imported where a process generates, not where it is only told to
-    from hcma_fast.runtime.batching import Request
+    from hcma_fast.runtime.generator import Request
     from hcma_fast.runtime.requests import override_settings
 
     def with_layout(phrases: Sequence[str], *boxes: Sequence[float]) -> Request:

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hcma_fast.bench.bootstrap import Estimate, Indices, estimate
-from hcma_fast.bench.machine import Machine
+from hcma_fast.bench.shared.bootstrap import Estimate, Indices, estimate
+from hcma_fast.bench.shared.machine import Machine
 
 _BLOCKS = 10
 """Of rounds, that the slope's interval resamples: memory is like that of the rounds before, and

@@ -28,18 +28,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.bad_requests import bad_requests, check_refused
-from hcma_fast.bench.contestants import SEED, Ours, Work, build_missing, open_pipe
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.memory import allocated_mib, status_mib
-from hcma_fast.bench.soak_report import JUDGED_ROUNDS, SoakReport, drift, slope_per_hour
-from hcma_fast.bench.workers import Contestant, Run, Worker, worker
+from hcma_fast.bench.shared.machine import describe_machine
+from hcma_fast.bench.shared.memory import allocated_mib, status_mib
+from hcma_fast.bench.soak.bad_requests import bad_requests, check_refused
+from hcma_fast.bench.soak.report import JUDGED_ROUNDS, SoakReport, drift, slope_per_hour
+from hcma_fast.bench.speed.harness.contestants import SEED, Ours, Work, build_missing, open_pipe
+from hcma_fast.bench.speed.harness.workers import Contestant, Run, Worker, worker
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, HcmaError, OutputError, UsageError
 from hcma_fast.files import write_whole
 
 if TYPE_CHECKING:
-    from hcma_fast.runtime.batching import Request
+    from hcma_fast.runtime.generator import Request
 
 _KILL_AT, _SETTLED = 0.15, 0.3
 """Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
@@ -183,7 +183,7 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
         BackendError: the system tells no process its memory.
     """
-    from hcma_fast.runtime.batching import BatchGenerator
+    from hcma_fast.runtime.generator import BatchGenerator
 
     if status_mib("VmRSS") is None:
         raise BackendError(
@@ -244,7 +244,7 @@ def _grow_table_of_names() -> None:
 def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Request:
     """Any prompt, layout, seed, number of steps, guidance (1 too), end of the gated attention and
     rate (0 too)."""
-    from hcma_fast.runtime.batching import Request
+    from hcma_fast.runtime.generator import Request
 
     scene = int(rng.integers(_SCENES))
     changes = {
@@ -262,7 +262,7 @@ def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Requ
 
 
 def _reference() -> list[Request]:
-    from hcma_fast.runtime.batching import Request
+    from hcma_fast.runtime.generator import Request
 
     return [
         Request("a dog", Work(boxes=boxes).layout, SEED + boxes, num_inference_steps=8)

@@ -1,11 +1,11 @@
-"""What one image costs, in numbers that no clock can blur: ``python -m hcma_fast.bench.budget``.
+"""What one image costs, in counts instead of times: ``python -m hcma_fast.bench.speed.budget``.
 
 Operations and bytes of each graph of `tiny`, what the sampler itself adds per image, and how often
 a whole call of the pipeline runs each graph. A test compares them with the committed budget,
-tests/bench/budget.json; who makes the product leaner, or has a reason to make it dearer, writes the
+tests/bench/speed/budget.json; who makes the product leaner, or has a reason to make it dearer, writes the
 new numbers there:
 
-    python -m hcma_fast.bench.budget > tests/bench/budget.json
+    python -m hcma_fast.bench.speed.budget > tests/bench/speed/budget.json
 """
 
 from __future__ import annotations
@@ -20,16 +20,21 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from hcma_fast.bench.contestants import PROMPT, Work
-from hcma_fast.bench.counting import count_module
-from hcma_fast.bench.overhead import NoOpEngine, no_op_conditioning, no_op_engines, zeros
+from hcma_fast.bench.estimates.counting import count_module
+from hcma_fast.bench.speed.harness.contestants import PROMPT, Work
+from hcma_fast.bench.speed.suites.overhead import (
+    NoOpEngine,
+    no_op_conditioning,
+    no_op_engines,
+    zeros,
+)
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.parts import rows_of
+from hcma_fast.engine import Engine
+from hcma_fast.export.backends.split_batch import rows_of
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.sampler import Schedule, sample
+from hcma_fast.sampling.loop import Schedule, sample
+from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
 STEPS = 50

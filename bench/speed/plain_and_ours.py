@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from hcma_fast.bench.contestants import (
+from hcma_fast.bench.shared.machine import describe_machine
+from hcma_fast.bench.shared.memory import peak_rss_mib
+from hcma_fast.bench.speed.harness.contestants import (
     LAYOUT,
     PROMPT,
     SEED,
@@ -18,10 +20,8 @@ from hcma_fast.bench.contestants import (
     load_ours,
     load_plain,
 )
-from hcma_fast.bench.harness import Case, Group, run_group
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.memory import peak_rss_mib
-from hcma_fast.bench.report import Report
+from hcma_fast.bench.speed.harness.report import Report
+from hcma_fast.bench.speed.harness.rounds import Case, Group, run_group
 from hcma_fast.errors import UsageError
 from hcma_fast.schedule import plms_table
 

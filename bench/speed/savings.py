@@ -10,16 +10,16 @@ import torch
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Difference, Estimate, compare, estimate, share_score
-from hcma_fast.bench.judge import Judge
-from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.scene_images import scene_layout
+from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.scene_images import scene_layout
+from hcma_fast.bench.shared.bootstrap import Difference, Estimate, compare, estimate, share_score
+from hcma_fast.bench.shared.machine import Machine, describe_machine
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.runtime.images import to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.savings import EXACT, Savings
-from hcma_fast.train.emoji_scenes import Scene, sample_scene
+from hcma_fast.sampling.savings import EXACT, Savings
+from hcma_fast.train.data.emoji_scenes import Scene, sample_scene
 
 SAVINGS: tuple[Savings, ...] = (
     Savings(align_every=2),

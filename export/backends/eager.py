@@ -20,7 +20,7 @@ class EagerEngine:
 
     @torch.no_grad()
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`.
+        """See :class:`hcma_fast.engine.Engine`.
 
         Raises:
             DeviceMemoryError: the host or the device has no memory left.

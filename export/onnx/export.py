@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
-from hcma_fast.export.translations import TRANSLATIONS, simplified
+from hcma_fast.export.onnx.trace import dynamic_shapes, example_inputs, traceable
+from hcma_fast.export.onnx.translations import TRANSLATIONS, simplified
 from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.specs import IOSpec
 

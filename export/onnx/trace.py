@@ -12,8 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
-from hcma_fast.export.products import unflatten_products
-from hcma_fast.models.step import FusedStep, step_plan
+from hcma_fast.export.onnx.merge_products import unflatten_products
+from hcma_fast.sampling.exported import FusedStep, step_plan
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import BATCH, GraphName, IOSpec, TensorSpec
 

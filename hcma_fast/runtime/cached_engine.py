@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.engine import Engine
 from hcma_fast.specs import IOSpec
 
 MAX_BYTES = 256 * 2**20
@@ -36,7 +36,7 @@ class CachedEngine:
         return self.engine.spec
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`; raises what the engine raises."""
+        """See :class:`hcma_fast.engine.Engine`; raises what the engine raises."""
         given = {name: inputs[name] for name in self.spec.input_names}
         keys = _digests(given)
         first = {key: row for row, key in reversed(list(enumerate(keys)))}

@@ -17,14 +17,11 @@ from PIL import Image
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.engine import Engine
 from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
-from hcma_fast.runtime.capture import memory_errors, no_capture
-from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.encodings import CachedEngine
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.runtime.cached_engine import CachedEngine
 from hcma_fast.runtime.images import to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.requests import (
@@ -33,8 +30,11 @@ from hcma_fast.runtime.requests import (
     override_settings,
     spread_seeds,
 )
-from hcma_fast.runtime.sampler import Schedule, StepLosses
-from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.sampling.capture import memory_errors, no_capture
+from hcma_fast.sampling.conditioning import condition
+from hcma_fast.sampling.loop import Schedule, StepLosses
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.specs import GraphName
 
 _ENCODERS: tuple[GraphName, ...] = ("text_encoder", "grounding")

@@ -10,8 +10,8 @@ from typing import Literal, get_args
 
 import torch
 
+from hcma_fast.engine import Engine, Stateful
 from hcma_fast.errors import BackendError, DeviceMemoryError, UsageError
-from hcma_fast.runtime.engine import Engine, Stateful
 from hcma_fast.specs import STEP_NAMES, GraphName
 
 CaptureMode = Literal["step", "trajectory"]

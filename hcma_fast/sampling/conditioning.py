@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from hcma_fast.engine import Engine
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning, ground, grounding_inputs
+from hcma_fast.sampling.loop import Conditioning, ground, grounding_inputs
 from hcma_fast.specs import GraphName
 
 

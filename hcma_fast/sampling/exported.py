@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import InputError
+from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.schedule import PLMSTable
-from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS
+from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName
 
 
 def step_plan(table: PLMSTable, etas: Tensor) -> Tensor:
@@ -99,3 +100,15 @@ class FusedStep(nn.Module):
         moved = row[2] * start + row[3] * combined
         history = torch.where(row[9] > 0, recent[:, :3], history)
         return moved, aligned, history, index + 1, loss_global, loss_local
+
+
+def graph_of(
+    source: ModelSource, name: GraphName, height: int | None = None, width: int | None = None
+) -> nn.Module:
+    """Any graph of a model as a module, the step graphs included; see ``Components.graph``."""
+    if name not in STEP_NAMES:
+        return source.graph(name, height, width)
+    unet: GraphName = "unet_grounded" if name == "step_grounded" else "unet_plain"
+    timed = "timestep" in source.specs(height, width)["align"].input_names
+    parts = (source.graph(part, height, width) for part in ("align", unet))
+    return FusedStep(*parts, timed=timed)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
-from hcma_fast.models.step import step_plan
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.engine import Engine
+from hcma_fast.sampling.exported import step_plan
+from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.schedule import PLMSTable, eta_table, plms_table
 from hcma_fast.specs import HISTORY, GraphName
 

@@ -11,8 +11,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.runtime.capture import (
+from hcma_fast.sampling.capture import (
     Capture,
     CaptureMode,
     CudaGraphs,
@@ -20,9 +21,8 @@ from hcma_fast.runtime.capture import (
     memory_errors,
     no_capture,
 )
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning, Schedule, StepLosses, fusable
-from hcma_fast.runtime.trajectory import (
+from hcma_fast.sampling.loop import Conditioning, Schedule, StepLosses, fusable
+from hcma_fast.sampling.trajectory import (
     Buffers,
     FusedTrajectory,
     Kind,

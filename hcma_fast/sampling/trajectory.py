@@ -4,7 +4,7 @@ What changes from evaluation to evaluation lies in tables on the device, read at
 device. So an evaluation is always the same launches on the same addresses: it is captured once, and
 replayed for all of a trajectory, without a write from the host. On a CPU the captured
 function itself is called instead: the same code, whose rules are tested there, but for the update
-of the latent where nothing is captured (:mod:`hcma_fast.runtime.update`).
+of the latent where nothing is captured (:mod:`hcma_fast.sampling.update`).
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ import torch
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS
+from hcma_fast.engine import Engine, Stateful
 from hcma_fast.errors import InputError
 from hcma_fast.kernels.align_update import align_update_
-from hcma_fast.models.step import step_plan
-from hcma_fast.runtime.engine import Engine, Stateful
-from hcma_fast.runtime.sampler import (
+from hcma_fast.sampling.exported import step_plan
+from hcma_fast.sampling.loop import (
     CONTEXTS,
     Conditioning,
     Schedule,
     halves_by_image,
 )
-from hcma_fast.runtime.update import KernelUpdate, OperatorUpdate, Update
+from hcma_fast.sampling.update import KernelUpdate, OperatorUpdate, Update
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, GraphName
 
 

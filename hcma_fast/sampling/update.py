@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.kernels.denoise_update import COLUMNS, RING, denoise_table, denoise_update_
-from hcma_fast.runtime.sampler import Schedule
+from hcma_fast.sampling.loop import Schedule
 from hcma_fast.schedule import PLMSTable
 from hcma_fast.specs import PLAN_ROWS
 

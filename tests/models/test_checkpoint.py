@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import CLIPTextModel
 
 from hcma_fast.errors import InputError, WeightsError
-from hcma_fast.export.graphs import random_inputs
-from hcma_fast.models.weights import Components, load_components
+from hcma_fast.export.onnx.trace import random_inputs
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"

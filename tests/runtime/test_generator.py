@@ -16,15 +16,15 @@ from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.engine import Engine
 from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.batching import BatchGenerator, Request, group_requests
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.encodings import CachedEngine
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Schedule
-from hcma_fast.runtime.trajectory import evaluation_kinds
+from hcma_fast.export.backends.eager import EagerEngine
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.cached_engine import CachedEngine
+from hcma_fast.runtime.generator import BatchGenerator, Request, group_requests
+from hcma_fast.sampling.loop import Schedule
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.trajectory import evaluation_kinds
 from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])

@@ -14,14 +14,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcma_fast.export.aoti import compile_aoti
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import no_capture
-from hcma_fast.runtime.compiled import CompiledEngine
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import sample
-from hcma_fast.runtime.savings import Savings
+from hcma_fast.engine import Engine
+from hcma_fast.export.backends.aoti.build import compile_aoti
+from hcma_fast.export.backends.aoti.engine import CompiledEngine
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.capture import no_capture
+from hcma_fast.sampling.exported import graph_of
+from hcma_fast.sampling.loop import sample
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import Savings
 from hcma_fast.specs import GraphName, IOSpec
 
 from captures import Counted, conditioned, make_engines, noise, plan, relative
@@ -56,7 +57,7 @@ def test_compiled_engines_in_the_captured_sampler(
     engines = dict(reference)
     for name in COMPILED:
         spec, path = reference[name].spec, tmp_path / f"{name}.pt2"
-        compile_aoti(spec, random_components.graph(name), path)
+        compile_aoti(spec, graph_of(random_components, name), path)
         engines[name] = Traced(CompiledEngine(path, spec))
     schedules = [plan(), plan(savings=Savings(align_every=2, contexts_once=False))]
     for capture in (Counted(), no_capture):

@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.sampler import Schedule, sample, sample_fused
-from hcma_fast.runtime.savings import Savings
-from hcma_fast.runtime.trajectory import evaluation_kinds
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.capture import CaptureMode
+from hcma_fast.sampling.loop import Schedule, sample, sample_fused
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import Savings
+from hcma_fast.sampling.trajectory import evaluation_kinds
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES
 
 from captures import conditioned, make_engines, noise, plan, relative

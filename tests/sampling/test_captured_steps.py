@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.engine import Engine
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.sampler import Schedule, sample, sample_fused
-from hcma_fast.runtime.savings import Savings
+from hcma_fast.sampling.capture import CaptureMode
+from hcma_fast.sampling.loop import Schedule, sample, sample_fused
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import Savings
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName
 
 from captures import LAYOUTS, Counted, Counting, conditioned, make_engines, noise, plan, relative

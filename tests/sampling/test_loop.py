@@ -11,12 +11,12 @@ from diffusers import PNDMScheduler
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH, AlignmentSettings
+from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError
-from hcma_fast.models.step import step_plan
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning, Schedule, StepLosses, sample, sample_fused
+from hcma_fast.export.backends.eager import EagerEngine
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.exported import graph_of, step_plan
+from hcma_fast.sampling.loop import Conditioning, Schedule, StepLosses, sample, sample_fused
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName, IOSpec
 
@@ -246,7 +246,7 @@ def test_fused_steps_equal_separate_graphs(
     beta: float,
 ) -> None:
     specs = random_components.specs()
-    steps = {n: EagerEngine(random_components.graph(n), specs[n]) for n in STEP_NAMES}
+    steps = {n: EagerEngine(graph_of(random_components, n), specs[n]) for n in STEP_NAMES}
     plan, given = schedule(2.0, beta=beta, window=window), condition(engines, scene, guided=True)
     expected, losses = sample(engines, scene["noise"], given, plan)
     seen: list[int] = []

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.engine import Engine
 from hcma_fast.errors import UsageError
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.batching import BatchGenerator, Request
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Schedule
-from hcma_fast.runtime.savings import EXACT, Savings, parse_savings
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.sampling.loop import Schedule
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import EXACT, Savings, parse_savings
 from hcma_fast.specs import GraphName, IOSpec
 
 STEPS = 10

@@ -17,14 +17,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, InputError
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import check_capturable
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import CONTEXTS, Conditioning, Schedule, sample
-from hcma_fast.runtime.savings import EXACT, Savings
-from hcma_fast.runtime.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.capture import check_capturable
+from hcma_fast.sampling.loop import CONTEXTS, Conditioning, Schedule, sample
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import EXACT, Savings
+from hcma_fast.sampling.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec
 
 from captures import Counted, conditioned, make_engines, noise, plan, relative

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcma_fast.runtime.sampler import Schedule
-from hcma_fast.runtime.update import KernelUpdate, OperatorUpdate, Update
+from hcma_fast.sampling.loop import Schedule
+from hcma_fast.sampling.update import KernelUpdate, OperatorUpdate, Update
 
 from captures import plan, relative
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.schedule import TRAIN_STEPS, add_noise
-from hcma_fast.train.cache import Batch
+from hcma_fast.train.data.latent_cache import Batch
 
 BUCKETS = 10
 """Of the timesteps, 100 each"""

@@ -6,8 +6,8 @@ from typing import Literal
 
 from hcma_fast.config import AlignerConfig
 from hcma_fast.errors import WeightsError
-from hcma_fast.train.cache import CacheHeader
-from hcma_fast.train.stage_settings import Training
+from hcma_fast.train.data.latent_cache import CacheHeader
+from hcma_fast.train.loop.settings import Training
 
 
 class AlignerTraining(Training):

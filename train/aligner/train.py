@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.train.aligner_settings import AlignerTraining, check_fits
-from hcma_fast.train.cache import Batch, LatentCache
-from hcma_fast.train.objective import (
+from hcma_fast.train.aligner.objective import (
     BUCKETS,
     QUANTITIES,
     AlignerFeatures,
@@ -21,16 +19,18 @@ from hcma_fast.train.objective import (
     stage1_losses,
     summary,
 )
-from hcma_fast.train.run_folder import Provenance, RunFolder
-from hcma_fast.train.stage import Report, Stage, make_accelerator, train_stage
-from hcma_fast.train.stage_settings import FREE
+from hcma_fast.train.aligner.settings import AlignerTraining, check_fits
+from hcma_fast.train.data.latent_cache import Batch, LatentCache
+from hcma_fast.train.loop.run_folder import Provenance, RunFolder
+from hcma_fast.train.loop.settings import FREE
+from hcma_fast.train.loop.stage import Report, Stage, make_accelerator, train_stage
 
 if TYPE_CHECKING:
-    from hcma_fast.train.samples import SamplePlan
+    from hcma_fast.train.loop.samples import SamplePlan
 
 
 class _Objective:
-    """Both losses on noised latents; see :class:`hcma_fast.train.stage.Objective`."""
+    """Both losses on noised latents; see :class:`hcma_fast.train.loop.stage.Objective`."""
 
     shape = (len(QUANTITIES), 2, BUCKETS)
 

@@ -323,7 +323,7 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int) -> Non
 def main(arguments: Sequence[str] | None = None) -> None:
     """Write a split in COCO's format."""
     parser = argparse.ArgumentParser(
-        prog="python -m hcma_fast.train.emoji_scenes",
+        prog="python -m hcma_fast.train.data.emoji_scenes",
         description="Write EmojiScenes in COCO's annotation format.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")

@@ -1,4 +1,4 @@
-"""Make the cache of :mod:`hcma_fast.train.cache`: images to VAE posteriors, texts to embeddings.
+"""Make the cache of ``latent_cache``: images to VAE posteriors, texts to embeddings.
 
 Both views of an image are encoded, as it is and mirrored: mirroring a latent is not the latent of
 the mirrored image (docs/train.md has the error). A shard is written whole or not at all, so a run
@@ -20,7 +20,15 @@ from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.files import make_folder, write_whole
-from hcma_fast.train.cache import (
+from hcma_fast.train.data.coco import (
+    BadImage,
+    CocoExample,
+    annotation_files,
+    open_image,
+    read_split,
+)
+from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.latent_cache import (
     HEADER_FILE,
     LABELS_FILE,
     CacheHeader,
@@ -30,15 +38,7 @@ from hcma_fast.train.cache import (
     read_tensors,
     shard_file,
 )
-from hcma_fast.train.coco import (
-    BadImage,
-    CocoExample,
-    annotation_files,
-    open_image,
-    read_split,
-)
-from hcma_fast.train.encoders import Encoders
-from hcma_fast.train.views import MIN_AREA, crop_image, crop_layout, mentions_side
+from hcma_fast.train.data.views import MIN_AREA, crop_image, crop_layout, mentions_side
 
 
 @dataclass

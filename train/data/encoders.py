@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
-from hcma_fast.models.checkpoint import check_safe, read_info, resolve_folder
+from hcma_fast.models.checkpoint.folder import Components, load_part, load_tokenizer
+from hcma_fast.models.checkpoint.info import check_safe, read_info, resolve_folder
 from hcma_fast.models.text import tokenize_cut
-from hcma_fast.models.weights import Components, load_part, load_tokenizer
-from hcma_fast.train.cache import CacheHeader
+from hcma_fast.train.data.latent_cache import CacheHeader
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
 _TEXTS_AT_ONCE = 256

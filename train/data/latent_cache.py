@@ -24,9 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hcma_fast.errors import InputError
-from hcma_fast.models.checkpoint import first_line
-from hcma_fast.train.coco import BadImage
-from hcma_fast.train.views import Part, part_of
+from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.train.data.coco import BadImage
+from hcma_fast.train.data.views import Part, part_of
 
 HEADER_FILE = "cache.json"
 LABELS_FILE = "labels.safetensors"

@@ -1,6 +1,6 @@
 """Render EmojiScenes' sprite sheet from Debian's Noto Color Emoji font.
 
-Run once by a maintainer, ``python -m hcma_fast.train.make_sprites``, after ``apt-get install
+Run once by a maintainer, ``python -m hcma_fast.train.data.make_sprites``, after ``apt-get install
 fonts-noto-color-emoji``; the sheet is committed, so that nobody else needs the font.
 """
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from hcma_fast.train.emoji_scenes import ASSETS, CATEGORIES, SPRITE_SIDE
+from hcma_fast.train.data.emoji_scenes import ASSETS, CATEGORIES, SPRITE_SIDE
 
 _FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 _STRIKE = 109  # the only bitmap size that the font holds

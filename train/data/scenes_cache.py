@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from hcma_fast.errors import UsageError
 from hcma_fast.files import make_folder, write_whole
-from hcma_fast.train.emoji_scenes import Split, render_scene, sample_scene
+from hcma_fast.train.data.emoji_scenes import Split, render_scene, sample_scene
 
 _CHUNK = 500
 _log = logging.getLogger("hcma_fast")

@@ -11,15 +11,15 @@ from safetensors.torch import save
 
 from hcma_fast.errors import OutputError, WeightsError
 from hcma_fast.files import new_folder, write_whole
-from hcma_fast.models.checkpoint import (
+from hcma_fast.models.checkpoint.folder import Checkpoint
+from hcma_fast.models.checkpoint.info import (
     PARTS,
     READ_SUFFIXES,
     CheckpointInfo,
     read_info,
     write_info,
 )
-from hcma_fast.models.weights import Checkpoint
-from hcma_fast.train.run_folder import PROVENANCE_FILE, Provenance, read_provenance
+from hcma_fast.train.loop.run_folder import PROVENANCE_FILE, Provenance, read_provenance
 
 _WEIGHTS = Path("unet") / "diffusion_pytorch_model.safetensors"
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.models.aligner import AlignStep
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.models.unet import attention_blocks
-from hcma_fast.models.weights import Components
 from hcma_fast.schedule import in_window
-from hcma_fast.train.alignment import align_rows
-from hcma_fast.train.cache import Batch, LatentCache
-from hcma_fast.train.objective import BUCKETS, Noised, by_bucket, draw_noised, means
-from hcma_fast.train.stage2_settings import DenoiserTraining, Trainable
+from hcma_fast.train.aligner.objective import BUCKETS, Noised, by_bucket, draw_noised, means
+from hcma_fast.train.data.latent_cache import Batch, LatentCache
+from hcma_fast.train.denoiser.alignment import align_rows
+from hcma_fast.train.denoiser.settings import DenoiserTraining, Trainable
 
 QUANTITIES = ("mse", "mse_aligned")
 
@@ -88,7 +88,7 @@ class Conditioned(Noised):
 
 
 class NoiseObjective:
-    """The squared error of the noise; see :class:`hcma_fast.train.stage.Objective`.
+    """The squared error of the noise; see :class:`hcma_fast.train.loop.stage.Objective`.
 
     Args:
         parts: the model; all of it is moved to ``device``, and all but the trained layers frozen.
@@ -121,7 +121,7 @@ class NoiseObjective:
         self.write = write
 
     def draw(self, batch: Batch, seed: int, timesteps: Tensor | None = None) -> Conditioned:
-        """See :class:`hcma_fast.train.stage.Objective`."""
+        """See :class:`hcma_fast.train.loop.stage.Objective`."""
         noised = draw_noised(batch, self.scale, seed, timesteps)
         device, count, training = noised.z.device, len(noised.z), self.training
         rng = np.random.default_rng(seed)
@@ -163,7 +163,7 @@ class NoiseObjective:
         return hidden
 
     def losses(self, network: nn.Module, drawn: Conditioned) -> tuple[Tensor, Tensor]:
-        """See :class:`hcma_fast.train.stage.Objective`."""
+        """See :class:`hcma_fast.train.loop.stage.Objective`."""
         bf16 = self.training.bf16
         with torch.autocast(drawn.z.device.type, torch.bfloat16, enabled=bf16):
             predicted = network(
@@ -180,14 +180,14 @@ class NoiseObjective:
         return errors, by_bucket(values, counts, drawn.timesteps)
 
     def summary(self, statistics: Tensor) -> dict[str, Any]:
-        """See :class:`hcma_fast.train.stage.Objective`."""
+        """See :class:`hcma_fast.train.loop.stage.Objective`."""
         found = means(statistics, QUANTITIES)
         return {"loss": found["mse"], **found}
 
     def export(self, folder: Path) -> None:
-        """See :class:`hcma_fast.train.stage.Objective`."""
+        """See :class:`hcma_fast.train.loop.stage.Objective`."""
         self.write(folder, self.unet)
 
     def parts(self) -> Mapping[str, nn.Module]:
-        """See :class:`hcma_fast.train.stage.Objective`."""
+        """See :class:`hcma_fast.train.loop.stage.Objective`."""
         return {"unet": self.unet}

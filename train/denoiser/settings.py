@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from hcma_fast.train import stage_settings
-from hcma_fast.train.stage_settings import Training
+from hcma_fast.train.loop import settings as stage_settings
+from hcma_fast.train.loop.settings import Training
 
 Trainable = Literal["fuser", "all"]
 Rates = Literal["uniform", "fixed"]

@@ -11,18 +11,18 @@ from pathlib import Path
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError, WeightsError
-from hcma_fast.models.weights import load_components, locate
-from hcma_fast.train.aligner_settings import check_fits
-from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.coco import read_captions
-from hcma_fast.train.encode import hash_annotations
-from hcma_fast.train.encoders import made_with
-from hcma_fast.train.run_folder import Provenance, RunFolder, check_provenance
-from hcma_fast.train.samples import plan_samples
-from hcma_fast.train.stage import Report, Stage, make_accelerator, train_stage
-from hcma_fast.train.stage2_export import CheckpointWriter
-from hcma_fast.train.stage2_objective import NoiseObjective
-from hcma_fast.train.stage2_settings import FREE, DenoiserTraining
+from hcma_fast.models.checkpoint.folder import load_components, locate
+from hcma_fast.train.aligner.settings import check_fits
+from hcma_fast.train.data.coco import read_captions
+from hcma_fast.train.data.encode import hash_annotations
+from hcma_fast.train.data.encoders import made_with
+from hcma_fast.train.data.latent_cache import LatentCache
+from hcma_fast.train.denoiser.export import CheckpointWriter
+from hcma_fast.train.denoiser.objective import NoiseObjective
+from hcma_fast.train.denoiser.settings import FREE, DenoiserTraining
+from hcma_fast.train.loop.run_folder import Provenance, RunFolder, check_provenance
+from hcma_fast.train.loop.samples import plan_samples
+from hcma_fast.train.loop.stage import Report, Stage, make_accelerator, train_stage
 
 
 def train_denoiser(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from hcma_fast.errors import HcmaError
 from hcma_fast.files import append_line, make_folder
-from hcma_fast.train.checkpoints import check_begun, load_state, save_state, write_tensors
+from hcma_fast.train.loop.states import check_begun, load_state, save_state, write_tensors
 
 Record = dict[str, float]
 """what is logged of a step: its number and named figures"""

@@ -22,14 +22,14 @@ from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
 from hcma_fast.files import append_line, make_folder, write_whole
-from hcma_fast.models.checkpoint import first_line
-from hcma_fast.train.cache import CacheHeader
-from hcma_fast.train.checkpoints import check_settings, write_state
+from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.train.data.latent_cache import CacheHeader
+from hcma_fast.train.loop.states import check_settings, write_state
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from hcma_fast.train.samples import SamplePlan
+    from hcma_fast.train.loop.samples import SamplePlan
 
 PROVENANCE_FILE = "training.json"
 LOG_FILE = "log.jsonl"

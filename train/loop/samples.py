@@ -23,15 +23,15 @@ from hcma_fast.errors import DivergenceError, InputError, WeightsError
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.layout import Layout
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.overlay import draw_layout
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.train.cache import CacheHeader
-from hcma_fast.train.coco import BadImage, read_split
-from hcma_fast.train.emoji_scenes import sample_scene
-from hcma_fast.train.encode import hash_annotations
-from hcma_fast.train.encoders import made_with
-from hcma_fast.train.views import crop_layout, part_of
+from hcma_fast.train.data.coco import BadImage, read_split
+from hcma_fast.train.data.emoji_scenes import sample_scene
+from hcma_fast.train.data.encode import hash_annotations
+from hcma_fast.train.data.encoders import made_with
+from hcma_fast.train.data.latent_cache import CacheHeader
+from hcma_fast.train.data.views import crop_layout, part_of
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

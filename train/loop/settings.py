@@ -1,4 +1,4 @@
-"""How any stage runs: what the loop of :mod:`hcma_fast.train.stage` goes by."""
+"""How any stage runs: what the loop of :mod:`hcma_fast.train.loop.stage` goes by."""
 
 from __future__ import annotations
 

@@ -28,14 +28,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.schedule import TRAIN_STEPS
-from hcma_fast.train.cache import Batch, LatentCache
-from hcma_fast.train.loop import diverged, ema_update, rate_share
-from hcma_fast.train.objective import Noised
-from hcma_fast.train.run_folder import RunFolder, RunState
-from hcma_fast.train.stage_settings import Training
+from hcma_fast.train.aligner.objective import Noised
+from hcma_fast.train.data.latent_cache import Batch, LatentCache
+from hcma_fast.train.loop.loop import diverged, ema_update, rate_share
+from hcma_fast.train.loop.run_folder import RunFolder, RunState
+from hcma_fast.train.loop.settings import Training
 
 if TYPE_CHECKING:
-    from hcma_fast.train.samples import SamplePlan
+    from hcma_fast.train.loop.samples import SamplePlan
 
 _VALIDATION_SEED = 2**40
 _GOLDEN = 0.6180339887498949

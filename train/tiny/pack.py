@@ -1,4 +1,4 @@
-"""Pack a training run as the embedded checkpoint: ``python -m hcma_fast.train.pack --help``.
+"""Pack a training run as the embedded checkpoint: ``python -m hcma_fast.train.tiny.pack --help``.
 
 Everything is stored as float16 safetensors, with hcma.json (the alignment's settings) and a list of
 sha256 sums; the model card beside them is written by hand from the figures of the run.
@@ -21,8 +21,8 @@ from hcma_fast.errors import UsageError
 from hcma_fast.export.manifest import hash_file
 from hcma_fast.files import make_folder, write_folder, write_whole
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint import CheckpointInfo, first_line, write_info
-from hcma_fast.models.weights import load_components, load_part, quiet_transformers
+from hcma_fast.models.checkpoint.folder import load_components, load_part, quiet_transformers
+from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line, write_info
 from hcma_fast.program import run_program
 
 SUMS_FILE = "sha256.txt"
@@ -75,7 +75,7 @@ def main() -> None:
     except ValidationError as error:
         raise UsageError(
             f"the alignment cannot have these settings: {first_line(error)}",
-            remedy="See python -m hcma_fast.train.pack --help.",
+            remedy="See python -m hcma_fast.train.tiny.pack --help.",
         ) from error
     pack(args.run, args.out, settings)
 

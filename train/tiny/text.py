@@ -22,9 +22,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.files import write_folder
-from hcma_fast.models.weights import quiet_transformers
-from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
-from hcma_fast.train.loop import LoopConfig, Record, run
+from hcma_fast.models.checkpoint.folder import quiet_transformers
+from hcma_fast.train.data.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
+from hcma_fast.train.loop.loop import LoopConfig, Record, run
 
 WIDTH = 128
 START, END = "<|startoftext|>", "<|endoftext|>"

@@ -1,4 +1,4 @@
-"""Train the gated UNet of `tiny`: ``python -m hcma_fast.train.denoiser --out .runs/tiny``.
+"""Train the gated UNet of `tiny`: ``python -m hcma_fast.train.tiny.unet --out .runs/tiny``.
 
 Noise prediction (Eq. 1) with min-SNR weights (gamma 5). Some steps run without the gated layers,
 since `unet_plain` must denoise too; caption and grounding are dropped at times for guidance. With
@@ -24,17 +24,17 @@ from transformers import CLIPTextModel
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.files import write_folder
 from hcma_fast.models.aligner import Aligner, AlignStep
-from hcma_fast.models.weights import Components, load_part, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components, load_part, load_tokenizer
 from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
-from hcma_fast.train.aligner_settings import architecture
-from hcma_fast.train.alignment import align_rows
-from hcma_fast.train.grounding_attention import GroundingAttention
-from hcma_fast.train.latents import Batch, SceneLatents
-from hcma_fast.train.loop import LoopConfig, check_can_go_on, run
-from hcma_fast.train.samples import plan_scene_samples
-from hcma_fast.train.scenes_cache import check_batch
-from hcma_fast.train.text import WIDTH
+from hcma_fast.train.aligner.settings import architecture
+from hcma_fast.train.data.scenes_cache import check_batch
+from hcma_fast.train.denoiser.alignment import align_rows
+from hcma_fast.train.loop.loop import LoopConfig, check_can_go_on, run
+from hcma_fast.train.loop.samples import plan_scene_samples
+from hcma_fast.train.tiny.grounding_attention import GroundingAttention
+from hcma_fast.train.tiny.latents import Batch, SceneLatents
+from hcma_fast.train.tiny.text import WIDTH
 
 PLAIN_SHARE = 0.05
 #: shares of the examples that lose caption and grounding (the unconditional half of guidance),

@@ -16,8 +16,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.train.loop import LoopConfig, Record, check_can_go_on, run
-from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
+from hcma_fast.train.data.scenes_cache import check_batch, rendered_scenes
+from hcma_fast.train.loop.loop import LoopConfig, Record, check_can_go_on, run
 
 KL_WEIGHT = 1e-4
 

@@ -15,11 +15,11 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.models.weights import load_part
-from hcma_fast.train.latents import cached_posteriors, trained_part
-from hcma_fast.train.loop import LoopConfig, Record, check_can_go_on, run
-from hcma_fast.train.scenes_cache import check_batch, rendered_scenes
-from hcma_fast.train.vae import psnr, reconstruction_loss, to_tensor
+from hcma_fast.models.checkpoint.folder import load_part
+from hcma_fast.train.data.scenes_cache import check_batch, rendered_scenes
+from hcma_fast.train.loop.loop import LoopConfig, Record, check_can_go_on, run
+from hcma_fast.train.tiny.latents import cached_posteriors, trained_part
+from hcma_fast.train.tiny.vae import psnr, reconstruction_loss, to_tensor
 
 
 class _Decoder(nn.Module):

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hcma_fast.bench.peers.attention import AttentionMap, Energy, mean_map
-from hcma_fast.bench.peers.guidance import GuidanceStep
-from hcma_fast.bench.peers.targets import Target
+from hcma_fast.bench.quality.methods.attention import AttentionMap, Energy, mean_map
+from hcma_fast.bench.quality.methods.guidance import GuidanceStep
+from hcma_fast.bench.quality.methods.targets import Target
 
 _SHARPNESS = 100.0
 _SIGMA = 0.5
@@ -72,7 +72,7 @@ class AttendAndExcite:
     updates: RefinedUpdates = field(default_factory=RefinedUpdates)
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
-        """See :class:`hcma_fast.bench.peers.guidance.Guide`."""
+        """See :class:`hcma_fast.bench.quality.methods.guidance.Guide`."""
         return self.updates.apply(z, step, self.energy, self.energy)
 
     def energy(self, maps: list[AttentionMap]) -> Tensor:

@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hcma_fast.bench.peers.attend_and_excite import RefinedUpdates, subject_maps
-from hcma_fast.bench.peers.attention import AttentionMap, mean_map
-from hcma_fast.bench.peers.guidance import GuidanceStep
-from hcma_fast.bench.peers.targets import Target, box_cells, box_mask
+from hcma_fast.bench.quality.methods.attend_and_excite import RefinedUpdates, subject_maps
+from hcma_fast.bench.quality.methods.attention import AttentionMap, mean_map
+from hcma_fast.bench.quality.methods.guidance import GuidanceStep
+from hcma_fast.bench.quality.methods.targets import Target, box_cells, box_mask
 
 _TOP_SHARE = 0.2
 _CORNER_CELLS = 1
@@ -33,7 +33,7 @@ class BoxDiff:
     updates: RefinedUpdates = field(default_factory=RefinedUpdates)
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
-        """See :class:`hcma_fast.bench.peers.guidance.Guide`.
+        """See :class:`hcma_fast.bench.quality.methods.guidance.Guide`.
 
         The paper's code adds the outer and corner terms of before the refinement to the inner ones
         of after it; here all are of the refined latent.

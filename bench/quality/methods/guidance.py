@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from hcma_fast.bench.peers.attention import AttentionMap, AttentionUNet
+from hcma_fast.bench.quality.methods.attention import AttentionMap, AttentionUNet
 from hcma_fast.errors import UsageError
 from hcma_fast.schedule import alphas_cumprod, plms_table
 from hcma_fast.specs import IOSpec
@@ -64,7 +64,7 @@ class Guide(Protocol):
 
 
 class GuidanceEngine:
-    """An :class:`~hcma_fast.runtime.engine.Engine` in place of `align`, for one run of a batch.
+    """An :class:`~hcma_fast.engine.Engine` in place of `align`, for one run of a batch.
 
     Images are guided one after the other: refinement stops at each one's own time, and an image
     does not depend on its batch. Steps are told by their timestep, which no two of them share.

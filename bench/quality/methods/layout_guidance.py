@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hcma_fast.bench.peers.attention import AttentionMap
-from hcma_fast.bench.peers.guidance import GuidanceStep
-from hcma_fast.bench.peers.targets import Target, box_cells, box_mask
+from hcma_fast.bench.quality.methods.attention import AttentionMap
+from hcma_fast.bench.quality.methods.guidance import GuidanceStep
+from hcma_fast.bench.quality.methods.targets import Target, box_cells, box_mask
 
 
 @dataclass
@@ -33,7 +33,7 @@ class LayoutGuidance:
     last: float | None = None
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
-        """See :class:`hcma_fast.bench.peers.guidance.Guide`.
+        """See :class:`hcma_fast.bench.quality.methods.guidance.Guide`.
 
         The paper's sigma_t^2 = (1 - abar_t) / abar_t belongs to latents that are larger by
         1 / sqrt(abar_t) than ours. On ours the same move is (1 - abar_t) eta grad_z E.

@@ -15,12 +15,18 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
-from hcma_fast.bench.methods import Method
+from hcma_fast.bench.quality.methods.table import Method
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint import PARTS, check_safe, first_line, hash_weights, resolve_folder
-from hcma_fast.models.weights import Components, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components, load_tokenizer
+from hcma_fast.models.checkpoint.info import (
+    PARTS,
+    check_safe,
+    first_line,
+    hash_weights,
+    resolve_folder,
+)
 
 _NEW_LAYERS = (".fuser.", "position_net.")
 

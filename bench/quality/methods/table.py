@@ -13,18 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import CLIPTokenizer
 
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.peers.attend_and_excite import AttendAndExcite
-from hcma_fast.bench.peers.attention import AttentionUNet, choose_factor
-from hcma_fast.bench.peers.boxdiff import BoxDiff
-from hcma_fast.bench.peers.guidance import GuidanceEngine, Guide
-from hcma_fast.bench.peers.layout_guidance import LayoutGuidance
-from hcma_fast.bench.peers.targets import Target, find_targets
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.attend_and_excite import AttendAndExcite
+from hcma_fast.bench.quality.methods.attention import AttentionUNet, choose_factor
+from hcma_fast.bench.quality.methods.boxdiff import BoxDiff
+from hcma_fast.bench.quality.methods.guidance import GuidanceEngine, Guide
+from hcma_fast.bench.quality.methods.layout_guidance import LayoutGuidance
+from hcma_fast.bench.quality.methods.targets import Target, find_targets
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.requests import call_arguments, override_settings
 from hcma_fast.specs import GRAPH_NAMES, GraphName

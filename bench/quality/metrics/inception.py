@@ -19,11 +19,11 @@ from PIL import Image
 from safetensors.torch import load
 from torch import Tensor, nn
 
-from hcma_fast.bench.fidelity import Features
-from hcma_fast.bench.networks import cut
+from hcma_fast.bench.quality.metrics.fidelity import Features
+from hcma_fast.bench.quality.metrics.networks import cut
 from hcma_fast.errors import WeightsError
 from hcma_fast.layout import Box
-from hcma_fast.models.checkpoint import first_line
+from hcma_fast.models.checkpoint.info import first_line
 
 SIDE = 299
 WIDTH = 2048

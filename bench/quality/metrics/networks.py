@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
-from hcma_fast.bench.fidelity import Features
-from hcma_fast.bench.judge import Judge
-from hcma_fast.bench.judge_data import crop, to_tensor
+from hcma_fast.bench.quality.metrics.fidelity import Features
+from hcma_fast.bench.quality.metrics.judge.data import crop, to_tensor
+from hcma_fast.bench.quality.metrics.judge.model import Judge
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.layout import Box
 

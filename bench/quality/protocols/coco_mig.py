@@ -15,15 +15,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hcma_fast.bench.eval_export import (
+from hcma_fast.bench.quality.generate import RunSettings
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.protocols.scorer_files import (
     Scores,
     export_images,
     not_in_format,
     write_document,
 )
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import RunSettings
-from hcma_fast.bench.methods import Method
 from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout

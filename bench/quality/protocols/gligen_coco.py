@@ -17,22 +17,22 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from hcma_fast.bench.detection import Detection, layout_ap
-from hcma_fast.bench.eval_export import (
+from hcma_fast.bench.quality.generate import RunSettings, png_bytes
+from hcma_fast.bench.quality.items import COCO_COUNT, EvalItem, check_enough, check_items
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.metrics.detection import Detection, layout_ap
+from hcma_fast.bench.quality.protocols.scorer_files import (
     Scores,
     export_folder,
     export_images,
     not_in_format,
     write_document,
 )
-from hcma_fast.bench.eval_items import COCO_COUNT, EvalItem, check_enough, check_items
-from hcma_fast.bench.eval_run import RunSettings, png_bytes
-from hcma_fast.bench.methods import Method
 from hcma_fast.errors import InputError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
-from hcma_fast.train.coco import annotation_files, read_categories, read_split
-from hcma_fast.train.views import MIN_AREA, crop_layout
+from hcma_fast.train.data.coco import annotation_files, read_categories, read_split
+from hcma_fast.train.data.views import MIN_AREA, crop_layout
 
 MAX_BOXES = 8
 _SPLITS = ("val2014", "val2017")

@@ -9,11 +9,11 @@ from typing import Protocol, TypeVar
 
 from pydantic import ValidationError
 
-from hcma_fast.bench.bootstrap import Estimate
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import RunSettings, image_files, load_records
-from hcma_fast.bench.eval_scores import EvalReport
-from hcma_fast.bench.methods import Method
+from hcma_fast.bench.quality.generate import RunSettings, image_files, load_records
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.scores import EvalReport
+from hcma_fast.bench.shared.bootstrap import Estimate
 from hcma_fast.errors import InputError, OutputError, UsageError
 from hcma_fast.files import make_folder, read_file, write_whole
 

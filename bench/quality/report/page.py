@@ -11,8 +11,10 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from PIL import Image
 
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_report import (
+from hcma_fast.bench.quality.generate import RunSettings, image_files
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.report.tables import (
     COST_HEAD,
     DIFFERENCE_HEAD,
     cost_row,
@@ -23,9 +25,7 @@ from hcma_fast.bench.eval_report import (
     score_names,
     score_rows,
 )
-from hcma_fast.bench.eval_run import RunSettings, image_files
-from hcma_fast.bench.eval_scores import LOWER_IS_BETTER, EvalReport
-from hcma_fast.bench.methods import Method
+from hcma_fast.bench.quality.scores import LOWER_IS_BETTER, EvalReport
 from hcma_fast.layout import Layout
 
 _SHOWN_SIDE = 256

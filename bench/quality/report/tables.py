@@ -6,8 +6,8 @@ import csv
 import io
 import math
 
-from hcma_fast.bench.bootstrap import Estimate
-from hcma_fast.bench.eval_scores import EvalReport, MethodScores
+from hcma_fast.bench.quality.scores import EvalReport, MethodScores
+from hcma_fast.bench.shared.bootstrap import Estimate
 
 _COSTS = ("s per image", "UNet forward", "UNet backward", "aligner passes", "peak MiB")
 

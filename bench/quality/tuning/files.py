@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 import io
 
-from hcma_fast.bench.plots import figure_png, new_figure
-from hcma_fast.bench.tune_records import Comparison, ScoreName, TrialRecord, TuningReport
+from hcma_fast.bench.quality.tuning.records import Comparison, ScoreName, TrialRecord, TuningReport
+from hcma_fast.bench.shared.plots import figure_png, new_figure
 
 _COLUMNS = (
     *("number", "state", "eta0", "window_start", "window_end", "lambda_global", "lambda_local"),

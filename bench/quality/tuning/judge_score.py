@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
-from hcma_fast.bench.scene_images import generate_images
-from hcma_fast.bench.tune_records import Readings
+from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR, Judge
+from hcma_fast.bench.quality.scene_images import generate_images
+from hcma_fast.bench.quality.tuning.records import Readings
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.train.emoji_scenes import sample_scene
+from hcma_fast.train.data.emoji_scenes import sample_scene
 
 
 class JudgeScore:

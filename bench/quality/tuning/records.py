@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from hcma_fast.bench.bootstrap import estimate
-from hcma_fast.bench.judge import CONFIDENCE_FLOOR
+from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR
+from hcma_fast.bench.shared.bootstrap import estimate
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
 

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from hcma_fast.bench.tune_records import (
+from hcma_fast.bench.quality.tuning.records import (
     WORST,
     Comparison,
     Plan,

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from hcma_fast.bench.bootstrap import Estimate, median_ratio
-from hcma_fast.bench.report import Report, Results, Row
+from hcma_fast.bench.shared.bootstrap import Estimate, median_ratio
+from hcma_fast.bench.speed.harness.report import Report, Results, Row
 from hcma_fast.errors import InputError, UsageError
 
 Key = tuple[str, ...]

@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.harness import HALF_ERROR, MAX_ERROR
-from hcma_fast.bench.report import Label
-from hcma_fast.bench.workers import Contestant, worker
+from hcma_fast.bench.speed.harness.report import Label
+from hcma_fast.bench.speed.harness.rounds import HALF_ERROR, MAX_ERROR
+from hcma_fast.bench.speed.harness.workers import Contestant, worker
 from hcma_fast.config import BACKENDS, MAX_OBJECTS
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.specs import BatchRange, GraphName
 
 if TYPE_CHECKING:
+    from hcma_fast.engine import Engine
     from hcma_fast.export.target import Target
-    from hcma_fast.models.weights import Components
-    from hcma_fast.runtime.capture import CaptureMode
-    from hcma_fast.runtime.engine import Engine
+    from hcma_fast.models.checkpoint.folder import Components
     from hcma_fast.runtime.pipeline import HCMAPipeline
+    from hcma_fast.sampling.capture import CaptureMode
 
 PROMPT = "a dog to the left of a pizza on a green field"
 LAYOUT = Layout(["dog", "pizza"], [(0.05, 0.3, 0.45, 0.9), (0.5, 0.5, 0.95, 0.9)])
@@ -163,7 +163,7 @@ def plain_contestant(
 ) -> Contestant:
     """The plain loop on loaded parts; ``unet`` and ``losses`` as in ``plain_generate``."""
     # here and below: the parent unpickles a reference to a function, and needs no diffusers
-    from hcma_fast.bench.plain_loop import plain_generate
+    from hcma_fast.bench.speed.harness.plain_loop import plain_generate
 
     settings = parts.settings
     if work.eta0 is not None:
@@ -217,7 +217,7 @@ def open_pipe(
     Raises:
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
     """
-    from hcma_fast.runtime.eager import EagerEngine
+    from hcma_fast.export.backends.eager import EagerEngine
     from hcma_fast.runtime.gradient import gradient_engine
     from hcma_fast.runtime.pipeline import HCMAPipeline
     from hcma_fast.runtime.requests import check_device
@@ -259,11 +259,11 @@ def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cp
     Raises:
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
     """
+    from hcma_fast.export.backends.eager import EagerEngine
     from hcma_fast.export.manifest import load_manifest
-    from hcma_fast.models.random_sd14 import RandomSD14
-    from hcma_fast.models.weights import load_components
-    from hcma_fast.runtime.eager import EagerEngine
-    from hcma_fast.runtime.open import open_engine
+    from hcma_fast.export.open import open_engine
+    from hcma_fast.models.checkpoint.folder import load_components
+    from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
     from hcma_fast.runtime.requests import check_device
 
     check_device(device, ours.backend)
@@ -279,9 +279,9 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
     """The first evaluations of a run, as ``plain_generate`` makes them."""
     import torch
 
-    from hcma_fast.runtime.conditioning import condition
     from hcma_fast.runtime.requests import noise_from_seeds
-    from hcma_fast.runtime.sampler import Schedule, fusable, sample, sample_fused
+    from hcma_fast.sampling.conditioning import condition
+    from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
 
     settings = pipe.settings
     if work.eta0 is not None:
@@ -326,8 +326,8 @@ def components_of(
     Raises:
         WeightsError: as in ``load_components``.
     """
-    from hcma_fast.models.random_sd14 import RandomSD14
-    from hcma_fast.models.weights import load_components
+    from hcma_fast.models.checkpoint.folder import load_components
+    from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
     parts = RandomSD14().drawn(*drawn) if model == SD14 else load_components(model)
     modules = (parts.text_encoder, parts.unet, parts.vae, parts.aligner)
@@ -342,9 +342,9 @@ def weights_hash_of(model: str | Path) -> tuple[str, str]:
     Raises:
         WeightsError: no such model.
     """
-    from hcma_fast.models.checkpoint import read_info
-    from hcma_fast.models.random_sd14 import RandomSD14
-    from hcma_fast.models.weights import locate
+    from hcma_fast.models.checkpoint.folder import locate
+    from hcma_fast.models.checkpoint.info import read_info
+    from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
     if model == SD14:
         return SD14, RandomSD14().weights_hash
@@ -356,8 +356,8 @@ def weights_hash_of(model: str | Path) -> tuple[str, str]:
 def _folder(model: str | Path, target: Target) -> Path:
     """The engine folder in the cache, built where it is missing."""
     from hcma_fast.export.cache import engine_folder, find_or_build
-    from hcma_fast.models.random_sd14 import RandomSD14
-    from hcma_fast.models.weights import locate
+    from hcma_fast.models.checkpoint.folder import locate
+    from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
     if model != SD14:
         return engine_folder(locate(model), target)

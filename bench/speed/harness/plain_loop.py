@@ -18,7 +18,7 @@ from torch import Tensor
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.layout import Layout
 from hcma_fast.losses import local_mean
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 
 
 @torch.no_grad()

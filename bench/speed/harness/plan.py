@@ -9,10 +9,10 @@ from importlib.util import find_spec
 
 import torch
 
-from hcma_fast.bench.contestants import SD14, Ours, Work
-from hcma_fast.bench.harness import Case, Group
+from hcma_fast.bench.speed.harness.contestants import SD14, Ours, Work
+from hcma_fast.bench.speed.harness.rounds import Case, Group
 from hcma_fast.errors import BackendError
-from hcma_fast.runtime.capture import CAPTURABLE
+from hcma_fast.sampling.capture import CAPTURABLE
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def installed_backends(device: str) -> tuple[Ours, ...]:
         if openvino_rounds(device):
             found.append(Ours("openvino", precision="bfloat16"))
         return (*found, Ours("eager"))
-    from hcma_fast.export.session import CUDA
+    from hcma_fast.export.backends.onnxruntime.session import CUDA
 
     found = [
         Ours(backend, precision=precision)
@@ -95,9 +95,9 @@ def installed_backends(device: str) -> tuple[Ours, ...]:
 
 def _native_backends(device: str) -> list[str]:
     """Backends that compile for a GPU, of those that are installed and can for this one."""
-    from hcma_fast.export.aoti import check_compiler
+    from hcma_fast.export.backends.aoti.build import check_compiler
+    from hcma_fast.export.backends.trt.build import ARCHITECTURES
     from hcma_fast.export.target import TRT_LIBRARIES
-    from hcma_fast.export.trt_engine import ARCHITECTURES
 
     card = "sm{}{}".format(*torch.cuda.get_device_capability(device))
     found: list[str] = [
@@ -115,7 +115,7 @@ def openvino_rounds(device: str) -> bool:
     """Whether OpenVINO is here and computes in bfloat16 on this processor."""
     if device.startswith("cuda") or not find_spec("openvino"):
         return False
-    from hcma_fast.export.openvino_model import computes
+    from hcma_fast.export.backends.openvino.model import computes
 
     return computes("bfloat16")
 

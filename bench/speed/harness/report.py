@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hcma_fast.bench.bootstrap import Estimate
-from hcma_fast.bench.clocks import Clocks
-from hcma_fast.bench.machine import Machine
+from hcma_fast.bench.shared.bootstrap import Estimate
+from hcma_fast.bench.shared.clocks import Clocks
+from hcma_fast.bench.shared.machine import Machine
 from hcma_fast.errors import InputError
 
 Label = int | float | str

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.report import Label, Row, within_rounds
-from hcma_fast.bench.workers import Contestant, Loaded, Run, Worker, worker
+from hcma_fast.bench.speed.harness.report import Label, Row, within_rounds
+from hcma_fast.bench.speed.harness.workers import Contestant, Loaded, Run, Worker, worker
 from hcma_fast.errors import HcmaError, UsageError
 
 MAX_ERROR = 1e-3

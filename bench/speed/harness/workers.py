@@ -29,11 +29,13 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.clocks import Clocks, read_clocks
-from hcma_fast.bench.memory import own_peak_rss_mib
+from hcma_fast.bench.shared.clocks import Clocks, read_clocks
+from hcma_fast.bench.shared.memory import own_peak_rss_mib
 from hcma_fast.errors import HcmaError
 
-_COMMAND = "import sys; from hcma_fast.bench.workers import serve; serve(int(sys.argv[1]))"
+_COMMAND = (
+    "import sys; from hcma_fast.bench.speed.harness.workers import serve; serve(int(sys.argv[1]))"
+)
 _TAIL = 300
 """Characters of a dead worker's output that its error quotes."""
 

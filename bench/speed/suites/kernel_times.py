@@ -1,6 +1,6 @@
 """The suite of the Triton kernels on a GPU: each beside its reference in torch's own operators.
 
-Sizes are those of ``sd14``, as in :mod:`hcma_fast.bench.kernels`, which counts the bytes.
+Sizes are those of ``sd14``, as in ``bench.estimates.kernel_resources``, which counts the bytes.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.kernels import CASES, DTYPES
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.estimates.kernel_resources import CASES, DTYPES
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.kernels.align_update import align_update_in_place_cuda, align_update_reference
 from hcma_fast.kernels.cosine_loss import cosine_loss_cuda, cosine_loss_reference
 from hcma_fast.kernels.denoise_update import (
@@ -31,7 +31,7 @@ from hcma_fast.kernels.region_pool import (
     region_pool_cuda,
     region_pool_reference,
 )
-from hcma_fast.runtime.capture import CudaGraphs
+from hcma_fast.sampling.capture import CudaGraphs
 from hcma_fast.schedule import plms_table
 
 TORCH, TRITON = "torch", "Triton"

@@ -7,16 +7,16 @@ from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from hcma_fast.bench.contestants import SD14, Ours
-from hcma_fast.bench.harness import Group
-from hcma_fast.bench.plan import Plan, side_by_side
-from hcma_fast.bench.plots import figure_png, new_figure
-from hcma_fast.bench.speed import ours_case, plain_case
-from hcma_fast.runtime.capture import CAPTURABLE
+from hcma_fast.bench.shared.plots import figure_png, new_figure
+from hcma_fast.bench.speed.harness.contestants import SD14, Ours
+from hcma_fast.bench.speed.harness.plan import Plan, side_by_side
+from hcma_fast.bench.speed.harness.rounds import Group
+from hcma_fast.bench.speed.plain_and_ours import ours_case, plain_case
+from hcma_fast.sampling.capture import CAPTURABLE
 from hcma_fast.specs import GraphName
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.report import Row
+    from hcma_fast.bench.speed.harness.report import Row
 
 _UNETS: tuple[GraphName, ...] = ("unet_grounded", "unet_plain")
 

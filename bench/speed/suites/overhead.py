@@ -14,17 +14,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hcma_fast.bench.contestants import components_of, weights_hash_of
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.speed.harness.contestants import components_of, weights_hash_of
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.specs import BATCH, GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec, TensorSpec
 
 if TYPE_CHECKING:
-    from hcma_fast.models.weights import Components
-    from hcma_fast.runtime.engine import Engine
-    from hcma_fast.runtime.sampler import Conditioning
+    from hcma_fast.engine import Engine
+    from hcma_fast.models.checkpoint.folder import Components
+    from hcma_fast.sampling.loop import Conditioning
 
 GOAL_MS = 0.3
 """Per step."""
@@ -109,7 +109,7 @@ def load_sampler(
     """
     from time import perf_counter
 
-    from hcma_fast.runtime.sampler import Schedule
+    from hcma_fast.sampling.loop import Schedule
 
     parts = components_of(model, drawn=())
     specs = parts.specs()
@@ -140,8 +140,8 @@ def load_sampler(
 def _sampler(
     name: str, engines: Mapping[GraphName, Engine], device: str
 ) -> Callable[..., tuple[Tensor, object]]:
-    from hcma_fast.runtime.cudagraph import ReplaySampler
-    from hcma_fast.runtime.sampler import sample, sample_fused
+    from hcma_fast.sampling.loop import sample, sample_fused
+    from hcma_fast.sampling.replay import ReplaySampler
 
     if name.startswith("captured"):
         return ReplaySampler(engines, device)
@@ -150,7 +150,7 @@ def _sampler(
 
 def no_op_conditioning(parts: Components, batch: int, device: str = "cpu") -> Conditioning:
     """Zeros: nothing looks at them."""
-    from hcma_fast.runtime.sampler import CONTEXTS, Conditioning
+    from hcma_fast.sampling.loop import CONTEXTS, Conditioning
 
     specs = parts.specs()
     graphs: tuple[GraphName, ...] = ("align", "unet_grounded", "grounding")

@@ -22,23 +22,23 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from hcma_fast.bench.contestants import (
+from hcma_fast.bench.speed.harness.contestants import (
     PROMPT,
     SD14,
     Work,
     components_of,
     plain_contestant,
 )
-from hcma_fast.bench.harness import HALF_ERROR, MAX_ERROR, Case, Group
-from hcma_fast.bench.plan import Plan, openvino_rounds, side_by_side
-from hcma_fast.bench.report import COMPILED
-from hcma_fast.bench.speed import ours_case, plain_case
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.speed.harness.plan import Plan, openvino_rounds, side_by_side
+from hcma_fast.bench.speed.harness.report import COMPILED
+from hcma_fast.bench.speed.harness.rounds import HALF_ERROR, MAX_ERROR, Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
+from hcma_fast.bench.speed.plain_and_ours import ours_case, plain_case
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.models.weights import Components
+    from hcma_fast.models.checkpoint.folder import Components
 
 Exported = Literal["onnxruntime", "openvino", "openvino bfloat16"]
 Half = Literal["float16", "bfloat16"]
@@ -232,7 +232,7 @@ def _export(parts: Components, batch: int, folder: Path) -> Path:
 
 
 def _open_onnxruntime(path: Path) -> Runner:
-    from hcma_fast.export.session import onnxruntime_version
+    from hcma_fast.export.backends.onnxruntime.session import onnxruntime_version
 
     onnxruntime_version()  # says it in our words if it is missing
     import onnxruntime
@@ -247,7 +247,7 @@ def _open_onnxruntime(path: Path) -> Runner:
 
 
 def _open_openvino(runtime: Exported, path: Path) -> Runner:
-    from hcma_fast.export.openvino_model import shared_core
+    from hcma_fast.export.backends.openvino.model import shared_core
 
     hint = "bf16" if "bfloat16" in runtime else "f32"
     options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
@@ -272,7 +272,7 @@ def load_gligen(model: str, work: Work, device: str = "cpu") -> Contestant:
     """
     from diffusers import StableDiffusionGLIGENPipeline
 
-    from hcma_fast.bench.plain_loop import draw_noise, pndm_scheduler
+    from hcma_fast.bench.speed.harness.plain_loop import draw_noise, pndm_scheduler
 
     parts = components_of(model, device)
     # the pipeline pads to it, and tokenizers that are made here do not say

@@ -12,13 +12,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.bootstrap import FEWEST, RESAMPLES, Indices, estimate
-from hcma_fast.bench.contestants import SD14, Ours, Work
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.plots import figure_png, new_figure
-from hcma_fast.bench.report import Fit, Row
-from hcma_fast.bench.speed import ours_case
+from hcma_fast.bench.shared.bootstrap import FEWEST, RESAMPLES, Indices, estimate
+from hcma_fast.bench.shared.plots import figure_png, new_figure
+from hcma_fast.bench.speed.harness.contestants import SD14, Ours, Work
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.harness.report import Fit, Row
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.plain_and_ours import ours_case
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from hcma_fast.bench.contestants import (
+from hcma_fast.bench.shared.memory import peak_rss_mib
+from hcma_fast.bench.speed.harness.contestants import (
     SD14,
     Ours,
     build_missing,
@@ -21,14 +22,13 @@ from hcma_fast.bench.contestants import (
     open_graph,
     weights_hash_of,
 )
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.memory import peak_rss_mib
-from hcma_fast.bench.plan import Plan, side_by_side
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.speed.harness.plan import Plan, side_by_side
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.config import GRAD_BACKENDS
 
 if TYPE_CHECKING:
-    from hcma_fast.runtime.engine import Engine
+    from hcma_fast.engine import Engine
 
 _CALLS = 10
 """Of the gradient in a run: one alone is too short for a clock"""
@@ -100,7 +100,7 @@ def load_align(model: str, ours: Ours, batch: int, calls: int, device: str) -> C
 def _align_calls(engine: Engine, model: str, batch: int, calls: int, device: str) -> Contestant:
     import torch
 
-    from hcma_fast.export.graphs import random_inputs
+    from hcma_fast.export.onnx.trace import random_inputs
 
     spec = engine.spec
     drawn = random_inputs(spec, batch, torch.Generator().manual_seed(0))
@@ -146,10 +146,10 @@ def load_unet(model: str, ours: Ours, calls: int, device: str) -> Contestant:
     """
     import torch
 
-    from hcma_fast.bench.counting import count_module
-    from hcma_fast.bench.rates import matmul_rate
-    from hcma_fast.export.graphs import random_inputs
-    from hcma_fast.models.random_sd14 import RandomSD14
+    from hcma_fast.bench.estimates.counting import count_module
+    from hcma_fast.bench.shared.rates import matmul_rate
+    from hcma_fast.export.onnx.trace import random_inputs
+    from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
     engine = open_graph(model, ours, "unet_grounded", device)
     parts = RandomSD14().without_weights() if model == SD14 else components_of(model)

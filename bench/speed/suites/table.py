@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from hcma_fast.bench.contestants import SD14, weights_hash_of
-from hcma_fast.bench.harness import Group, run_group
-from hcma_fast.bench.kernel_times import kernels
-from hcma_fast.bench.ladder import ladder
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.overhead import overhead
-from hcma_fast.bench.peers_speed import half_case, peers
-from hcma_fast.bench.plan import Plan, extent, side_by_side
-from hcma_fast.bench.report import Report
-from hcma_fast.bench.scaling import fit_scaling, scaling
-from hcma_fast.bench.speed import ours_case, plain_case
-from hcma_fast.bench.stages import align, build, unet
-from hcma_fast.bench.training import train
+from hcma_fast.bench.shared.machine import describe_machine
+from hcma_fast.bench.speed.harness.contestants import SD14, weights_hash_of
+from hcma_fast.bench.speed.harness.plan import Plan, extent, side_by_side
+from hcma_fast.bench.speed.harness.report import Report
+from hcma_fast.bench.speed.harness.rounds import Group, run_group
+from hcma_fast.bench.speed.plain_and_ours import ours_case, plain_case
+from hcma_fast.bench.speed.suites.kernel_times import kernels
+from hcma_fast.bench.speed.suites.ladder import ladder
+from hcma_fast.bench.speed.suites.overhead import overhead
+from hcma_fast.bench.speed.suites.peers import half_case, peers
+from hcma_fast.bench.speed.suites.scaling import fit_scaling, scaling
+from hcma_fast.bench.speed.suites.stages import align, build, unet
+from hcma_fast.bench.speed.suites.training import train
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.runtime.requests import check_device
 

@@ -16,13 +16,15 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hcma_fast.bench.contestants import SD14, components_of
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.rates import matmul_rate
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.shared.rates import matmul_rate
+from hcma_fast.bench.speed.harness.contestants import SD14, components_of
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.files import make_folder, write_whole
-from hcma_fast.train.cache import (
+from hcma_fast.train.aligner.objective import AlignerFeatures, draw_noised, stage1_losses
+from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.latent_cache import (
     HEADER_FILE,
     LABELS_FILE,
     Batch,
@@ -32,12 +34,10 @@ from hcma_fast.train.cache import (
     pack,
     shard_file,
 )
-from hcma_fast.train.encoders import Encoders
-from hcma_fast.train.objective import AlignerFeatures, draw_noised, stage1_losses
-from hcma_fast.train.views import crop_image
+from hcma_fast.train.data.views import crop_image
 
 if TYPE_CHECKING:
-    from hcma_fast.models.weights import Components
+    from hcma_fast.models.checkpoint.folder import Components
 
 _FILES = 32
 """Images on the disk that a loop without a cache reads in turns"""
@@ -104,7 +104,7 @@ class Uncached(LatentCache):
 def load_training(
     model: str, steps: int, batch: int, bf16: bool, device: str, *, cached: bool = True
 ) -> Contestant:
-    """Some steps of :func:`hcma_fast.train.aligner.train_aligner`, with its checkpoint at the end.
+    """Some steps of ``train.aligner.train.train_aligner``, with its checkpoint at the end.
 
     Figures are of the training loop alone, without validation and checkpoint, medians of all runs
     but the first: samples per second, share of the time that it waited for data, and, with a cache,
@@ -114,8 +114,8 @@ def load_training(
     Raises:
         WeightsError: no such model.
     """
-    from hcma_fast.train.aligner import train_aligner
-    from hcma_fast.train.aligner_settings import AlignerTraining
+    from hcma_fast.train.aligner.settings import AlignerTraining
+    from hcma_fast.train.aligner.train import train_aligner
 
     parts = components_of(model, drawn=("aligner", *(() if cached else ("text", "vae"))))
     training = AlignerTraining(

@@ -20,7 +20,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
-from hcma_fast.export.graphs import dynamic_shapes, example_inputs, traceable
+from hcma_fast.export.onnx.trace import dynamic_shapes, example_inputs, traceable
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 _launching = threading.Lock()

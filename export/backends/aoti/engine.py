@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.aoti import gpu_misses, runner
+from hcma_fast.export.backends.aoti.build import gpu_misses, runner
 from hcma_fast.specs import IOSpec
 
 
 class CompiledEngine:
-    """Runs one .pt2 file of :func:`hcma_fast.export.aoti.compile_aoti`, on its device.
+    """Runs one .pt2 file of :func:`..build.compile_aoti`, on its device.
 
     Loading runs native code from the file, so the caller must have compared its sha256 with the
     manifest's before.
@@ -34,7 +34,7 @@ class CompiledEngine:
         self._misses = gpu_misses()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`.
+        """See :class:`hcma_fast.engine.Engine`.
 
         The outputs are new memory, the caller's; the captured sampler copies what it keeps.
 

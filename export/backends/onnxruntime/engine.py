@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.kernel_cache import drop_damaged, note_hashes
-from hcma_fast.export.session import (
+from hcma_fast.export.backends.onnxruntime.session import (
     CUDA,
     TENSORRT,
     cuda_runner,
@@ -24,7 +23,8 @@ from hcma_fast.export.session import (
     runner,
     tensorrt_options,
 )
-from hcma_fast.runtime.parts import cut, join, rows_of
+from hcma_fast.export.backends.split_batch import cut, join, rows_of
+from hcma_fast.export.kernel_cache import drop_damaged, note_hashes
 from hcma_fast.specs import IOSpec
 
 _Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -82,7 +82,7 @@ class OrtEngine:
             self._cuda = cuda_runner(session, spec, place)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`.
+        """See :class:`hcma_fast.engine.Engine`.
 
         Raises:
             DeviceMemoryError: the host has no memory left.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export.openvino_model import (
+from hcma_fast.export.backends.openvino.model import (
     OpenVINOPrecision,
     compile_model,
     is_out_of_memory,
@@ -20,7 +20,7 @@ from hcma_fast.export.openvino_model import (
     runner,
     weight_bytes,
 )
-from hcma_fast.runtime.parts import cut, join, rows_of
+from hcma_fast.export.backends.split_batch import cut, join, rows_of
 from hcma_fast.specs import BATCH, GraphName, IOSpec
 
 __all__ = ["OpenVINOEngine", "openvino_version"]
@@ -83,7 +83,7 @@ class OpenVINOEngine:
             self._whole = runner(compiled, spec)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`.
+        """See :class:`hcma_fast.engine.Engine`.
 
         Raises:
             DeviceMemoryError: the host has no memory left.

@@ -182,7 +182,7 @@ def _part_shared_weights(openvino: Any, model: Any) -> None:
 
     OpenVINO's CPU plugin (2026.4) packs a weight once per address and shape. Where a graph
     multiplies by a square weight and by its transpose, as every gradient does, the second product
-    silently gets the first one's packing. tests/runtime/test_openvino.py shows it.
+    silently gets the first one's packing. tests/export/backends/test_openvino.py shows it.
     """
     seen = set()
     for node in model.get_ops():

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError, UsageError
-from hcma_fast.export.trt_engine import (
+from hcma_fast.export.backends.trt.build import (
     TRTLibrary,
     trt_failure,
     trt_log,

@@ -16,7 +16,7 @@ from hcma_fast.errors import (
     InputError,
     UsageError,
 )
-from hcma_fast.export.trt_engine import (
+from hcma_fast.export.backends.trt.build import (
     TRTLibrary,
     check_signature,
     dtype_name,
@@ -26,7 +26,7 @@ from hcma_fast.export.trt_engine import (
     trt_module,
     typed_errors,
 )
-from hcma_fast.runtime.trt_context import REBUILD, TRTContext, out_of_memory, shape_of
+from hcma_fast.export.backends.trt.context import REBUILD, TRTContext, out_of_memory, shape_of
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 
@@ -97,7 +97,7 @@ class TRTEngine:
         self.context = self._start()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """See :class:`hcma_fast.runtime.engine.Engine`. Runs on torch's current stream.
+        """See :class:`hcma_fast.engine.Engine`. Runs on torch's current stream.
 
         Inputs that are not contiguous are copied. Buffers bound before are no longer bound after.
 
@@ -135,7 +135,7 @@ class TRTEngine:
         return twin
 
     def check_capturable(self) -> None:
-        """See :class:`hcma_fast.runtime.engine.Stateful`.
+        """See :class:`hcma_fast.engine.Stateful`.
 
         It goes by the build and, for a :meth:`fork` that ran, by the library's word for torch's
         current stream.

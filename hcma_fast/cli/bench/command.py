@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import Progress, TaskID
 
-from hcma_fast.cli.bench_limits import roofline
-from hcma_fast.cli.bench_savings import savings
-from hcma_fast.cli.bench_suites import compare, run, show, soak
+from hcma_fast.cli.bench.limits import roofline
+from hcma_fast.cli.bench.savings import savings
+from hcma_fast.cli.bench.suites import compare, run, show, soak
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import (
     BuildProgress,
@@ -27,7 +27,7 @@ from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.evaluate import QualityReport, Share
+    from hcma_fast.bench.quality.evaluate import QualityReport, Share
 
 bench_app = typer.Typer(
     help="Measure speed and quality. Tables and JSON on stdout, progress on stderr.",
@@ -63,8 +63,8 @@ def speed(
 
     Each has a process of its own, as it would have at a user's. `bench run` has larger suites.
     """
-    from hcma_fast.bench.report import report_markdown
-    from hcma_fast.bench.speed import measure_speed
+    from hcma_fast.bench.speed.harness.report import report_markdown
+    from hcma_fast.bench.speed.plain_and_ours import measure_speed
 
     report = measure_speed(
         model,
@@ -129,8 +129,8 @@ def quality(
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
 ) -> None:
     """Generate a split's layouts and count the boxes in which the judge sees what was asked for."""
-    from hcma_fast.bench.evaluate import evaluate
-    from hcma_fast.bench.judge import Judge
+    from hcma_fast.bench.quality.evaluate import evaluate
+    from hcma_fast.bench.quality.metrics.judge.model import Judge
     from hcma_fast.config import cache_root
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
@@ -229,7 +229,7 @@ def kernels(
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
 ) -> None:
     """Registers, spills, shared memory and bytes of the Triton kernels, per GPU architecture."""
-    from hcma_fast.bench.kernels import kernels_markdown, offline_table
+    from hcma_fast.bench.estimates.kernel_resources import kernels_markdown, offline_table
 
     if not offline:
         raise UsageError(

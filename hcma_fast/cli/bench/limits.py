@@ -11,8 +11,8 @@ from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.config import MAX_OBJECTS
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.gpus import GPU
-    from hcma_fast.bench.roofline import BatchTime, RooflineReport
+    from hcma_fast.bench.estimates.gpus import GPU
+    from hcma_fast.bench.estimates.roofline import BatchTime, RooflineReport
 
 
 def roofline(
@@ -42,8 +42,8 @@ def roofline(
 
     Nothing is run and no GPU is needed.
     """
-    from hcma_fast.bench.roofline import parse_batches, parse_gpus
-    from hcma_fast.bench.roofline import roofline as estimate
+    from hcma_fast.bench.estimates.roofline import parse_batches, parse_gpus
+    from hcma_fast.bench.estimates.roofline import roofline as estimate
 
     report = estimate(
         model,

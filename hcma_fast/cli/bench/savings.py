@@ -8,11 +8,11 @@ import typer
 
 from hcma_fast.cli.output import BuildProgress, counting_bar, print_json
 from hcma_fast.config import BACKENDS
-from hcma_fast.runtime.savings import Savings, parse_savings
+from hcma_fast.sampling.savings import Savings, parse_savings
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.bootstrap import Estimate
-    from hcma_fast.bench.savings import SavingsReport
+    from hcma_fast.bench.shared.bootstrap import Estimate
+    from hcma_fast.bench.speed.savings import SavingsReport
 
 
 def savings(
@@ -37,8 +37,8 @@ def savings(
 
     The judge scores them where the model draws EmojiScenes.
     """
-    from hcma_fast.bench.judge import Judge
-    from hcma_fast.bench.savings import SAVINGS, measure_savings
+    from hcma_fast.bench.quality.metrics.judge.model import Judge
+    from hcma_fast.bench.speed.savings import SAVINGS, measure_savings
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
     rows = [parse_savings(text.split(",")) for text in saving or ()] or SAVINGS

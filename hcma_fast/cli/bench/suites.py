@@ -15,9 +15,9 @@ from hcma_fast.cli.output import output_folder, print_json, print_note, write_fi
 from hcma_fast.errors import HcmaError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.bootstrap import Estimate
-    from hcma_fast.bench.report import Report
-    from hcma_fast.bench.soak_report import SoakReport
+    from hcma_fast.bench.shared.bootstrap import Estimate
+    from hcma_fast.bench.soak.report import SoakReport
+    from hcma_fast.bench.speed.harness.report import Report
 
 RESULTS_FILE = "bench.json"
 
@@ -63,10 +63,10 @@ def run(
     A row whose result does not agree with the plain loop's is void. Ends with an error if any row
     is void, or could not run.
     """
-    from hcma_fast.bench.plan import Plan
-    from hcma_fast.bench.plots import check_installed
-    from hcma_fast.bench.report import Results, report_markdown, rows_csv
-    from hcma_fast.bench.suites import ON_GPU, SUITES, check_suites, run_suite
+    from hcma_fast.bench.shared.plots import check_installed
+    from hcma_fast.bench.speed.harness.plan import Plan
+    from hcma_fast.bench.speed.harness.report import Results, report_markdown, rows_csv
+    from hcma_fast.bench.speed.suites.table import ON_GPU, SUITES, check_suites, run_suite
 
     if json_ and csv:
         raise UsageError("--json and --csv exclude each other", remedy="Use one of them.")
@@ -112,9 +112,9 @@ def run(
 
 
 def _write(folder: Path, report: Report) -> None:
-    from hcma_fast.bench.ladder import ladder_png
-    from hcma_fast.bench.report import report_markdown, rows_csv
-    from hcma_fast.bench.scaling import scaling_png
+    from hcma_fast.bench.speed.harness.report import report_markdown, rows_csv
+    from hcma_fast.bench.speed.suites.ladder import ladder_png
+    from hcma_fast.bench.speed.suites.scaling import scaling_png
 
     write_file(folder / f"{report.suite}.md", f"{report_markdown(report)}\n".encode())
     write_file(folder / f"{report.suite}.csv", rows_csv([report]).encode())
@@ -148,8 +148,8 @@ def show(
 
     Speed-ups against another row are ratios within a round, as those against the first one.
     """
-    from hcma_fast.bench.report import COMPILED, read_results, report_markdown
-    from hcma_fast.bench.soak_report import read_soak
+    from hcma_fast.bench.soak.report import read_soak
+    from hcma_fast.bench.speed.harness.report import COMPILED, read_results, report_markdown
 
     if (soaked := read_soak(results)) is not None:
         typer.echo(soak_text(soaked))
@@ -174,8 +174,8 @@ def compare(
     Slower is: above the threshold, and not by chance (the 95% interval is above 1). A row that is
     missing in the new results, while its suite is there, is an error too.
     """
-    from hcma_fast.bench.compare import compare_results, comparison_markdown
-    from hcma_fast.bench.report import read_results
+    from hcma_fast.bench.speed.harness.compare import compare_results, comparison_markdown
+    from hcma_fast.bench.speed.harness.report import read_results
 
     found = compare_results(read_results(old), read_results(new), threshold)
     if json_:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import TaskID
 
-from hcma_fast.cli.eval_inputs import check_benchmark, choose_instruments, choose_items
+from hcma_fast.cli.eval.inputs import check_benchmark, choose_instruments, choose_items
 from hcma_fast.cli.output import (
     BuildProgress,
     counting_bar,
@@ -24,7 +24,7 @@ from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import BackendError, OutputError, UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.methods import Method, Runner
+    from hcma_fast.bench.quality.methods.table import Method, Runner
 
 _STAGES = ("generate", "measure", "report")
 _REPORTS = ("scores.json", "scores.csv", "report.md", "report.html")
@@ -150,12 +150,12 @@ def evaluate(
             value=", ".join(missing),
             remedy='Run pip install "hcma-fast[eval]".',
         )
-    from hcma_fast.bench.eval_export import split_scores, with_scores
-    from hcma_fast.bench.eval_items import items_hash
-    from hcma_fast.bench.eval_measure import measure
-    from hcma_fast.bench.eval_run import RunSettings, Shard, check_plan, generate, open_run
-    from hcma_fast.bench.eval_scores import check_pairs, score_run
-    from hcma_fast.bench.methods import Method
+    from hcma_fast.bench.quality.generate import RunSettings, Shard, check_plan, generate, open_run
+    from hcma_fast.bench.quality.items import items_hash
+    from hcma_fast.bench.quality.measure import measure
+    from hcma_fast.bench.quality.methods.table import Method
+    from hcma_fast.bench.quality.protocols.scorer_files import split_scores, with_scores
+    from hcma_fast.bench.quality.scores import check_pairs, score_run
 
     part = Shard.parse(shard)
     stages = tuple(stage or (_STAGES if part.count == 1 else _STAGES[:2]))
@@ -220,8 +220,8 @@ def evaluate(
             benchmark.export(methods, run, out, export, force=force)
         if "report" not in stages:
             return
-        from hcma_fast.bench.eval_page import page
-        from hcma_fast.bench.eval_report import as_csv, markdown
+        from hcma_fast.bench.quality.report.page import page
+        from hcma_fast.bench.quality.report.tables import as_csv, markdown
 
         report = score_run(
             instruments,
@@ -316,10 +316,14 @@ def _runner(
     attention_factor: int | None,
 ) -> Runner:
     """The loaded model; an SD 1.x folder without gates or aligner serves what needs neither."""
-    from hcma_fast.bench.methods import Runner
-    from hcma_fast.bench.plain_checkpoint import check_methods, lacks, load_plain_components
-    from hcma_fast.models.checkpoint import resolve_folder
-    from hcma_fast.models.weights import load_components
+    from hcma_fast.bench.quality.methods.plain_checkpoint import (
+        check_methods,
+        lacks,
+        load_plain_components,
+    )
+    from hcma_fast.bench.quality.methods.table import Runner
+    from hcma_fast.models.checkpoint.folder import load_components
+    from hcma_fast.models.checkpoint.info import resolve_folder
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
     folder = resolve_folder(model, offline=False)

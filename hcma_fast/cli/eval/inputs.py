@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.eval_export import Benchmark
-    from hcma_fast.bench.eval_items import EvalItem
-    from hcma_fast.bench.eval_measure import Instruments
+    from hcma_fast.bench.quality.items import EvalItem
+    from hcma_fast.bench.quality.measure import Instruments
+    from hcma_fast.bench.quality.protocols.scorer_files import Benchmark
 
 _EMOJI = {"emoji-scenes": "test", "emoji-scenes:test": "test", "emoji-scenes:val": "val"}
 
@@ -24,7 +24,7 @@ def choose_items(
     Raises:
         UsageError, InputError: unknown data, unusable files, or fewer layouts than asked for.
     """
-    from hcma_fast.bench.eval_items import COCO_COUNT, coco_items, emoji_items, read_items
+    from hcma_fast.bench.quality.items import COCO_COUNT, coco_items, emoji_items, read_items
 
     if manifest is not None:
         items = read_items(manifest)
@@ -37,12 +37,12 @@ def choose_items(
     if kind == "coco2014" and place:
         return coco_items(Path(place), count or COCO_COUNT), "COCO 2014 validation", None
     if kind == "gligen-coco" and place:
-        from hcma_fast.bench.gligen_coco import GligenCoco
+        from hcma_fast.bench.quality.protocols.gligen_coco import GligenCoco
 
         gligen = GligenCoco.read(Path(place), count)
         return gligen.items, gligen.title, gligen
     if kind == "coco-mig" and place:
-        from hcma_fast.bench.coco_mig import CocoMig
+        from hcma_fast.bench.quality.protocols.coco_mig import CocoMig
 
         mig = CocoMig.read(Path(place))
         return _first(mig.items, count), mig.title, mig
@@ -110,11 +110,11 @@ def choose_instruments(
     Raises:
         UsageError: there is none. WeightsError: one does not load.
     """
-    from hcma_fast.bench.detection import Detector
-    from hcma_fast.bench.eval_measure import Instruments
-    from hcma_fast.bench.inception import InceptionFeatures
-    from hcma_fast.bench.judge import Judge
-    from hcma_fast.bench.networks import (
+    from hcma_fast.bench.quality.measure import Instruments
+    from hcma_fast.bench.quality.metrics.detection import Detector
+    from hcma_fast.bench.quality.metrics.inception import InceptionFeatures
+    from hcma_fast.bench.quality.metrics.judge.model import Judge
+    from hcma_fast.bench.quality.metrics.networks import (
         ClipScorer,
         FeatureNetwork,
         JudgeFeatures,

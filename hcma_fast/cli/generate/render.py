@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hcma_fast.cli.jobs import Job, at
+from hcma_fast.cli.generate.jobs import Job, at
+from hcma_fast.cli.generate.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.cli.output import BuildProgress, stderr, write_file
-from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
 from hcma_fast.errors import InputError, OutputError
-from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.sampling.savings import EXACT, Savings
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -77,9 +77,9 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         WeightsError, BackendError, EngineError: the model does not load, or is not ``original``'s.
     """
     from hcma_fast.models.text import tokenize
-    from hcma_fast.runtime.capture import check_capturable
     from hcma_fast.runtime.pipeline import HCMAPipeline
     from hcma_fast.runtime.requests import override_settings
+    from hcma_fast.sampling.capture import check_capturable
 
     override_settings(AlignmentSettings(), **plan.overrides)
     if plan.cuda_graphs and plan.backend not in (None, "auto") and not is_engine_folder(plan.model):
@@ -120,7 +120,7 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
 
 def _check_checkpoint(plan: Plan, original: Sidecar) -> None:
     """Refuse wrong weights before minutes go into building engines of them."""
-    from hcma_fast.models.checkpoint import PARTS, hash_weights, resolve_folder
+    from hcma_fast.models.checkpoint.info import PARTS, hash_weights, resolve_folder
 
     folder = resolve_folder(plan.model)
     aligner = plan.aligner or folder / "aligner"

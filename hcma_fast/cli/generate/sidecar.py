@@ -8,12 +8,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hcma_fast.cli.jobs import MAX_SEED, STEM_BYTES, check_name, explain
+from hcma_fast.cli.generate.jobs import MAX_SEED, STEM_BYTES, check_name, explain
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
-from hcma_fast.runtime.savings import Savings
+from hcma_fast.sampling.savings import Savings
 
 _VERSIONED = ("hcma-fast", "torch", "diffusers", "transformers")
 

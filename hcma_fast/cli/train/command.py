@@ -9,9 +9,8 @@ import typer
 
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_json, print_note
-from hcma_fast.cli.train_denoiser import denoiser
-from hcma_fast.cli.train_tiny import text, vae
-from hcma_fast.cli.training import (
+from hcma_fast.cli.train.denoiser import denoiser
+from hcma_fast.cli.train.run import (
     Bf16,
     CheckpointEvery,
     Cpu,
@@ -26,16 +25,17 @@ from hcma_fast.cli.training import (
     training_bar,
     training_settings,
 )
-from hcma_fast.cli.tune import tune_alignment
+from hcma_fast.cli.train.tiny import text, vae
+from hcma_fast.cli.train.tune import tune_alignment
 from hcma_fast.config import PRESETS, RegionMode
 from hcma_fast.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
-    from hcma_fast.train.cache import CacheHeader
-    from hcma_fast.train.encode import CacheReport
-    from hcma_fast.train.samples import SamplePlan
+    from hcma_fast.train.data.encode import CacheReport
+    from hcma_fast.train.data.latent_cache import CacheHeader
+    from hcma_fast.train.loop.samples import SamplePlan
 
 train_app = typer.Typer(
     help="Train the aligner, tune the alignment. Results on stdout, progress on stderr.",
@@ -93,8 +93,8 @@ def cache(
     part = _share(share)
     from dataclasses import asdict
 
-    from hcma_fast.train.encode import make_cache
-    from hcma_fast.train.encoders import Encoders
+    from hcma_fast.train.data.encode import make_cache
+    from hcma_fast.train.data.encoders import Encoders
 
     encoders = Encoders.load(model, _device(device), precision)
     with training_bar() as progress:
@@ -183,7 +183,7 @@ def aligner(
 
     Under accelerate launch or torchrun it is one process of many.
     """
-    from hcma_fast.train.cache import read_header
+    from hcma_fast.train.data.latent_cache import read_header
 
     header = read_header(cache)
     chosen = preset or header.preset
@@ -191,7 +191,7 @@ def aligner(
         raise UsageError(
             "no aligner is known for this cache's preset", value=chosen, remedy="Give --preset."
         )
-    from hcma_fast.train.aligner_settings import TINY, AlignerTraining
+    from hcma_fast.train.aligner.settings import TINY, AlignerTraining
 
     base = TINY if chosen == "tiny" else AlignerTraining()
     training = training_settings(base, locals(), "aligner")
@@ -200,9 +200,9 @@ def aligner(
     from accelerate import PartialState
 
     from hcma_fast.models.aligner import Aligner
-    from hcma_fast.train.aligner import train_aligner
-    from hcma_fast.train.aligner_settings import architecture
-    from hcma_fast.train.run_folder import check_provenance
+    from hcma_fast.train.aligner.settings import architecture
+    from hcma_fast.train.aligner.train import train_aligner
+    from hcma_fast.train.loop.run_folder import check_provenance
 
     samples = _samples(header, sample_every, sample_data, sample_model)
     torch.manual_seed(seed)
@@ -239,8 +239,8 @@ def _samples(
             value=name,
             remedy="Give the model that the cache was made with by --sample-model.",
         )
-    from hcma_fast.models.weights import load_components
-    from hcma_fast.train.samples import plan_samples
+    from hcma_fast.models.checkpoint.folder import load_components
+    from hcma_fast.train.loop.samples import plan_samples
 
     return plan_samples(load_components(name), data, header, every)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from hcma_fast.cli.training import (
+from hcma_fast.cli.train.run import (
     Bf16,
     CheckpointEvery,
     Cpu,
@@ -98,13 +98,13 @@ def denoiser(
 
     Under accelerate launch or torchrun it is one process of many.
     """
-    from hcma_fast.train.stage2_settings import DenoiserTraining
+    from hcma_fast.train.denoiser.settings import DenoiserTraining
 
     training = training_settings(DenoiserTraining(), locals(), "denoiser")
 
     from accelerate import PartialState
 
-    from hcma_fast.train.stage2 import train_denoiser
+    from hcma_fast.train.denoiser.train import train_denoiser
 
     with training_bar() as progress:
         best = train_denoiser(

@@ -23,7 +23,7 @@ from hcma_fast.cli.output import stderr
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from hcma_fast.train.stage_settings import Training
+    from hcma_fast.train.loop.settings import Training
 
 Out = Annotated[
     Path, typer.Option(help="Folder of the run; one that was stopped goes on where it was.")

@@ -11,7 +11,7 @@ import typer
 from hcma_fast.cli.output import print_note
 
 if TYPE_CHECKING:
-    from hcma_fast.train.loop import Record
+    from hcma_fast.train.loop.loop import Record
 
 _Out = Annotated[
     Path, typer.Option(help="Folder of all of tiny's parts; what was stopped goes on.")
@@ -31,7 +31,7 @@ def text(
     batch: Annotated[int, typer.Option(min=1, help="Captions and labels a step.")] = 96,
 ) -> None:
     """Train tokenizer and text encoder on EmojiScenes' captions; prints the encoder's folder."""
-    from hcma_fast.train.text import train_text
+    from hcma_fast.train.tiny.text import train_text
 
     typer.echo(train_text(out, steps=steps, batch=batch, on_log=_note))
 
@@ -62,8 +62,8 @@ def vae(
 
     --decoder-only makes vae-sharp of vae: the latents that a denoiser learned stay valid.
     """
-    from hcma_fast.train.vae import train_vae
-    from hcma_fast.train.vae_decoder import train_decoder
+    from hcma_fast.train.tiny.vae import train_vae
+    from hcma_fast.train.tiny.vae_decoder import train_decoder
 
     folder = (train_decoder if decoder_only else train_vae)(
         out,

@@ -33,8 +33,8 @@ from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.files import new_folder
 
 if TYPE_CHECKING:
-    from hcma_fast.bench.tune_records import TuningReport
-    from hcma_fast.models.checkpoint import CheckpointInfo
+    from hcma_fast.bench.quality.tuning.records import TuningReport
+    from hcma_fast.models.checkpoint.info import CheckpointInfo
 
 #: about a factor of 100 around tiny's best; a normalized step is a share of the latent's norm
 _RANGES = {False: (1.0, 200.0), True: (0.001, 0.3)}
@@ -116,13 +116,13 @@ def tune_alignment(
     The winner is compared with no alignment on fresh layouts. Without --write or --out it is only
     shown; nothing is written unless the interval of its gain is above 0, or with --force.
     """
-    from hcma_fast.bench.judge import Judge
-    from hcma_fast.bench.judge_score import JudgeScore, check_emoji_scenes
-    from hcma_fast.bench.tune_alignment import check_installed, search
-    from hcma_fast.bench.tune_files import tuning_table
-    from hcma_fast.bench.tune_records import Plan
-    from hcma_fast.models.checkpoint import CheckpointInfo, read_info
-    from hcma_fast.models.weights import locate
+    from hcma_fast.bench.quality.metrics.judge.model import Judge
+    from hcma_fast.bench.quality.tuning.files import tuning_table
+    from hcma_fast.bench.quality.tuning.judge_score import JudgeScore, check_emoji_scenes
+    from hcma_fast.bench.quality.tuning.records import Plan
+    from hcma_fast.bench.quality.tuning.search import check_installed, search
+    from hcma_fast.models.checkpoint.folder import locate
+    from hcma_fast.models.checkpoint.info import CheckpointInfo, read_info
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
     check_installed()
@@ -209,7 +209,7 @@ def _check_targets(model: str, folder: Path, write: bool, out: Path | None) -> N
 
 def _variant(folder: Path, info: CheckpointInfo, root: Path) -> Path:
     """A copy of the checkpoint with other defaults: the align graph has the mode compiled in."""
-    from hcma_fast.models.checkpoint import hash_weights
+    from hcma_fast.models.checkpoint.info import hash_weights
 
     digest = hash_weights(folder, folder / "aligner")[:16]
     copy = root / f"{digest}-{'normalized' if info.alignment.normalized else 'plain'}"
@@ -220,7 +220,7 @@ def _variant(folder: Path, info: CheckpointInfo, root: Path) -> Path:
 
 def _copy(folder: Path, info: CheckpointInfo, target: Path) -> None:
     """Copy a checkpoint with ``info`` in it, whole or not at all."""
-    from hcma_fast.models.checkpoint import write_info
+    from hcma_fast.models.checkpoint.info import write_info
 
     with new_folder(target) as partial:
         shutil.copytree(folder, partial, dirs_exist_ok=True)
@@ -254,7 +254,7 @@ class _Bars:
 
 
 def _write_report(found: TuningReport, folder: Path) -> None:
-    from hcma_fast.bench.tune_files import plot_png, trials_csv
+    from hcma_fast.bench.quality.tuning.files import plot_png, trials_csv
 
     with output_folder(folder):
         write_file(folder / "trials.json", (found.model_dump_json(indent=2) + "\n").encode())
@@ -267,7 +267,7 @@ def _keep(
     found: TuningReport, folder: Path, info: CheckpointInfo, out: Path | None, force: bool
 ) -> None:
     """Write the winner's settings into the model or a copy of it."""
-    from hcma_fast.models.checkpoint import write_info
+    from hcma_fast.models.checkpoint.info import write_info
 
     if found.settings is None or (found.verdict != "better" and not force):
         raise HcmaError(

@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.models.aligner import Aligner, AlignStep
-from hcma_fast.models.checkpoint import (
+from hcma_fast.models.checkpoint.info import (
     PARTS,
     CheckpointInfo,
     check_safe,
@@ -27,13 +27,11 @@ from hcma_fast.models.checkpoint import (
     read_info,
     resolve_folder,
 )
-from hcma_fast.models.step import FusedStep
 from hcma_fast.models.text import TextEncoder
 from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
 from hcma_fast.specs import (
     ANY_BATCH,
     GRAPH_NAMES,
-    STEP_NAMES,
     BatchRange,
     GraphName,
     IOSpec,
@@ -143,11 +141,7 @@ class Components:
             return AlignStep(self.aligner, normalized=self.settings.normalized)
         if name == "vae_decoder":
             return VAEDecoder(self.vae)
-        unet = (GroundedUNet if name.endswith("grounded") else PlainUNet)(self.unet)
-        if name in STEP_NAMES:
-            timed = self.aligner.config.time_conditioning != "none"
-            return FusedStep(self.graph("align", height, width), unet, timed=timed)
-        return unet
+        return (GroundedUNet if name == "unet_grounded" else PlainUNet)(self.unet)
 
     def graphs(
         self, height: int | None = None, width: int | None = None

@@ -19,8 +19,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint import CheckpointInfo
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.specs import BatchRange, GraphName, IOSpec
 
 _CROSS = "CrossAttn"
@@ -56,7 +56,7 @@ _SEED = 0
 
 
 class RandomSD14:
-    """A :class:`hcma_fast.models.weights.ModelSource` whose weights are drawn, the same each time.
+    """A ``ModelSource`` whose weights are drawn, the same each time.
 
     The tokenizer knows single letters only: CLIP's vocabulary is part of the real checkpoint.
     """
@@ -88,11 +88,11 @@ class RandomSD14:
         width: int | None = None,
         batch: BatchRange | None = None,
     ) -> dict[GraphName, IOSpec]:
-        """See :meth:`hcma_fast.models.weights.Components.specs`."""
+        """See :meth:`hcma_fast.models.checkpoint.folder.Components.specs`."""
         return self.without_weights().specs(height, width, batch)
 
     def parameter_counts(self) -> dict[GraphName, int]:
-        """See :meth:`hcma_fast.models.weights.Components.parameter_counts`."""
+        """See :meth:`hcma_fast.models.checkpoint.folder.Components.parameter_counts`."""
         return self.without_weights().parameter_counts()
 
     def without_weights(self) -> Components:
@@ -103,7 +103,7 @@ class RandomSD14:
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
     ) -> nn.Module:
-        """See :meth:`hcma_fast.models.weights.Components.graph`; nothing of it is kept here."""
+        """See ``Components.graph``; nothing of it is kept here."""
         parts = {"text_encoder": ["text"], "align": ["aligner"], "vae_decoder": ["vae"]}
         return self.drawn(*parts.get(name, ["unet", "aligner"])).graph(name, height, width)
 

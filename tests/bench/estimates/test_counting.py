@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hcma_fast.bench.counting import Counts, count_module
-from hcma_fast.bench.onnx_counting import count_onnx
+from hcma_fast.bench.estimates.counting import Counts, count_module
+from hcma_fast.bench.estimates.onnx_counting import count_onnx
 from hcma_fast.errors import EngineError
-from hcma_fast.export.graphs import trace_gradient
 from hcma_fast.export.manifest import load_manifest
+from hcma_fast.export.onnx.trace import trace_gradient
 from hcma_fast.export.precision import at_precision
-from hcma_fast.models.random_sd14 import RandomSD14
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 from hcma_fast.models.unet import context_widths
-from hcma_fast.models.weights import Components
 from hcma_fast.specs import BATCH, GRAPH_NAMES, GraphName, IOSpec, TensorSpec
 
 B = 3

@@ -14,10 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hcma_fast.bench.counting import Counts, Operation
-from hcma_fast.bench.gpus import GPU, GPUS
-from hcma_fast.bench.overhead import NoOpEngine
-from hcma_fast.bench.roofline import (
+from hcma_fast.bench.estimates.counting import Counts, Operation
+from hcma_fast.bench.estimates.gpus import GPU, GPUS
+from hcma_fast.bench.estimates.roofline import (
     RooflineReport,
     calls,
     parse_batches,
@@ -25,12 +24,13 @@ from hcma_fast.bench.roofline import (
     roofline,
     time_call,
 )
+from hcma_fast.bench.speed.suites.overhead import NoOpEngine
 from hcma_fast.cli.app import main
-from hcma_fast.cli.bench_limits import roofline_tables
+from hcma_fast.cli.bench.limits import roofline_tables
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.specs import BatchRange, GraphName
 
@@ -211,7 +211,7 @@ def test_an_engine_folder_is_counted_by_its_onnx(random_engine: Path) -> None:
 def test_engines_of_another_batch_or_backend_are_refused(
     random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hcma_fast.bench import roofline as module
+    from hcma_fast.bench.estimates import roofline as module
     from hcma_fast.errors import InputError
     from hcma_fast.export.manifest import load_manifest
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 from typer.testing import CliRunner
 
-from hcma_fast.cli.bench import bench_app
+from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.errors import UsageError
 
 

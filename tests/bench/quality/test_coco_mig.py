@@ -12,11 +12,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcma_fast.bench.coco_mig import COLOURS, CocoMig
-from hcma_fast.bench.eval_export import export_folder, split_scores
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.eval_run import RunSettings
-from hcma_fast.bench.methods import Method
+from hcma_fast.bench.quality.generate import RunSettings
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.protocols.coco_mig import COLOURS, CocoMig
+from hcma_fast.bench.quality.protocols.scorer_files import export_folder, split_scores
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
 
 #: as mig_bench_sample.py writes it, the blank at the end of a caption included

@@ -7,14 +7,14 @@ import pytest
 from numpy.typing import NDArray
 from scipy.linalg import sqrtm
 
-from hcma_fast.bench.bootstrap import compare, estimate
-from hcma_fast.bench.fidelity import (
+from hcma_fast.bench.quality.metrics.fidelity import (
     check_count,
     check_features,
     fid,
     kid,
     precision_recall,
 )
+from hcma_fast.bench.shared.bootstrap import compare, estimate
 from hcma_fast.errors import InputError
 
 

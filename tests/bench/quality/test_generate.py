@@ -15,15 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench.eval_items import (
-    EvalItem,
-    coco_items,
-    emoji_items,
-    items_hash,
-    read_items,
-)
-from hcma_fast.bench.eval_measure import REAL, Instruments, Measured, block_file, measure
-from hcma_fast.bench.eval_run import (
+from hcma_fast.bench.quality.generate import (
     BLOCK,
     RunSettings,
     Shard,
@@ -34,15 +26,23 @@ from hcma_fast.bench.eval_run import (
     load_records,
     open_run,
 )
-from hcma_fast.bench.eval_scores import score_run
-from hcma_fast.bench.fidelity import Features
-from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
-from hcma_fast.bench.methods import Generated, Method, Runner
-from hcma_fast.bench.networks import JudgeFeatures, VisionFeatures, cut
+from hcma_fast.bench.quality.items import (
+    EvalItem,
+    coco_items,
+    emoji_items,
+    items_hash,
+    read_items,
+)
+from hcma_fast.bench.quality.measure import REAL, Instruments, Measured, block_file, measure
+from hcma_fast.bench.quality.methods.table import Generated, Method, Runner
+from hcma_fast.bench.quality.metrics.fidelity import Features
+from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR, Judge
+from hcma_fast.bench.quality.metrics.networks import JudgeFeatures, VisionFeatures, cut
+from hcma_fast.bench.quality.scores import score_run
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Box, Layout
-from hcma_fast.models.weights import Components
-from hcma_fast.train.emoji_scenes import render_scene, sample_scene
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
 
 METHODS = [Method.parse("gligen"), Method.parse("hcma")]
 COUNT = BLOCK + 5

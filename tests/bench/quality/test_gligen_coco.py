@@ -16,9 +16,9 @@ from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from hcma_fast.bench.eval_items import items_hash
-from hcma_fast.bench.eval_run import RunSettings
-from hcma_fast.bench.gligen_coco import MAX_BOXES, GligenCoco
+from hcma_fast.bench.quality.generate import RunSettings
+from hcma_fast.bench.quality.items import items_hash
+from hcma_fast.bench.quality.protocols.gligen_coco import MAX_BOXES, GligenCoco
 from hcma_fast.errors import HcmaError, InputError
 
 CATEGORIES = [{"id": 18, "name": "dog"}, {"id": 90, "name": "toothbrush"}]

@@ -13,24 +13,24 @@ from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
 from torch import Tensor
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench.eval_items import EvalItem, emoji_items
-from hcma_fast.bench.methods import METHOD_NAMES, Method, Runner
-from hcma_fast.bench.peers.attend_and_excite import AttendAndExcite, RefinedUpdates
-from hcma_fast.bench.peers.attention import (
+from hcma_fast.bench.quality.items import EvalItem, emoji_items
+from hcma_fast.bench.quality.methods.attend_and_excite import AttendAndExcite, RefinedUpdates
+from hcma_fast.bench.quality.methods.attention import (
     AttentionUNet,
     attention_factors,
     choose_factor,
     mean_map,
 )
-from hcma_fast.bench.peers.boxdiff import BoxDiff
-from hcma_fast.bench.peers.guidance import GuidanceStep
-from hcma_fast.bench.peers.layout_guidance import LayoutGuidance
-from hcma_fast.bench.peers.targets import Target, find_targets
+from hcma_fast.bench.quality.methods.boxdiff import BoxDiff
+from hcma_fast.bench.quality.methods.guidance import GuidanceStep
+from hcma_fast.bench.quality.methods.layout_guidance import LayoutGuidance
+from hcma_fast.bench.quality.methods.table import METHOD_NAMES, Method, Runner
+from hcma_fast.bench.quality.methods.targets import Target, find_targets
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.models.checkpoint.folder import Components, load_tokenizer
 from hcma_fast.models.unet import attention_blocks
-from hcma_fast.models.weights import Components, load_tokenizer
 
 TARGETS = (Target((2,), ((0.0, 0.0, 0.5, 0.5),)), Target((4, 5), ((0.5, 0.5, 1.0, 1.0),)))
 ITEM = EvalItem(id="a", prompt="a dog", layout=Layout(["dog"], [(0.1, 0.1, 0.6, 0.9)]))

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hcma_fast.bench.inception import SIDE, InceptionFeatures, InceptionV3, resized
+from hcma_fast.bench.quality.metrics.inception import SIDE, InceptionFeatures, InceptionV3, resized
 from hcma_fast.errors import WeightsError
 
 

@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from hcma_fast.bench.judge import ASSETS, Judge, held_out_accuracy
-from hcma_fast.bench.judge_data import (
+from hcma_fast.bench.quality.metrics.judge.data import (
     CLASSES,
     CROP_SIDE,
     NONE,
@@ -21,8 +20,9 @@ from hcma_fast.bench.judge_data import (
     cover,
     crop,
 )
+from hcma_fast.bench.quality.metrics.judge.model import ASSETS, Judge, held_out_accuracy
 from hcma_fast.errors import WeightsError
-from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, render_scene, sample_scene
+from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, render_scene, sample_scene
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hcma_fast.bench.judge import Judge, Verdict
-from hcma_fast.bench.judge_count import categories_match, is_clear, outside_windows
-from hcma_fast.bench.judge_data import MAX_COVER, NONE, cover
+from hcma_fast.bench.quality.metrics.judge.count import categories_match, is_clear, outside_windows
+from hcma_fast.bench.quality.metrics.judge.data import MAX_COVER, NONE, cover
+from hcma_fast.bench.quality.metrics.judge.model import Judge, Verdict
 from hcma_fast.layout import Layout
-from hcma_fast.train.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
 
 DOGS = Layout(["dog", "dog", "cat"], [(0, 0, 0.2, 0.2), (0.3, 0, 0.5, 0.2), (0.6, 0, 0.8, 0.2)])
 

@@ -18,7 +18,7 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
-from hcma_fast.bench.detection import (
+from hcma_fast.bench.quality.metrics.detection import (
     Detection,
     Detector,
     best_ious,
@@ -26,8 +26,8 @@ from hcma_fast.bench.detection import (
     iou,
     layout_ap,
 )
-from hcma_fast.bench.judge import Judge
-from hcma_fast.bench.networks import ClipScorer, JudgeFeatures, VisionFeatures, cut
+from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.networks import ClipScorer, JudgeFeatures, VisionFeatures, cut
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.layout import Layout
 

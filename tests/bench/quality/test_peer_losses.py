@@ -10,10 +10,10 @@ import torch
 from diffusers import StableDiffusionAttendAndExcitePipeline
 from torch import Tensor
 
-from hcma_fast.bench.peers.attend_and_excite import attend_and_excite_loss, subject_maps
-from hcma_fast.bench.peers.boxdiff import boxdiff_terms
-from hcma_fast.bench.peers.layout_guidance import layout_energy
-from hcma_fast.bench.peers.targets import Target, box_cells
+from hcma_fast.bench.quality.methods.attend_and_excite import attend_and_excite_loss, subject_maps
+from hcma_fast.bench.quality.methods.boxdiff import boxdiff_terms
+from hcma_fast.bench.quality.methods.layout_guidance import layout_energy
+from hcma_fast.bench.quality.methods.targets import Target, box_cells
 
 TARGETS = (
     Target((3,), ((0.0, 0.0, 0.5, 0.5),)),

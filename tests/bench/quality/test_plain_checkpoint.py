@@ -10,12 +10,16 @@ import pytest
 from diffusers import UNet2DConditionModel
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench.eval_items import EvalItem
-from hcma_fast.bench.methods import Method, Runner
-from hcma_fast.bench.plain_checkpoint import check_methods, lacks, load_plain_components
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.plain_checkpoint import (
+    check_methods,
+    lacks,
+    load_plain_components,
+)
+from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 
 ITEM = EvalItem(id="a", prompt="a dog", layout=Layout(["dog"], [(0.1, 0.1, 0.6, 0.9)]))
 

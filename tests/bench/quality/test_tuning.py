@@ -17,17 +17,17 @@ import pytest
 from PIL import Image
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench import tune_alignment
-from hcma_fast.bench.judge import CONFIDENCE_FLOOR, Judge
-from hcma_fast.bench.judge_score import JudgeScore
-from hcma_fast.bench.tune_alignment import search
-from hcma_fast.bench.tune_files import plot_png, trials_csv, tuning_table
-from hcma_fast.bench.tune_records import Plan, Readings, TuningReport
+from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR, Judge
+from hcma_fast.bench.quality.tuning import search as tune_alignment
+from hcma_fast.bench.quality.tuning.files import plot_png, trials_csv, tuning_table
+from hcma_fast.bench.quality.tuning.judge_score import JudgeScore
+from hcma_fast.bench.quality.tuning.records import Plan, Readings, TuningReport
+from hcma_fast.bench.quality.tuning.search import search
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAOutput
-from hcma_fast.train.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
 
 PLAN = Plan(
     base=AlignmentSettings(eta0=3.0, guidance_scale=2.0),
@@ -130,7 +130,7 @@ import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
 from test_tune_alignment import PLAN, Peak
-from hcma_fast.bench.tune_alignment import search
+from hcma_fast.bench.quality.tuning.search import search
 class Killed(Peak):
     def __call__(self, *args):
         if len(self.calls) == 18:

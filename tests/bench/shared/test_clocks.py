@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from hcma_fast.bench import workers
-from hcma_fast.bench.clocks import Clocks, query_gpu, read_clocks
-from hcma_fast.bench.machine import Machine, describe_machine
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.shared.clocks import Clocks, query_gpu, read_clocks
+from hcma_fast.bench.shared.machine import Machine, describe_machine
+from hcma_fast.bench.speed.harness import workers
+from hcma_fast.bench.speed.harness.workers import Contestant
 
 SMI = """#!/bin/sh
 echo "$@" >> "{log}"

@@ -13,18 +13,18 @@ import pytest
 from typer.testing import CliRunner
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench.bad_requests import bad_requests, check_refused
-from hcma_fast.bench.bootstrap import Estimate
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.memory import allocated_mib
-from hcma_fast.bench.soak import check_full_disk, load_soak, soak
-from hcma_fast.bench.soak_report import SoakReport, drift, slope_per_hour
-from hcma_fast.cli.bench import bench_app
-from hcma_fast.cli.bench_suites import soak_text
+from hcma_fast.bench.shared.bootstrap import Estimate
+from hcma_fast.bench.shared.machine import describe_machine
+from hcma_fast.bench.shared.memory import allocated_mib
+from hcma_fast.bench.soak.bad_requests import bad_requests, check_refused
+from hcma_fast.bench.soak.report import SoakReport, drift, slope_per_hour
+from hcma_fast.bench.soak.soak import check_full_disk, load_soak, soak
+from hcma_fast.cli.bench.command import bench_app
+from hcma_fast.cli.bench.suites import soak_text
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import HcmaError, OutputError, UsageError
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.batching import BatchGenerator, Request, Result
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.generator import BatchGenerator, Request, Result
 
 
 def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:

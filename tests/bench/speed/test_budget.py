@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from hcma_fast.bench.budget import Counts, count_pipeline, count_tiny, over_budget
+from hcma_fast.bench.speed.budget import Counts, count_pipeline, count_tiny, over_budget
 from hcma_fast.config import TOKEN_LENGTH
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.runtime import pipeline
-from hcma_fast.runtime.sampler import sample
+from hcma_fast.sampling.loop import sample
 
 BUDGET: Counts = json.loads(Path(__file__).with_name("budget.json").read_text())
 
 
 def test_an_image_costs_no_more_than_its_budget() -> None:
-    assert not over_budget(count_tiny(), BUDGET), "see bench/budget.py for how to write a new one"
+    assert not over_budget(count_tiny(), BUDGET), (
+        "see bench/speed/budget.py for how to write a new one"
+    )
 
 
 @pytest.mark.parametrize(

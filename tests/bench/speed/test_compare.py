@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hcma_fast.bench.bootstrap import median_ratio
-from hcma_fast.bench.compare import compare_results, comparison_markdown
-from hcma_fast.bench.report import read_results
+from hcma_fast.bench.shared.bootstrap import median_ratio
+from hcma_fast.bench.speed.harness.compare import compare_results, comparison_markdown
+from hcma_fast.bench.speed.harness.report import read_results
 from hcma_fast.cli.app import main
 from hcma_fast.errors import InputError, UsageError
 

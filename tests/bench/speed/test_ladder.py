@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from hcma_fast.bench.contestants import SD14
-from hcma_fast.bench.kernel_times import kernels, load_kernel
-from hcma_fast.bench.kernels import CASES
-from hcma_fast.bench.ladder import _gpu_rungs, ladder
-from hcma_fast.bench.plan import Plan
-from hcma_fast.bench.suites import SUITES, check_suites
+from hcma_fast.bench.estimates.kernel_resources import CASES
+from hcma_fast.bench.speed.harness.contestants import SD14
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.suites.kernel_times import kernels, load_kernel
+from hcma_fast.bench.speed.suites.ladder import _gpu_rungs, ladder
+from hcma_fast.bench.speed.suites.table import SUITES, check_suites
 from hcma_fast.errors import BackendError
 
 
@@ -32,8 +32,10 @@ def test_a_ladder_climbs_on_the_backends_that_are_chosen() -> None:
 @pytest.mark.parametrize("model", ["tiny", SD14])
 def test_a_ladder_on_a_gpu_takes_nothing_back(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = ["tensorrt", "tensorrt-rtx", "torch-compile"]
-    monkeypatch.setattr("hcma_fast.bench.plan._native_backends", lambda device: compiled)
-    monkeypatch.setattr("hcma_fast.bench.ladder.find_spec", lambda name: True)
+    monkeypatch.setattr(
+        "hcma_fast.bench.speed.harness.plan._native_backends", lambda device: compiled
+    )
+    monkeypatch.setattr("hcma_fast.bench.speed.suites.ladder.find_spec", lambda name: True)
     rungs = [ours for _, ours in _gpu_rungs(Plan(model, "cuda"))]
     names = [name for name, _ in _gpu_rungs(Plan(model, "cuda"))]
     assert len(set(names)) == len(names)
@@ -69,10 +71,12 @@ def test_backends_of_a_gpu_are_those_that_can_build_for_it(
     def no_compiler(device: str) -> None:
         raise BackendError("no compiler", remedy="None.")
 
-    monkeypatch.setattr("hcma_fast.export.aoti.check_compiler", no_compiler)
+    monkeypatch.setattr("hcma_fast.export.backends.aoti.build.check_compiler", no_compiler)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: card)
     found = {"tensorrt", "tensorrt_rtx"}
-    monkeypatch.setattr("hcma_fast.bench.plan.find_spec", lambda name: name in found or None)
+    monkeypatch.setattr(
+        "hcma_fast.bench.speed.harness.plan.find_spec", lambda name: name in found or None
+    )
     plan = Plan("tiny", "cuda")
     assert [ours.label for ours in plan.chosen] == [
         *(label for name in libraries for label in (f"{name} float16", name)),

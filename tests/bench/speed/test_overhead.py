@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hcma_fast.bench import overhead as module
-from hcma_fast.bench.overhead import NoOpEngine, load_sampler, overhead
-from hcma_fast.bench.plan import Plan
+from hcma_fast.bench.speed.harness.plan import Plan
+from hcma_fast.bench.speed.suites import overhead as module
+from hcma_fast.bench.speed.suites.overhead import NoOpEngine, load_sampler, overhead
 from hcma_fast.cli.app import main
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BATCH
 
 

@@ -21,14 +21,14 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hcma_fast.bench.clocks import Clocks
-from hcma_fast.bench.contestants import LAYOUT, Ours, Work, load_ours, load_plain
-from hcma_fast.bench.harness import Case, Group, run_group
-from hcma_fast.bench.memory import own_peak_rss_mib, peak_rss_mib
-from hcma_fast.bench.report import report_markdown
-from hcma_fast.bench.speed import PLAIN, generate_command, measure_speed
+from hcma_fast.bench.shared.clocks import Clocks
+from hcma_fast.bench.shared.memory import own_peak_rss_mib, peak_rss_mib
+from hcma_fast.bench.speed.harness.contestants import LAYOUT, Ours, Work, load_ours, load_plain
+from hcma_fast.bench.speed.harness.report import report_markdown
+from hcma_fast.bench.speed.harness.rounds import Case, Group, run_group
+from hcma_fast.bench.speed.plain_and_ours import PLAIN, generate_command, measure_speed
 from hcma_fast.cli.app import main
-from hcma_fast.cli.bench import bench_app
+from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.export.cache import cached_folder
 from hcma_fast.export.manifest import load_manifest
@@ -39,8 +39,8 @@ from hcma_fast.layout import Layout
 FAKES = """
 import os, signal, sys, time
 import numpy as np
-from hcma_fast.bench.contestants import Ours
-from hcma_fast.bench.workers import Contestant
+from hcma_fast.bench.speed.harness.contestants import Ours
+from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.errors import BackendError
 
 def load_plain(model, work, device="cpu"):
@@ -123,7 +123,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     monkeypatch.delitem(sys.modules, "fake_contestants", raising=False)
     module = importlib.import_module("fake_contestants")
     for name in ("load_plain", "load_ours"):
-        monkeypatch.setattr(f"hcma_fast.bench.speed.{name}", getattr(module, name))
+        monkeypatch.setattr(f"hcma_fast.bench.speed.plain_and_ours.{name}", getattr(module, name))
     return Fakes(tmp_path / "log")
 
 
@@ -187,7 +187,7 @@ COMMAND = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import fake_contestants
-from hcma_fast.bench import speed
+from hcma_fast.bench.speed import plain_and_ours as speed
 from hcma_fast.cli.app import main
 speed.load_plain, speed.load_ours = fake_contestants.load_plain, fake_contestants.load_ours
 sys.exit(main(["bench", "speed", "--backend", "endless", "--no-memory"]))
@@ -263,7 +263,7 @@ def test_a_missing_engine_is_built_in_a_process_of_its_own_before_any_loads(
         built.append((name, load.args, fakes.events()))
         yield
 
-    monkeypatch.setattr("hcma_fast.bench.contestants.worker", process)
+    monkeypatch.setattr("hcma_fast.bench.speed.harness.contestants.worker", process)
     measure_speed(
         random_checkpoint, backends=["onnxruntime"], rounds=1, memory=False, progress=said.append
     )
@@ -344,7 +344,7 @@ def test_report_and_table(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None
         assert fakes.alive() == set()
         return 100.0 + command.count("b")
 
-    monkeypatch.setattr("hcma_fast.bench.speed.peak_rss_mib", peak)
+    monkeypatch.setattr("hcma_fast.bench.speed.plain_and_ours.peak_rss_mib", peak)
     report = measure_speed("-", backends=["a", "b"], num_inference_steps=3, rounds=1)
     assert [row.name for row in report.rows] == [PLAIN, "hcma-fast a", "hcma-fast b"]
     found = [row.figures.get("generate_peak_mib") for row in report.rows]

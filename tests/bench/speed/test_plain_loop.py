@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.bench.plain_loop import plain_generate
-from hcma_fast.models.weights import Components
+from hcma_fast.bench.speed.harness.plain_loop import plain_generate
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.requests import override_settings
 
 LAYOUTS = [

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hcma_fast.bench.clocks import Clocks
-from hcma_fast.bench.report import (
+from hcma_fast.bench.shared.clocks import Clocks
+from hcma_fast.bench.speed.harness.report import (
     COMPILED,
     Row,
     read_results,

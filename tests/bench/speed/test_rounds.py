@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from hcma_fast.bench.harness import Case, Group, group_rows, take_turns
-from hcma_fast.bench.report import Row
-from hcma_fast.bench.speed import PLAIN
-from hcma_fast.bench.workers import Contestant, Loaded, Run, worker
+from hcma_fast.bench.speed.harness.report import Row
+from hcma_fast.bench.speed.harness.rounds import Case, Group, group_rows, take_turns
+from hcma_fast.bench.speed.harness.workers import Contestant, Loaded, Run, worker
+from hcma_fast.bench.speed.plain_and_ours import PLAIN
 
 GOOD = np.array([3.0, 4.0], dtype=np.float32)
 
@@ -115,7 +115,7 @@ def test_no_worker_rounds_float32_to_tf32(monkeypatch: pytest.MonkeyPatch) -> No
         given.update(env)
         raise OSError("seen")
 
-    monkeypatch.setattr("hcma_fast.bench.workers.subprocess.Popen", start)
+    monkeypatch.setattr("hcma_fast.bench.speed.harness.workers.subprocess.Popen", start)
     load = partial(Contestant, lambda: np.zeros(1, np.float32), "fake", "0")
     with pytest.raises(OSError, match="seen"), worker("a", load):
         pass

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.bench.judge import Judge
-from hcma_fast.bench.savings import measure_savings
-from hcma_fast.cli.bench_savings import savings_table
+from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.speed.savings import measure_savings
+from hcma_fast.cli.bench.savings import savings_table
 from hcma_fast.errors import UsageError
-from hcma_fast.models.weights import load_components
-from hcma_fast.runtime.savings import Savings
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.sampling.savings import Savings
 
 
 @pytest.fixture(scope="module")

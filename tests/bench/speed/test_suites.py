@@ -12,22 +12,22 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from hcma_fast.bench.contestants import SD14, Ours, Work, load_plain
-from hcma_fast.bench.counting import count_module
-from hcma_fast.bench.harness import Case, Group
-from hcma_fast.bench.ladder import ladder_png
-from hcma_fast.bench.peers_speed import load_compiled, load_exported, load_gligen, load_half
-from hcma_fast.bench.plan import Plan, extent
-from hcma_fast.bench.report import Results, Row, read_results, report_markdown
-from hcma_fast.bench.scaling import fit_scaling, scaling_png
-from hcma_fast.bench.speed import PLAIN
-from hcma_fast.bench.stages import align, load_align, load_gradient, load_unet
-from hcma_fast.bench.suites import ON_GPU, SUITES, check_suites
-from hcma_fast.bench.workers import Contestant
-from hcma_fast.cli.bench import bench_app
+from hcma_fast.bench.estimates.counting import count_module
+from hcma_fast.bench.speed.harness.contestants import SD14, Ours, Work, load_plain
+from hcma_fast.bench.speed.harness.plan import Plan, extent
+from hcma_fast.bench.speed.harness.report import Results, Row, read_results, report_markdown
+from hcma_fast.bench.speed.harness.rounds import Case, Group
+from hcma_fast.bench.speed.harness.workers import Contestant
+from hcma_fast.bench.speed.plain_and_ours import PLAIN
+from hcma_fast.bench.speed.suites.ladder import ladder_png
+from hcma_fast.bench.speed.suites.peers import load_compiled, load_exported, load_gligen, load_half
+from hcma_fast.bench.speed.suites.scaling import fit_scaling, scaling_png
+from hcma_fast.bench.speed.suites.stages import align, load_align, load_gradient, load_unet
+from hcma_fast.bench.speed.suites.table import ON_GPU, SUITES, check_suites
+from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
 
 from bench_rows import make_row
 
@@ -146,8 +146,10 @@ def test_gradients_agree_on_the_step(
 def test_the_unet_alone_agrees_with_torch_and_tells_its_rate(
     random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hcma_fast.bench.contestants._folder", lambda model, target: random_engine)
-    monkeypatch.setattr("hcma_fast.bench.rates.matmul_rate", lambda *_: 4e9)
+    monkeypatch.setattr(
+        "hcma_fast.bench.speed.harness.contestants._folder", lambda model, target: random_engine
+    )
+    monkeypatch.setattr("hcma_fast.bench.shared.rates.matmul_rate", lambda *_: 4e9)
     runs = {
         name: load_unet(str(random_checkpoint), Ours(name), 2, "cpu")
         for name in ("eager", "onnxruntime")
@@ -166,7 +168,9 @@ def test_the_unet_alone_agrees_with_torch_and_tells_its_rate(
 def test_an_engine_takes_the_same_step_as_autograd(
     random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hcma_fast.bench.contestants._folder", lambda model, target: random_engine)
+    monkeypatch.setattr(
+        "hcma_fast.bench.speed.harness.contestants._folder", lambda model, target: random_engine
+    )
     found = load_align(str(random_checkpoint), Ours("onnxruntime"), 2, 1, "cpu").generate()
     expected = load_gradient(str(random_checkpoint), "eager", 2, 1, "cpu").generate()
     # the step itself, not the latent, which would hide an error in it
@@ -235,7 +239,7 @@ def test_bfloat16_is_measured_where_the_processor_has_it(
     rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openvino")
-    monkeypatch.setattr("hcma_fast.bench.plan.openvino_rounds", lambda device: rounds)
+    monkeypatch.setattr("hcma_fast.bench.speed.harness.plan.openvino_rounds", lambda device: rounds)
     found = [ours.label for ours in Plan().chosen]
     assert found == [
         *("onnxruntime", "openvino", *(["openvino bfloat16"] if rounds else [])),

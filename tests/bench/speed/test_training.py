@@ -13,18 +13,18 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hcma_fast.bench.training import (
+from hcma_fast.bench.speed.suites.training import (
     Uncached,
     load_training,
     training_flops,
     write_images,
     write_random_cache,
 )
-from hcma_fast.models.weights import load_components
-from hcma_fast.train import aligner
-from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.encoders import Encoders
-from hcma_fast.train.views import crop_image
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.train.aligner import train as aligner
+from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.latent_cache import LatentCache
+from hcma_fast.train.data.views import crop_image
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -42,7 +42,7 @@ def test_training_is_timed_with_the_loops_own_rate(
         return train(*args, progress=both, **kwargs)
 
     monkeypatch.setattr(aligner, "train_aligner", spy)
-    monkeypatch.setattr("hcma_fast.bench.training.matmul_rate", lambda *_: 2e12)
+    monkeypatch.setattr("hcma_fast.bench.speed.suites.training.matmul_rate", lambda *_: 2e12)
     contestant = load_training(str(random_checkpoint), 2, 8, False, "cpu", cached=cached)
     contestant.generate()
     first = contestant.figures()

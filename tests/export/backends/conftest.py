@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hcma_fast.export.trt_engine import trt_log, trt_module
-from hcma_fast.runtime import trt as runtime
-from hcma_fast.runtime.trt import TRTEngine
+from hcma_fast.export.backends.trt import engine as runtime
+from hcma_fast.export.backends.trt.build import trt_log, trt_module
+from hcma_fast.export.backends.trt.engine import TRTEngine
 
 from trt_graph import SPEC, expected
 

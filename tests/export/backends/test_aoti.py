@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from hcma_fast import HCMAPipeline
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
-from hcma_fast.export import aoti, cache
-from hcma_fast.export.aoti import TARGET_KEY, compile_aoti, target
-from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export import cache
+from hcma_fast.export.backends.aoti import build as aoti
+from hcma_fast.export.backends.aoti.build import TARGET_KEY, compile_aoti, target
+from hcma_fast.export.backends.aoti.engine import CompiledEngine
+from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.target import Target
 from hcma_fast.export.validate import TOLERANCES, measure
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.compiled import CompiledEngine
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.specs import GRAPH_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 SPEC = IOSpec(

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import BackendError
-from hcma_fast.export.aoti import compile_aoti, export_program
-from hcma_fast.export.graphs import example_inputs
+from hcma_fast.export.backends.aoti.build import compile_aoti, export_program
+from hcma_fast.export.onnx.trace import example_inputs
 from hcma_fast.export.precision import Precision, at_precision
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 TENSORS = (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),)
@@ -87,7 +87,9 @@ def test_what_a_gpu_needs_is_named(
     remedy: str,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr("hcma_fast.export.aoti.find_spec", lambda name: name != missing or None)
+    monkeypatch.setattr(
+        "hcma_fast.export.backends.aoti.build.find_spec", lambda name: name != missing or None
+    )
     monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", toolkit)
     spec = IOSpec("vae_decoder", *TENSORS)
     with pytest.raises(BackendError, match=remedy):

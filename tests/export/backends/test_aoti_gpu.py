@@ -12,19 +12,19 @@ import pytest
 import torch
 
 from hcma_fast import HCMAPipeline
-from hcma_fast.export.aoti import compile_aoti
+from hcma_fast.engine import Engine
+from hcma_fast.export.backends.aoti.build import compile_aoti
+from hcma_fast.export.backends.aoti.engine import CompiledEngine
 from hcma_fast.export.build import build
-from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.onnx.trace import random_inputs
+from hcma_fast.export.open import verify
 from hcma_fast.export.precision import Precision
 from hcma_fast.export.target import Target
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.capture import CaptureMode
-from hcma_fast.runtime.compiled import CompiledEngine
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.open import verify
-from hcma_fast.runtime.sampler import sample, sample_fused
-from hcma_fast.runtime.savings import Savings
+from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.sampling.capture import CaptureMode
+from hcma_fast.sampling.loop import sample, sample_fused
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import Savings
 from hcma_fast.specs import STEP_NAMES, GraphName
 
 from captures import LAYOUTS, conditioned, make_engines, noise, plan, relative

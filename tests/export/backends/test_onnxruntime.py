@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from hcma_fast.errors import DeviceMemoryError, UsageError
-from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.backends.onnxruntime import engine as ort
+from hcma_fast.export.backends.onnxruntime.engine import OrtEngine, splits
 from hcma_fast.export.manifest import load_manifest
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime import ort
-from hcma_fast.runtime.open import open_engines
-from hcma_fast.runtime.ort import OrtEngine, splits
+from hcma_fast.export.onnx.trace import random_inputs
+from hcma_fast.export.open import open_engines
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BatchRange
 
 
@@ -96,14 +96,14 @@ def test_the_session_is_on_the_card_that_was_asked_for(
 def test_tensorrt_says_how_to_choose_another_card(
     random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hcma_fast.runtime.open.check_usable", lambda manifest: None)
+    monkeypatch.setattr("hcma_fast.export.open.check_usable", lambda manifest: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     manifest = load_manifest(random_engine)
     target = dataclasses.replace(manifest.target, backend="tensorrt", precision="float16")
     manifest = manifest.model_copy(update={"backend": "tensorrt", "target": target})
     opened: list[str] = []
     monkeypatch.setattr(
-        "hcma_fast.runtime.open.open_engine",
+        "hcma_fast.export.open.open_engine",
         lambda folder, found, name, device: opened.append(name),
     )
     open_engines(random_engine, manifest, "cuda:0")

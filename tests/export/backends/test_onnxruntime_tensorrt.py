@@ -12,12 +12,12 @@ import torch
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import devices_of
 from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.backends.onnxruntime.engine import OrtEngine
+from hcma_fast.export.backends.onnxruntime.session import TENSORRT, open_session
 from hcma_fast.export.build import build
-from hcma_fast.export.session import TENSORRT, open_session
+from hcma_fast.export.open import verify
 from hcma_fast.export.target import Target
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.open import verify
-from hcma_fast.runtime.ort import OrtEngine
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BatchRange
 
 
@@ -51,7 +51,9 @@ class FakeOrt:
 def fake(monkeypatch: pytest.MonkeyPatch) -> Any:
     def install(*runs_on: str, fails: str = "", writes: Path | None = None) -> FakeOrt:
         module = FakeOrt(runs_on, fails=fails, writes=writes)
-        monkeypatch.setattr("hcma_fast.export.session._onnxruntime", lambda: module)
+        monkeypatch.setattr(
+            "hcma_fast.export.backends.onnxruntime.session._onnxruntime", lambda: module
+        )
         return module
 
     return install

@@ -20,14 +20,14 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError
-from hcma_fast.export import openvino_model
-from hcma_fast.export.graphs import random_inputs
-from hcma_fast.export.onnx_graph import export_onnx
-from hcma_fast.export.openvino_model import open_model
+from hcma_fast.export.backends.openvino import model as openvino_model
+from hcma_fast.export.backends.openvino.engine import OpenVINOEngine, openvino_version
+from hcma_fast.export.backends.openvino.model import open_model
+from hcma_fast.export.onnx.export import export_onnx
+from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.export.weights_file import WeightsFile
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.openvino import OpenVINOEngine, openvino_version
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec, TensorSpec
 
 pytest.importorskip("openvino")
@@ -254,7 +254,7 @@ def test_bfloat16_is_refused_where_it_would_be_float32(
 _SIGNAL = """
 import faulthandler, gc, os, signal, sys
 from pathlib import Path
-from hcma_fast.export.openvino_model import open_model
+from hcma_fast.export.backends.openvino.model import open_model
 faulthandler.enable()
 signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
 first, second = (open_model(Path(sys.argv[1])) for _ in range(2))

@@ -13,15 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.export import openvino_model
-from hcma_fast.export.graphs import random_inputs
-from hcma_fast.export.onnx_graph import export_onnx
+from hcma_fast.export.backends.openvino import engine as openvino
+from hcma_fast.export.backends.openvino import model as openvino_model
+from hcma_fast.export.backends.openvino.engine import OpenVINOEngine, run_together, waves
+from hcma_fast.export.backends.split_batch import cut, join, rows_of
+from hcma_fast.export.onnx.export import export_onnx
+from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.validate import TOLERANCES, cases_for, measure
 from hcma_fast.export.weights_file import WeightsFile
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime import openvino
-from hcma_fast.runtime.openvino import OpenVINOEngine, run_together, waves
-from hcma_fast.runtime.parts import cut, join, rows_of
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GRAPH_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 SPEC = IOSpec(
@@ -170,7 +171,7 @@ def test_memory_that_is_lacking_is_given_back(
 def test_a_step_graph_runs_in_parts(tmp_path: Path, random_components: Components) -> None:
     """Some of its inputs and outputs have no batch."""
     name, parts = "step_grounded", random_components
-    spec, module = parts.specs()["step_grounded"], parts.graph("step_grounded")
+    spec, module = parts.specs()["step_grounded"], graph_of(parts, "step_grounded")
     path, vocabulary = tmp_path / f"{name}.onnx", len(parts.tokenizer)
     with WeightsFile(tmp_path) as weights:
         export_onnx(spec, module, path, weights, vocabulary=vocabulary)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError, UsageError
-from hcma_fast.runtime.trt import TRTEngine
+from hcma_fast.export.backends.trt.engine import TRTEngine
 from hcma_fast.specs import IOSpec
 
 from trt_graph import WIDTH, expected, make_inputs
@@ -147,7 +147,8 @@ def test_only_rtx_has_a_runtime_cache() -> None:
 
 
 def test_the_library_is_imported_only_when_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    code = "import sys, hcma_fast.runtime.trt; print([m for m in sys.modules if 'tensorrt' in m])"
+    module = "hcma_fast.export.backends.trt.engine"
+    code = f"import sys, {module}; print([m for m in sys.modules if 'tensorrt_rtx' in m])"
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True)
     assert done.stdout.strip() == b"[]"
     monkeypatch.setitem(sys.modules, "tensorrt", None)

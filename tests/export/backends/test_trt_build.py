@@ -15,8 +15,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, UsageError
-from hcma_fast.export import trt_engine
-from hcma_fast.export.trt_engine import (
+from hcma_fast.export.backends.trt import build as trt_engine
+from hcma_fast.export.backends.trt.build import (
     ARCHITECTURES,
     TRTLibrary,
     TRTOptions,
@@ -25,7 +25,7 @@ from hcma_fast.export.trt_engine import (
     check_architectures,
     trt_log,
 )
-from hcma_fast.runtime.trt import load_engine
+from hcma_fast.export.backends.trt.engine import load_engine
 from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
 
 WIDTH = 64

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, UsageError
-from hcma_fast.export.trt_engine import TRTReport, trt_module
-from hcma_fast.runtime.capture import check_capturable
-from hcma_fast.runtime.open import open_engine
+from hcma_fast.export.backends.trt.build import TRTReport, trt_module
+from hcma_fast.export.open import open_engine
+from hcma_fast.sampling.capture import check_capturable
 
 from trt_graph import expected, make_inputs
 

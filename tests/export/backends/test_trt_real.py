@@ -12,13 +12,13 @@ import torch
 from onnx import numpy_helper
 
 from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.backends.trt.build import ARCHITECTURES, TRTLibrary, TRTOptions, build_trt
+from hcma_fast.export.backends.trt.engine import TRTEngine
 from hcma_fast.export.build import build
 from hcma_fast.export.target import Target
-from hcma_fast.export.trt_engine import ARCHITECTURES, TRTLibrary, TRTOptions, build_trt
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import CaptureMode
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.trt import TRTEngine
+from hcma_fast.sampling.capture import CaptureMode
 from hcma_fast.specs import BatchRange
 
 from trt_graph import SPEC, WEIGHT, WIDTH, expected, make_inputs

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hcma_fast.export.products import unflatten_products
+from hcma_fast.export.onnx.merge_products import unflatten_products
 
 _aten = torch.ops.aten
 

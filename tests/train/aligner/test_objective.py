@@ -10,10 +10,9 @@ import torch
 
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.schedule import alphas_cumprod
-from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.objective import (
+from hcma_fast.train.aligner.objective import (
     BUCKETS,
     QUANTITIES,
     AlignerFeatures,
@@ -22,6 +21,7 @@ from hcma_fast.train.objective import (
     stage1_losses,
     summary,
 )
+from hcma_fast.train.data.latent_cache import LatentCache
 
 
 @pytest.fixture

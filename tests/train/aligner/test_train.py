@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from hcma_fast.config import AlignerConfig
 from hcma_fast.errors import InputError, OutputError, UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import Components
-from hcma_fast.train.aligner import train_aligner
-from hcma_fast.train.aligner_settings import AlignerTraining, architecture, check_fits
-from hcma_fast.train.cache import LatentCache, read_header
-from hcma_fast.train.loop import DivergenceError
-from hcma_fast.train.run_folder import check_provenance
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.train.aligner.settings import AlignerTraining, architecture, check_fits
+from hcma_fast.train.aligner.train import train_aligner
+from hcma_fast.train.data.latent_cache import LatentCache, read_header
+from hcma_fast.train.loop.loop import DivergenceError
+from hcma_fast.train.loop.run_folder import check_provenance
 
 from training_runs import (
     configure_accelerate,
@@ -315,7 +315,7 @@ def test_a_damaged_state_is_refused(small_cache: Path, tmp_path: Path, damage: s
 def test_a_run_goes_on_only_with_what_it_was_begun_with(
     small_cache: Path, tmp_path: Path, emoji_coco: Path, encoders: Any
 ) -> None:
-    from hcma_fast.train.encode import make_cache
+    from hcma_fast.train.data.encode import make_cache
 
     run(small_cache, tmp_path, max_steps=2)
     with pytest.raises(WeightsError, match="begun with depth = 2, not 3"):
@@ -354,8 +354,8 @@ def test_batches_that_do_not_fit(small_cache: Path, tmp_path: Path) -> None:
 
 
 def test_an_empty_part_is_an_error(encoders: Any, tmp_path: Path) -> None:
-    from hcma_fast.train.emoji_scenes import write_coco
-    from hcma_fast.train.encode import make_cache
+    from hcma_fast.train.data.emoji_scenes import write_coco
+    from hcma_fast.train.data.encode import make_cache
 
     # ids 0 to 7 are all in the train part
     write_coco(tmp_path / "data", "train", 8, 24)
@@ -386,7 +386,7 @@ def test_the_presets() -> None:
 def test_the_export_is_an_aligner_for_the_model(
     uninterrupted: Path, random_checkpoint: Path
 ) -> None:
-    from hcma_fast.models.weights import load_components
+    from hcma_fast.models.checkpoint.folder import load_components
 
     parts: Components = load_components(random_checkpoint, aligner=uninterrupted / "aligner")
     assert parts.aligner.config == CONFIG

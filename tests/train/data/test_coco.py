@@ -12,8 +12,8 @@ from PIL import Image
 
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.coco import BadImage, CocoExample, open_image, read_split
-from hcma_fast.train.emoji_scenes import sample_scene, write_coco
+from hcma_fast.train.data.coco import BadImage, CocoExample, open_image, read_split
+from hcma_fast.train.data.emoji_scenes import sample_scene, write_coco
 
 Document = dict[str, Any]
 

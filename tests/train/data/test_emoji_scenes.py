@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from hcma_fast.errors import OutputError
 from hcma_fast.program import run_program
-from hcma_fast.train.emoji_scenes import (
+from hcma_fast.train.data.emoji_scenes import (
     BACKGROUNDS,
     CATEGORIES,
     CATEGORY_NAMES,
@@ -66,9 +66,8 @@ def test_categories_are_cocos() -> None:
 
 def test_a_scene_is_a_function_of_split_and_index() -> None:
     # a fresh process draws the same: training may stop and go on, and judge and model agree
-    code = (
-        "from hcma_fast.train.emoji_scenes import sample_scene; print(repr(sample_scene('val', 7)))"
-    )
+    module = "hcma_fast.train.data.emoji_scenes"
+    code = f"from {module} import sample_scene; print(repr(sample_scene('val', 7)))"
     found = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=True
     )

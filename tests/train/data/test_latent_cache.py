@@ -14,11 +14,11 @@ from PIL import Image
 
 from hcma_fast.errors import InputError, OutputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.cache import HEADER_FILE, LatentCache, shard_file
-from hcma_fast.train.coco import open_image, read_split
-from hcma_fast.train.encode import CacheReport, make_cache
-from hcma_fast.train.encoders import Encoders
-from hcma_fast.train.views import crop_image, crop_layout, flip_layout, mentions_side, part_of
+from hcma_fast.train.data.coco import open_image, read_split
+from hcma_fast.train.data.encode import CacheReport, make_cache
+from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.latent_cache import HEADER_FILE, LatentCache, shard_file
+from hcma_fast.train.data.views import crop_image, crop_layout, flip_layout, mentions_side, part_of
 
 SHARD = 25
 

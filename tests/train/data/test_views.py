@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from hcma_fast.layout import Layout
-from hcma_fast.train.views import (
+from hcma_fast.train.data.views import (
     crop_image,
     crop_layout,
     flip_layout,

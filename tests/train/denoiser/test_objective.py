@@ -14,13 +14,13 @@ from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.losses import local_mean
-from hcma_fast.models.weights import Components, load_components
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.schedule import alphas_cumprod
-from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.stage import Stage, make_accelerator
-from hcma_fast.train.stage2 import cached_captions
-from hcma_fast.train.stage2_objective import Conditioned, NoiseObjective
-from hcma_fast.train.stage2_settings import DenoiserTraining
+from hcma_fast.train.data.latent_cache import LatentCache
+from hcma_fast.train.denoiser.objective import Conditioned, NoiseObjective
+from hcma_fast.train.denoiser.settings import DenoiserTraining
+from hcma_fast.train.denoiser.train import cached_captions
+from hcma_fast.train.loop.stage import Stage, make_accelerator
 
 from training_runs import one_thread
 

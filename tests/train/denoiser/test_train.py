@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save_file
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError, WeightsError
-from hcma_fast.models.checkpoint import CheckpointInfo, read_info, write_info
-from hcma_fast.models.weights import load_part
-from hcma_fast.train.cache import LatentCache
-from hcma_fast.train.loop import DivergenceError
-from hcma_fast.train.samples import SamplePlan, plan_samples
-from hcma_fast.train.stage2 import train_denoiser
-from hcma_fast.train.stage2_settings import DenoiserTraining
+from hcma_fast.models.checkpoint.folder import load_part
+from hcma_fast.models.checkpoint.info import CheckpointInfo, read_info, write_info
+from hcma_fast.train.data.latent_cache import LatentCache
+from hcma_fast.train.denoiser.settings import DenoiserTraining
+from hcma_fast.train.denoiser.train import train_denoiser
+from hcma_fast.train.loop.loop import DivergenceError
+from hcma_fast.train.loop.samples import SamplePlan, plan_samples
 
 from training_runs import (
     configure_accelerate,
@@ -203,7 +203,7 @@ def test_samples_along_the_way_leave_the_weights_as_they_are(
     def plan(*arguments: Any) -> SamplePlan:
         return replace(plan_samples(*arguments, count=1), num_inference_steps=2)
 
-    monkeypatch.setattr("hcma_fast.train.stage2.plan_samples", plan)
+    monkeypatch.setattr("hcma_fast.train.denoiser.train.plan_samples", plan)
     outs = tmp_path / "plain", tmp_path / "drawn"
     run(*inputs, outs[0], max_steps=3)
     run(*inputs, outs[1], max_steps=3, sample_every=1)

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcma_fast.errors import OutputError, WeightsError
-from hcma_fast.train.loop import DivergenceError, LoopConfig, learning_rate, run
+from hcma_fast.train.loop.loop import DivergenceError, LoopConfig, learning_rate, run
 
 CONFIG = LoopConfig(
     steps=13,

@@ -14,15 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hcma_fast.config import AlignerConfig
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import Components
-from hcma_fast.train.aligner import train_aligner
-from hcma_fast.train.aligner_settings import AlignerTraining
-from hcma_fast.train.cache import read_header
-from hcma_fast.train.coco import read_split
-from hcma_fast.train.loop import LoopConfig
-from hcma_fast.train.loop import run as run_loop
-from hcma_fast.train.samples import SamplePlan, plan_samples, plan_scene_samples
-from hcma_fast.train.views import crop_layout, part_of
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.train.aligner.settings import AlignerTraining
+from hcma_fast.train.aligner.train import train_aligner
+from hcma_fast.train.data.coco import read_split
+from hcma_fast.train.data.latent_cache import read_header
+from hcma_fast.train.data.views import crop_layout, part_of
+from hcma_fast.train.loop.loop import LoopConfig
+from hcma_fast.train.loop.loop import run as run_loop
+from hcma_fast.train.loop.samples import SamplePlan, plan_samples, plan_scene_samples
 
 CONFIG = AlignerConfig(
     latent_size=8, patch_size=2, token_width=16, width=32, depth=2, heads=2, text_width=16

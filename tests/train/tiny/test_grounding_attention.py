@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS
-from hcma_fast.models.weights import Components
-from hcma_fast.train.grounding_attention import GroundingAttention, localisation_loss
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.train.tiny.grounding_attention import GroundingAttention, localisation_loss
 
 SIDE = 4
 #: box 0 is the left half, box 1 the lower right quarter; box 2 is masked

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import WeightsError
-from hcma_fast.models.weights import load_components
-from hcma_fast.train.pack import SUMS_FILE, pack
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.train.tiny.pack import SUMS_FILE, pack
 
 SETTINGS = AlignmentSettings(eta0=3.0, guidance_scale=2.0)
 

@@ -12,12 +12,17 @@ from torch import nn
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.aligner import Aligner, AlignStep
 from hcma_fast.models.text import tokenize
-from hcma_fast.train.aligner_settings import architecture
-from hcma_fast.train.denoiser import align_some, make_unet
-from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, render_scene, sample_scene
-from hcma_fast.train.latents import Batch
-from hcma_fast.train.text import WIDTH, make_text_encoder, make_tokenizer
-from hcma_fast.train.vae import make_vae, psnr, to_tensor
+from hcma_fast.train.aligner.settings import architecture
+from hcma_fast.train.data.emoji_scenes import (
+    BACKGROUNDS,
+    CATEGORY_NAMES,
+    render_scene,
+    sample_scene,
+)
+from hcma_fast.train.tiny.latents import Batch
+from hcma_fast.train.tiny.text import WIDTH, make_text_encoder, make_tokenizer
+from hcma_fast.train.tiny.unet import align_some, make_unet
+from hcma_fast.train.tiny.vae import make_vae, psnr, to_tensor
 
 #: a busy machine is no fault of the code
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

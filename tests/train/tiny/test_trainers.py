@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from hcma_fast.cli.app import main
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import load_components, load_part
+from hcma_fast.models.checkpoint.folder import load_components, load_part
 from hcma_fast.program import run_program
-from hcma_fast.train.aligner_settings import architecture
-from hcma_fast.train.denoiser import MAX_ETA0
-from hcma_fast.train.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.aligner.settings import architecture
+from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.tiny.unet import MAX_ETA0
 
 SCENES = 24
 SMALL = ("--steps", "2", "--batch", "4")
@@ -126,7 +126,7 @@ def test_stage_2_trains_on_aligned_latents(
     # a share of 0 would draw other numbers for the rest; a rate of 0 differs in the alignment alone
     unets = []
     for rate in (0.0, MAX_ETA0):
-        monkeypatch.setattr("hcma_fast.train.denoiser.MAX_ETA0", rate)
+        monkeypatch.setattr("hcma_fast.train.tiny.unet.MAX_ETA0", rate)
         out = tmp_path / str(rate)
         out.mkdir()
         for path in trained.iterdir():
@@ -222,7 +222,7 @@ def test_options_that_cannot_be_are_usage_errors(
 
 
 def test_as_a_process_of_its_own(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "hcma_fast.train.pack", "--run", "nowhere", "--out", "x"]
+    command = [sys.executable, "-m", "hcma_fast.train.tiny.pack", "--run", "nowhere", "--out", "x"]
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
     done = subprocess.run(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from hcma_fast.bench.judge import Verdict
-from hcma_fast.bench.judge_data import MAX_COVER, NONE, cover
+from hcma_fast.bench.quality.metrics.judge.data import MAX_COVER, NONE, cover
+from hcma_fast.bench.quality.metrics.judge.model import Verdict
 from hcma_fast.layout import Box, Layout
 
 WINDOW_SIDES = (0.25, 0.4)

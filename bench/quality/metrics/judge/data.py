@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, sample_scene
+from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, Scene, sample_scene
 
 Box = tuple[float, float, float, float]
 CROP_SIDE = 32

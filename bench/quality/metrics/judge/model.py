@@ -1,7 +1,8 @@
 """The judge: which of 24 EmojiScenes categories, or none, does a box of a picture show?
 
-Train it by ``python -m hcma_fast.bench.judge --out .runs/judge``: minutes on one core, resumable.
-It learns from renders of the split "judge", which the generator never sees. bench/assets holds it.
+Train it by ``python -m hcma_fast.bench.quality.metrics.judge.model --out .runs/judge``: minutes on
+one core, resumable. It learns from renders of the split "judge", which the generator never sees.
+``assets/`` beside this file holds it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from hcma_fast.bench.judge_data import (
+from hcma_fast.bench.quality.metrics.judge.data import (
     CLASSES,
     CROP_SIDE,
     NONE,
@@ -38,11 +39,12 @@ from hcma_fast.bench.judge_data import (
     to_tensor,
 )
 from hcma_fast.errors import WeightsError
-from hcma_fast.train.emoji_scenes import render_scene, sample_scene
-from hcma_fast.train.loop import LoopConfig, run
-from hcma_fast.train.scenes_cache import rendered_scenes
+from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.data.scenes_cache import rendered_scenes
+from hcma_fast.train.loop.loop import LoopConfig, run
 
 ASSETS = Path(__file__).parent / "assets"
+_TRAIN = "python -m hcma_fast.bench.quality.metrics.judge.model"
 _WEIGHTS, _CARD = "judge.safetensors", "judge.json"
 _SEED = 0
 
@@ -122,7 +124,7 @@ class Judge:
                 raise WeightsError(
                     f"the judge's weights are not the ones of its card ({card.sha256[:12]}...)",
                     value=found,
-                    remedy="Restore them, or train again: python -m hcma_fast.bench.judge.",
+                    remedy=f"Restore them, or train again: {_TRAIN}.",
                 )
             net = JudgeNet(len(card.classes))
             net.load_state_dict({name: value.float() for name, value in load(content).items()})
@@ -130,7 +132,7 @@ class Judge:
             raise WeightsError(
                 f"the judge cannot be loaded: {error}",
                 value=str(folder),
-                remedy="Restore bench/assets, or train again: python -m hcma_fast.bench.judge.",
+                remedy=f"Restore {ASSETS}, or train again: {_TRAIN}.",
             ) from error
         return cls(net, card)
 
