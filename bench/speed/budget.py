@@ -1,9 +1,8 @@
 """What one image costs, in counts instead of times: ``python -m hcma_fast.bench.speed.budget``.
 
 Operations and bytes of each graph of `tiny`, what the sampler itself adds per image, and how often
-a whole call of the pipeline runs each graph. A test compares them with the committed budget,
-tests/bench/speed/budget.json; who makes the product leaner, or has a reason to make it dearer, writes the
-new numbers there:
+a whole call of the pipeline runs each graph. A test compares them with the committed budget. When a
+change makes the product leaner, or dearer for a reason, write the new numbers:
 
     python -m hcma_fast.bench.speed.budget > tests/bench/speed/budget.json
 """

@@ -129,7 +129,7 @@ _KILLED = """
 import os, signal, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_tune_alignment import PLAN, Peak
+from test_tuning import PLAN, Peak
 from hcma_fast.bench.quality.tuning.search import search
 class Killed(Peak):
     def __call__(self, *args):
