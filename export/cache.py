@@ -30,7 +30,7 @@ from hcma_fast.export.manifest import (
 )
 from hcma_fast.export.removal import has_listing, remove_engine
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
-from hcma_fast.models.weights import Checkpoint, ModelSource, load_components
+from hcma_fast.models.checkpoint.folder import Checkpoint, ModelSource, load_components
 
 _log = logging.getLogger("hcma_fast")
 _KEY_LETTERS = 24

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
+from hcma_fast.export.backends.trt.build import TRTReport
 from hcma_fast.export.key import key_of
 from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.signing import verify
 from hcma_fast.export.target import Target, backend_version, machine
-from hcma_fast.export.trt_engine import TRTReport
 from hcma_fast.export.weights_file import check_external_data
-from hcma_fast.models.checkpoint import CheckpointInfo, first_line
+from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
 from hcma_fast.specs import GraphName, IOSpec
 from hcma_fast.strict_json import parse_json, read_regular
 

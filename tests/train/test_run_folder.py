@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from hcma_fast.train.run_folder import Provenance, RunFolder, RunState
-from hcma_fast.train.stage2_export import _is_half_export
+from hcma_fast.train.denoiser.export import _is_half_export
+from hcma_fast.train.loop.run_folder import Provenance, RunFolder, RunState
 
 PROVENANCE = Provenance(cache="", vae_sha256="", text_sha256="", architecture={}, training={})
 
