@@ -20,6 +20,7 @@ NO_GRAPH_CODE = {
     "files": "how files are written",
     "kernels.launch": "how Triton kernels are launched",
     "models.checkpoint.info": "hcma.json and the checks of a folder",
+    "export.signature": "compares a graph with its spec",
     "export.target": "its fields are parts of the key",
     "export.validate": "compares graphs that are made elsewhere",
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
+from hcma_fast.strict_json import parse_json, read_regular
 
 if TYPE_CHECKING:
     from hcma_fast.bench.shared.bootstrap import Estimate
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from hcma_fast.bench.speed.harness.report import Report
 
 RESULTS_FILE = "bench.json"
+_RESULTS_BYTES = 2**28
 
 
 def run(
@@ -93,6 +96,7 @@ def run(
         measure(None)
     else:
         check_installed()
+        _check_place(out, names)
         with output_folder(out) as folder:
             measure(folder)
     if json_:
@@ -108,6 +112,24 @@ def run(
             f"{len(wrong)} rows are void and {len(failed)} could not run",
             value="; ".join(wrong + failed),
             remedy="The tables say why; leave backends out by naming others with --backend.",
+        )
+
+
+def _check_place(folder: Path, names: Sequence[str]) -> None:
+    """Refuse to replace files of our names in a folder that no run of suites has written."""
+    ours = [RESULTS_FILE, "ladder.png", "scaling.png"]
+    ours += [f"{name}.{suffix}" for name in names for suffix in ("md", "csv")]
+    taken = [folder / name for name in ours if os.path.lexists(folder / name)]
+    try:
+        values = parse_json(read_regular(folder / RESULTS_FILE, _RESULTS_BYTES))
+    except (OSError, InputError):
+        values = None
+    if taken and not (isinstance(values, dict) and {"command", "reports"} <= values.keys()):
+        raise OutputError(
+            f"this file is not of hcma-fast bench run, whose {RESULTS_FILE} is not beside it, and "
+            "is not replaced",
+            value=str(taken[0]),
+            remedy="Give another --out, or move the file away.",
         )
 
 
