@@ -95,7 +95,7 @@ def remove_engine(folder: Path) -> None:
         retired = os.listdir(folder) == [RETIRED]
     if retired:
         remove_engine(folder / RETIRED)
-        names = []
+        names: list[str] = []
     else:
         names = engine_files(folder) if has_listing(folder) else built_files(folder)
     with _typed(folder):

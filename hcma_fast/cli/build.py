@@ -89,11 +89,17 @@ def build(
     ] = None,
     verify_key: Annotated[
         Path | None,
-        typer.Option(help="Public key (PEM) that must have signed the folder of --verify."),
+        typer.Option(
+            help="Public key (PEM) that must have signed the folder of --verify.",
+            show_default="none",
+        ),
     ] = None,
     sign_key: Annotated[
         Path | None,
-        typer.Option(help="Sign the folder of --out with this ed25519 private key (PEM)."),
+        typer.Option(
+            help="Sign the folder of --out with this ed25519 private key (PEM).",
+            show_default="unsigned",
+        ),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine folder, or build a cached one again.")

@@ -125,11 +125,13 @@ def test_a_change_of_any_value_is_found(engine: Path) -> None:
         owner = functools.reduce(operator.getitem, place[:-1], changed)
         old = owner[place[-1]]
         owner[place[-1]] = _another(old)
-        for _ in ("changed", "removed"):
-            path.write_text(json.dumps(changed))
-            with pytest.raises(EngineError):
-                read_manifest(engine)
-            owner.pop(place[-1], None) if isinstance(owner, dict) else owner.pop(place[-1])
+        path.write_text(json.dumps(changed))
+        with pytest.raises(EngineError):
+            read_manifest(engine)
+        del owner[place[-1]]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(EngineError):
+            read_manifest(engine)
 
 
 def test_the_hash_is_of_the_content_and_not_of_its_form(engine: Path) -> None:
@@ -155,7 +157,7 @@ def test_specs_are_compared_with_the_graphs(engine: Path, random_engine: Path) -
         return lambda values: values["graphs"]["align"]["spec"][way][number]
 
     for change, word in (
-        (lambda v: tensor("inputs")(v).update(name="latent"), "latent is not in the signature"),
+        (lambda v: tensor("inputs")(v).update(name="latent"), "latent is missing"),
         (lambda v: tensor("outputs")(v).update(name="moved"), "moved is missing"),
         (lambda v: tensor("inputs")(v).update(dtype="float16"), "z is float32"),
         (lambda v: tensor("inputs")(v)["shape"].pop(), "z is float32"),

@@ -67,7 +67,10 @@ def generate(
     ] = None,
     verify_key: Annotated[
         Path | None,
-        typer.Option(help="Public key (PEM) that must have signed the engine folder of --model."),
+        typer.Option(
+            help="Public key (PEM) that must have signed the engine folder of --model.",
+            show_default="none",
+        ),
     ] = None,
     device: Annotated[
         str | None,
