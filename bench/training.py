@@ -33,6 +33,7 @@ from hcma_fast.train.cache import (
     shard_file,
 )
 from hcma_fast.train.encoders import Encoders
+from hcma_fast.train.image_files import open_image_file
 from hcma_fast.train.objective import AlignerFeatures, draw_noised, stage1_losses
 from hcma_fast.train.views import crop_image
 
@@ -88,8 +89,8 @@ class Uncached(LatentCache):
         found = super().batch(indices, caption_draws, flip_draws)
         crops = []
         for index in indices:
-            with Image.open(self.files[index % len(self.files)]) as image:
-                crop = crop_image(image, self.encoders.image_size)
+            opened = open_image_file(self.files[index % len(self.files)], "an image")
+            crop = crop_image(opened.image, self.encoders.image_size)
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
         latents = self.encoders.posterior(torch.stack(crops))
         texts = [self.texts[index % len(self.texts)] for index in indices]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import reprlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,9 +12,10 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from hcma_fast.errors import InputError
-from hcma_fast.files import read_file
+from hcma_fast.files import decode_text, read_file
 
 Kind = Literal["image", "category", "annotation", "caption"]
+_MOST_BYTES = 2**33
 #: as tensors hold them
 Id = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 _Side = Annotated[int, Field(gt=0, lt=2**31)]
@@ -109,11 +109,11 @@ def read_annotations(path: Path, kind: type[_File]) -> _File:
     Raises:
         InputError: it is missing, or not in COCO's format as a whole.
     """
-    content = read_file(path, "the annotations")
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        fail("the annotations are UTF-16, and must be UTF-8", path)
+    content = read_file(path, "the annotations", limit=_MOST_BYTES)
     try:
-        return kind.model_validate_json(content.removeprefix(codecs.BOM_UTF8))
+        return kind.model_validate_json(decode_text(content, "the file of annotations"))
+    except InputError as error:
+        raise InputError(error.what, value=str(path), remedy=error.remedy) from error
     except ValidationError as error:
         fail(f"not in COCO's format: {_problem(error)}", path, error)
 
