@@ -348,7 +348,7 @@ def test_manifest_is_read(tmp_path: Path) -> None:
         item.real_image(32, 32, resize=False)
     assert item.real_image(32, 32, resize=True).size == (32, 32)
     (tmp_path / "dog.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the real image of a"):
         item.real_image(64, 64, resize=False)
 
 

@@ -157,7 +157,7 @@ def test_refinement_is_that_of_the_published_code(random_components: Components)
         start = float(worst(step.forward(noise())[1]))
         moved = []
         for drop in (-0.01, 1e-4, 3e-4):
-            # reached at once, by one move, and by some
+            # reached at once, by some moves, and by many or never
             threshold = 1 - (start - drop)
             updates = RefinedUpdates(thresholds={0.0: threshold})
             expected, moves = published_step(peer, noise(), step, 20.0, threshold)
@@ -166,7 +166,8 @@ def test_refinement_is_that_of_the_published_code(random_components: Components)
             assert torch.equal(found, expected), (kind, drop)
             assert maps.passes.backward == moves + 1
             moved.append(moves)
-        assert moved[0] == 0 and 2 <= moved[1] <= moved[2] < 20, (kind, moved)
+        assert moved[0] == 0 and 2 <= moved[1] < 20, (kind, moved)
+        assert moved[1] <= moved[2] <= 20, (kind, moved)
 
 
 def test_layout_guidance_ends_for_good_once_it_is_there(random_components: Components) -> None:

@@ -117,10 +117,10 @@ def test_the_commit_of_an_installed_copy_is_told(tmp_path: Path) -> None:
     checkout, package = tmp_path / "checkout", tmp_path / "site-packages" / "hcma_fast"
     for folder in (checkout / "hcma_fast", checkout / "bench", package / "bench"):
         folder.mkdir(parents=True)
-    for name in ("hcma_fast/__init__.py", "bench/shared/machine.py"):
+    for name in ("hcma_fast/__init__.py", "bench/code.py"):
         (checkout / name).write_text(f'"""{name}"""\n')
     (package / "__init__.py").write_text('"""hcma_fast/__init__.py"""\n')
-    (package / "bench" / "machine.py").write_text('"""bench/shared/machine.py"""\n')
+    (package / "bench" / "code.py").write_text('"""bench/code.py"""\n')
     assert commit_of_copy(package, checkout) is None
     assert commit_of_copy(package, tmp_path / "gone") is None
     who = ("-c", "user.name=a", "-c", "user.email=a@b")
@@ -128,5 +128,5 @@ def test_the_commit_of_an_installed_copy_is_told(tmp_path: Path) -> None:
         subprocess.run(["git", *words], cwd=checkout, check=True)
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True)
     assert commit_of_copy(package, checkout) == head[:12]
-    (package / "bench" / "machine.py").write_text("edited = True\n")
+    (package / "bench" / "code.py").write_text("edited = True\n")
     assert commit_of_copy(package, checkout) == f"{head[:12]}+changes"
