@@ -3,10 +3,50 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, ClassVar, Self
+import re
+from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+MESSAGE_LETTERS = 500
+"""Longest message that is printed, in characters."""
+_REMEDY_LETTERS, _VALUE_LETTERS, _LEAST_LETTERS = 280, 200, 60
+_ARGUMENT = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
+
+ArgumentNames: TypeAlias = "Callable[[str, str | None], str]"
+"""(argument of the Python API, value if any) -> how the one who asked writes it."""
+
+
+def python_argument(name: str, value: str | None) -> str:
+    """``backend="eager"`` or, without a value, ``backend``."""
+    if value is None:
+        return name
+    bare = value in ("True", "False", "None") or value[:1] in "0123456789([.-"
+    return f"{name}={value if bare else repr(value)}".replace("'", '"')
+
+
+def printable(text: str, letters: int = MESSAGE_LETTERS) -> str:
+    """``text`` in one line of at most ``letters``: no control characters, the middle left out.
+
+    Terminals act on control characters, so text from a file must not print them.
+    """
+    if len(text) > 8 * letters:
+        text = text[: 4 * letters] + text[-4 * letters :]
+    line = " ".join(text.split())
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+    if len(line) <= letters:
+        return line
+    tail = letters // 3
+    return f"{line[: letters - tail - 3]}...{line[-tail:]}"
+
+
+def _representation(value: object) -> str:
+    try:
+        return repr(value)
+    except Exception:  # deep lists, and integers of thousands of digits
+        return f"a value of the type {type(value).__name__}"
 
 
 class HcmaError(Exception):
@@ -14,8 +54,11 @@ class HcmaError(Exception):
 
     Args:
         what: what is wrong, one clause.
-        value: the offending value, shown verbatim when given.
+        value: the offending value, shown when given.
         remedy: what the user can do.
+
+    ``{backend=eager}`` or ``{backend}`` in ``what`` and ``remedy`` names an argument: the message
+    writes it in the words of whoever asked, ``backend="eager"`` or ``--backend eager``.
     """
 
     exit_code: ClassVar[int] = 1
@@ -24,8 +67,22 @@ class HcmaError(Exception):
 
     def __init__(self, what: str, *, value: object = None, remedy: str) -> None:
         self.what, self.value, self.remedy = what, value, remedy
-        shown = "" if value is None else f" (got {value!r})"
-        super().__init__(f"{what}{shown}. {remedy}")
+        super().__init__(self.message())
+
+    def message(self, argument: ArgumentNames = python_argument) -> str:
+        """What is wrong, the value and the remedy: one line of at most 500 characters."""
+
+        def words(text: str) -> str:
+            return _ARGUMENT.sub(lambda found: argument(found[1], found[2]), text)
+
+        remedy = printable(words(self.remedy), _REMEDY_LETTERS)
+        what = printable(words(self.what))
+        room = MESSAGE_LETTERS - len(remedy) - len(". ")
+        shown = ""
+        if self.value is not None:
+            most = min(_VALUE_LETTERS, max(_LEAST_LETTERS, room - len(what) - len(" (got )")))
+            shown = f" (got {printable(_representation(self.value), most)})"
+        return f"{printable(what, room - len(shown))}{shown}. {remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # exceptions pickle their positional arguments only, and worker processes pickle errors

@@ -8,7 +8,8 @@ import pickle
 import pytest
 
 from hcma_fast import errors
-from hcma_fast.errors import HcmaError
+from hcma_fast.errors import MESSAGE_LETTERS, HcmaError
+from hcma_fast.program import command_option
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not HcmaError]
 
@@ -70,3 +71,33 @@ def test_an_error_says_where_and_of_which_request_and_stays_of_its_kind(
     assert str(named) == "request 4: too large (got 7). Give less."
     assert str(error.at("line 3")) == "line 3: too large (got 7). Give less."
     assert str(error) == "too large (got 7). Give less." and error.request is None
+
+
+def test_messages_are_one_short_line_without_control_characters() -> None:
+    error = HcmaError("bad \x1b[31mkey\x07 \u202e\ud800\nnext", value="\x9b", remedy="Fix\tit.")
+    shown = r"bad \x1b[31mkey\x07 \u202e\ud800 next (got '\x9b'). Fix it."
+    assert str(error) == shown
+    long = HcmaError("w" * 10**6, value="v" * 10**6, remedy="r" * 10**6)
+    assert len(str(long)) <= MESSAGE_LETTERS and str(long).startswith("www")
+    kept = HcmaError("w" * 10**6, value="v" * 10**6, remedy="Do this.")
+    assert len(str(kept)) <= MESSAGE_LETTERS and str(kept).endswith("vvv'). Do this.")
+    deep: list[object] = []
+    for _ in range(10**5):
+        deep = [deep]
+    for value in (deep, 10**5000):
+        assert f"a value of the type {type(value).__name__}" in str(
+            HcmaError("bad", value=value, remedy="Give another.")
+        )
+
+
+def test_arguments_are_named_in_the_words_of_the_asker() -> None:
+    error = HcmaError(
+        "{eta0} is bad", remedy="Use {backend=eager}, {seed=3} or leave out {device}."
+    )
+    assert str(error) == 'eta0 is bad. Use backend="eager", seed=3 or leave out device.'
+    assert error.message(command_option) == (
+        "--eta0 is bad. Use --backend eager, --seed 3 or leave out --device."
+    )
+    # JSON in a remedy is no argument
+    example = HcmaError("bad", remedy='Write {"phrases": []}.')
+    assert example.message(command_option) == 'bad. Write {"phrases": []}.'

@@ -127,6 +127,10 @@ class Report(_Frozen):
     rows: tuple[Row, ...]
     failed: dict[str, str] = {}
     """cases that could not run, and why"""
+    left_out: dict[str, str] = {}
+    """cases that say nothing on this machine, and why"""
+    finished: bool = True
+    """False: interrupted, with the rows of the rounds until then"""
     fits: tuple[Fit, ...] = ()
     machine: Machine
 
@@ -176,6 +180,7 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
     """
     lines = [f"{report.suite}: {report.model} on {report.device}, {report.rounds} rounds"]
     lines[0] += ", quick sizes: whether it works, not how fast" if report.quick else ""
+    lines[0] += "" if report.finished else "; not finished: rows of the rounds so far"
     groups = dict.fromkeys(row.group for row in report.rows)
     for group in groups:
         rows = [row for row in report.rows if row.group == group]
@@ -193,6 +198,8 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
             f"| {_estimate(fit.growth)} | {_line(fit)} |"
             for fit in report.fits
         ]
+    if report.left_out:
+        lines += ["", *(f"Left out: {name}: {why}." for name, why in report.left_out.items())]
     if report.failed:
         lines += ["", *(f"Could not run: {name}: {why}" for name, why in report.failed.items())]
     hashes = {row.weights_hash[:16] for row in report.rows}

@@ -19,6 +19,7 @@ from hcma_fast.strict_json import parse_json, read_regular
 if TYPE_CHECKING:
     from hcma_fast.bench.shared.bootstrap import Estimate
     from hcma_fast.bench.soak.report import SoakReport
+    from hcma_fast.bench.speed.harness.plan import Plan
     from hcma_fast.bench.speed.harness.report import Report
 
 RESULTS_FILE = "bench.json"
@@ -58,13 +59,17 @@ def run(
         Path | None,
         typer.Option(help=f"Folder for {RESULTS_FILE}, and per suite a table, CSV and plot."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on after the last finished round in --out."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of tables.")] = False,
 ) -> None:
     """Run suites: cases side by side and in turns, each in a process of its own.
 
     A row whose result does not agree with the plain loop's is void. Ends with an error if any row
-    is void, or could not run.
+    is void, or could not run. With --out, rows are written after each round.
     """
     from hcma_fast.bench.shared.plots import check_installed
     from hcma_fast.bench.speed.harness.plan import Plan
@@ -73,6 +78,8 @@ def run(
 
     if json_ and csv:
         raise UsageError("--json and --csv exclude each other", remedy="Use one of them.")
+    if resume and out is None:
+        raise UsageError("--resume needs the rounds in --out", remedy="Add --out FOLDER.")
     plan = Plan(model, device, tuple(backend or ()), rounds, quick)
     every = [name for name in SUITES if plan.on_gpu or name not in ON_GPU]
     names = every if suites == ["all"] else suites
@@ -80,17 +87,38 @@ def run(
     _tell_if_busy()
     reports: list[Report] = []
 
-    def results() -> Results:
-        return Results(command=shlex.join(["hcma-fast", *sys.argv[1:]]), reports=tuple(reports))
+    def results(more: Sequence[Report] = ()) -> Results:
+        command = shlex.join(["hcma-fast", *sys.argv[1:]])
+        return Results(command=command, reports=(*reports, *more))
+
+    def write(folder: Path, more: Sequence[Report] = ()) -> None:
+        write_file(folder / RESULTS_FILE, results(more).model_dump_json(indent=2).encode())
 
     def measure(folder: Path | None) -> None:
-        for name in names:
+        if folder is not None and resume:
+            reports.extend(_finished(folder, names, plan))
+        for name in names[len(reports) :]:
             print_note(f"suite {name}")
-            reports.append(run_suite(name, plan, print_note))
-            if folder is not None:
-                _write(folder, reports[-1])
-                # after each suite: what was measured is not lost with a later one
-                write_file(folder / RESULTS_FILE, results().model_dump_json(indent=2).encode())
+            if folder is None:
+                reports.append(run_suite(name, plan, print_note))
+                continue
+            rounds_file = folder / f"{name}.rounds.jsonl"
+
+            def keep(report: Report, folder: Path = folder) -> None:
+                write(folder, [report])
+
+            reports.append(
+                run_suite(
+                    name,
+                    plan,
+                    print_note,
+                    rounds_file=rounds_file,
+                    resume=resume,
+                    keep=keep,
+                )
+            )
+            _write(folder, reports[-1])
+            write(folder)
 
     if out is None:
         measure(None)
@@ -144,6 +172,29 @@ def _write(folder: Path, report: Report) -> None:
         write_file(folder / "ladder.png", ladder_png(report.rows))
     if report.fits:
         write_file(folder / "scaling.png", scaling_png(report.fits))
+
+
+def _finished(folder: Path, names: Sequence[str], plan: Plan) -> list[Report]:
+    """The first suites of an interrupted run, as far as they are finished.
+
+    Raises:
+        InputError: the results there are of other suites.
+    """
+    from hcma_fast.bench.speed.harness.report import read_results
+
+    if not (folder / RESULTS_FILE).is_file():
+        return []
+    there = [report for report in read_results(folder / RESULTS_FILE).reports if report.finished]
+    found = [report.suite for report in there]
+    wanted = (plan.model, plan.device, plan.quick)
+    same = all((report.model, report.device, report.quick) == wanted for report in there)
+    if found != list(names[: len(found)]) or not same:
+        raise InputError(
+            "the results here are of other suites, or of another model, device or size",
+            value=", ".join(found),
+            remedy="Give the options of the run that was interrupted, or another --out.",
+        )
+    return there
 
 
 def _tell_if_busy() -> None:
