@@ -20,7 +20,7 @@ from hcma_fast.errors import EngineError, HcmaError, InputError
 from hcma_fast.export.build import Progress, build
 from hcma_fast.export.kernel_cache import kernel_folders
 from hcma_fast.export.key import key_of, key_parts
-from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
+from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, VerifiedFolder, open_folder
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
 from hcma_fast.models.weights import Checkpoint, ModelSource, load_components
 
@@ -39,8 +39,8 @@ def cached_folder(weights_hash: str, target: Target) -> Path:
     return cache_root() / f"{target.backend}-{key[:_KEY_LETTERS]}"
 
 
-def cached_engine(weights_hash: str, target: Target) -> Path | None:
-    """The engine folder in the user's cache, checked; None when it is missing or damaged.
+def cached_engine(weights_hash: str, target: Target) -> VerifiedFolder | None:
+    """The engine folder in the user's cache, opened; None when it is missing or damaged.
 
     The log says why: what is damaged, or what the nearest engine in the cache differs in.
     """
@@ -51,11 +51,10 @@ def cached_engine(weights_hash: str, target: Target) -> Path | None:
             _log.info("The engines in the cache differ in: %s.", ", ".join(differs))
         return None
     try:
-        load_manifest(folder)
+        return open_folder(folder)
     except EngineError as error:
         _log.warning("The cached engine is built again. %s", error)
         return None
-    return folder
 
 
 def find_or_build(
@@ -65,8 +64,10 @@ def find_or_build(
     *,
     progress: Progress | None = None,
     force: bool = False,
-) -> Path:
-    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
+) -> VerifiedFolder:
+    """The engine folder in the user's cache, opened.
+
+    It is built when it is missing or damaged, or by ``force``.
 
     Two processes that want the same engine build it once: the second waits for the first.
 
@@ -78,7 +79,8 @@ def find_or_build(
         BackendError, EngineError, DeviceMemoryError: see :func:`hcma_fast.export.build.build`.
     """
     folder = cached_folder(weights_hash, target)
-    if not force and (found := cached_engine(weights_hash, target)) is not None:
+    found = None if force else cached_engine(weights_hash, target)
+    if found is not None:
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,7 @@ def find_or_build(
         ) from error
     with held:
         missing = not (folder / MANIFEST_FILE).is_file()  # and why, has been said above
-        if force or missing or cached_engine(weights_hash, target) is None:
+        if force or missing or (found := cached_engine(weights_hash, target)) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -99,12 +101,13 @@ def find_or_build(
                 # half an engine, after somebody's clean-up
                 shutil.rmtree(folder, ignore_errors=True)
             build(load(), folder, target, progress=progress, force=True)
-    return folder
+            found = open_folder(folder)
+    return found
 
 
 def engine_folder(
     checkpoint: Checkpoint, target: Target, *, progress: Progress | None = None
-) -> Path:
+) -> VerifiedFolder:
     """:func:`find_or_build` for a checkpoint, whose weights are read only to build."""
     return find_or_build(
         checkpoint.weights_hash, lambda: load_components(checkpoint), target, progress=progress

@@ -9,6 +9,7 @@ from torch import nn
 from hcma_fast.errors import EngineError
 from hcma_fast.export import aoti, openvino_model
 from hcma_fast.export import session as ort
+from hcma_fast.export.onnx_file import OnnxFile
 from hcma_fast.export.onnx_graph import export_onnx
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.trt_engine import TRTReport, build_trt
@@ -55,8 +56,10 @@ def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
         return on_device(aoti.runner(file, spec), target.device)
     if target.backend == "openvino":
         precision = openvino_model.precision_of(spec.graph, target.precision)
-        return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
-    session = ort.open_session(file)
+        opened = OnnxFile.open(file)
+        compiled = openvino_model.open_model(opened, precision=precision)
+        return openvino_model.runner(compiled, spec, opened)
+    session = ort.open_session(OnnxFile.open(file))
     _check_names(spec, session)
     return ort.runner(session, spec)
 

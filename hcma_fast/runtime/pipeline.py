@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from hcma_fast.runtime.requests import (
 from hcma_fast.runtime.sampler import Schedule, StepLosses, fusable, sample, sample_fused
 from hcma_fast.runtime.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
+
+if TYPE_CHECKING:
+    from hcma_fast.export.manifest import VerifiedFolder
 
 _log = logging.getLogger("hcma_fast")
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -209,8 +212,8 @@ class HCMAPipeline:
                 precision=cast(Precision, precision or "float32"),
                 device=device_for(backend, where),
             )
-            folder = engine_folder(checkpoint, target, progress=progress)
-            pipe = cls.from_engines(folder, backend=backend, device=device)
+            opened = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(opened, backend=backend, device=device)
         if grad_backend is not None:
             components, spec = pipe.components, pipe.engines["align"].spec
             align = gradient_engine(
@@ -239,19 +242,27 @@ class HCMAPipeline:
 
     @classmethod
     def from_engines(
-        cls, folder: Path, *, backend: str | None = None, device: str | None = None
+        cls,
+        folder: Path | VerifiedFolder,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
     ) -> HCMAPipeline:
-        """Open an engine folder; every file's hash is checked before it is read.
+        """Open an engine folder, or what was opened of one before.
+
+        Each file is opened once, hashed, and loaded from that descriptor. Removing, replacing or
+        rebuilding the folder does not affect the pipeline; writing into one of its files does.
 
         Raises:
             EngineError: it is incomplete, of another version or machine, or was tampered with.
             BackendError: it was built for another backend than the one asked for, which is not
                 installed, or does not run on ``device``.
         """
-        from hcma_fast.export.manifest import load_manifest
+        from hcma_fast.export.manifest import open_folder
         from hcma_fast.runtime.open import open_engines
 
-        manifest = load_manifest(folder)
+        opened = open_folder(folder) if isinstance(folder, Path) else folder
+        manifest = opened.manifest
         if backend not in (None, manifest.backend):
             raise BackendError(
                 f"this engine folder was built for {manifest.backend}",
@@ -260,9 +271,11 @@ class HCMAPipeline:
             )
         device = device or manifest.device
         check_device(device, manifest.backend)
+        with opened.part("tokenizer") as texts:
+            tokenizer = load_tokenizer(texts)
         return cls(
-            open_engines(folder, manifest, device),
-            load_tokenizer(folder / "tokenizer"),
+            open_engines(opened, device),
+            tokenizer,
             manifest.info,
             backend=manifest.backend,
             weights_hash=manifest.weights_hash,
