@@ -14,6 +14,7 @@ from torch import Tensor
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, UsageError
 from hcma_fast.export.trt_engine import TRTReport, trt_module
 from hcma_fast.runtime.capture import check_capturable
+from hcma_fast.opened import OpenedFile
 from hcma_fast.runtime.open import open_engine
 
 from trt_graph import expected, make_inputs
@@ -137,12 +138,15 @@ def test_the_record_of_a_build_decides_what_may_be_captured(
         network_dtypes={},
         network_product_dtypes={},
     )
+    engine_file = tmp_path / "a.engine"
+    engine_file.write_bytes(b"engine")
     assert not report.user_allocation, "a record from before there was this entry"
     for found in (report, report.model_copy(update={"user_allocation": True})):
         record = SimpleNamespace(file="a.engine", sha256="0" * 64, spec=stand_in.spec, engine=found)
         target = SimpleNamespace(strip_weights=False)
         manifest = SimpleNamespace(graphs={"align": record}, backend="tensorrt-rtx", target=target)
-        engine = open_engine(tmp_path, manifest, "align", "cuda")  # type: ignore[arg-type]
+        folder = VerifiedFolder(tmp_path, manifest, {"a.engine": OpenedFile(engine_file)})  # type: ignore[arg-type]
+        engine = open_engine(folder, "align", "cuda")
         if found.user_allocation:
             check_capturable("step", "cuda", "tensorrt-rtx", None, {"align": engine})
         else:
