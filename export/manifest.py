@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
-from hcma_fast.export.onnx_file import OnnxFile
+from hcma_fast.export.backends.trt.build import TRTReport
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.target import Target, backend_version, machine
-from hcma_fast.export.trt_engine import TRTReport
-from hcma_fast.models.checkpoint import CheckpointInfo, first_line
+from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
 from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import GraphName, IOSpec
 
