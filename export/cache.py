@@ -24,8 +24,9 @@ from hcma_fast.export.manifest import (
     MANIFEST_FILE,
     FormatError,
     Manifest,
-    load_manifest,
+    VerifiedFolder,
     manifest_values,
+    open_folder,
     read_manifest,
 )
 from hcma_fast.export.removal import has_listing, remove_engine
@@ -48,8 +49,8 @@ def cached_folder(weights_hash: str, target: Target) -> Path:
     return cache_root() / f"{target.backend}-{key[:_KEY_LETTERS]}"
 
 
-def cached_engine(weights_hash: str, target: Target) -> Path | None:
-    """The engine folder in the user's cache, checked; None when it is missing, or not usable.
+def cached_engine(weights_hash: str, target: Target) -> VerifiedFolder | None:
+    """The engine folder in the user's cache, opened; None when it is missing, or not usable.
 
     The log says why: what is damaged, what an engine under this name is of instead, or what the
     nearest engine in the cache differs in.
@@ -61,11 +62,11 @@ def cached_engine(weights_hash: str, target: Target) -> Path | None:
             _log.info("The engines in the cache differ in: %s.", ", ".join(differs))
         return None
     try:
-        manifest = load_manifest(folder)
+        opened = open_folder(folder)
     except EngineError as error:
         _log.warning("The cached engine is built again. %s", error)
         return None
-    differs = _differences(manifest, parts, target)
+    differs = _differences(opened.manifest, parts, target)
     if differs:
         _log.warning(
             "The cached engine is built again: %s is an engine of another %s.",
@@ -73,7 +74,7 @@ def cached_engine(weights_hash: str, target: Target) -> Path | None:
             ", ".join(differs),
         )
         return None
-    return folder
+    return opened
 
 
 def _differences(manifest: Manifest, parts: dict[str, str], target: Target) -> list[str]:
@@ -97,8 +98,10 @@ def find_or_build(
     *,
     progress: Progress | None = None,
     force: bool = False,
-) -> Path:
-    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
+) -> VerifiedFolder:
+    """The engine folder in the user's cache, opened.
+
+    It is built when it is missing or damaged, or by ``force``.
 
     Two processes that want the same engine build it once: the second waits for the first.
 
@@ -111,7 +114,8 @@ def find_or_build(
         BackendError, EngineError, DeviceMemoryError: see :func:`hcma_fast.export.build.build`.
     """
     folder = cached_folder(weights_hash, target)
-    if not force and (found := cached_engine(weights_hash, target)) is not None:
+    found = None if force else cached_engine(weights_hash, target)
+    if found is not None:
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +128,7 @@ def find_or_build(
         ) from error
     with held:
         missing = not os.path.lexists(folder / MANIFEST_FILE)  # and why, has been said above
-        if force or missing or cached_engine(weights_hash, target) is None:
+        if force or missing or (found := cached_engine(weights_hash, target)) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):
                 _remove_or_say(leftover)
@@ -132,12 +136,13 @@ def find_or_build(
                 # half an engine, after somebody's clean-up, or one whose manifest is damaged
                 remove_engine(folder)
             build(load(), folder, target, progress=progress, force=True)
-    return folder
+            found = open_folder(folder)
+    return found
 
 
 def engine_folder(
     checkpoint: Checkpoint, target: Target, *, progress: Progress | None = None
-) -> Path:
+) -> VerifiedFolder:
     """:func:`find_or_build` for a checkpoint, whose weights are read only to build."""
     return find_or_build(
         checkpoint.weights_hash, lambda: load_components(checkpoint), target, progress=progress

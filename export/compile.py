@@ -11,6 +11,7 @@ from hcma_fast.export.backends.onnxruntime import session as ort
 from hcma_fast.export.backends.openvino import model as openvino_model
 from hcma_fast.export.backends.trt.build import TRTReport, build_trt
 from hcma_fast.export.onnx.export import export_onnx
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.validate import Runner, on_device
@@ -56,8 +57,10 @@ def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
         return on_device(aoti.runner(file, spec), target.device)
     if target.backend == "openvino":
         precision = openvino_model.precision_of(spec.graph, target.precision)
-        return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
-    return ort.runner(ort.open_session(file), spec)
+        opened = OnnxFile.open(file)
+        compiled = openvino_model.open_model(opened, precision=precision)
+        return openvino_model.runner(compiled, spec, opened)
+    return ort.runner(ort.open_session(OnnxFile.open(file)), spec)
 
 
 def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTReport | None]:

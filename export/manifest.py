@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -15,11 +17,12 @@ from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
 from hcma_fast.export.backends.trt.build import TRTReport
 from hcma_fast.export.key import key_of
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.signing import verify
 from hcma_fast.export.target import Target, backend_version, machine
-from hcma_fast.export.weights_file import check_external_data
 from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
+from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import GraphName, IOSpec
 from hcma_fast.strict_json import parse_json, read_regular
 
@@ -129,6 +132,47 @@ def _names(folder: Path) -> list[str]:
     return [name for name in names if name != MANIFEST_FILE]
 
 
+@dataclass(frozen=True)
+class VerifiedFolder:
+    """An engine folder with its files open, each read once and as the manifest says.
+
+    Engines are opened from these files. Removing, replacing or rebuilding the folder changes
+    nothing here, nor in the engines; writing into a file in place does.
+    """
+
+    path: Path
+    """where the folder lay"""
+    manifest: Manifest
+    files: Mapping[str, OpenedFile]
+    """all but the manifest, by relative path"""
+
+    def onnx(self, name: str) -> OnnxFile:
+        """The graph in the file ``name``, with its weights.
+
+        Raises:
+            EngineError: it is no graph, or takes weights from elsewhere than this folder.
+        """
+        return OnnxFile.of(
+            self.files[name],
+            lambda other: self.files.get(PurePosixPath(name).with_name(other).as_posix()),
+        )
+
+    def part(self, name: str) -> AbstractContextManager[Path]:
+        """A temporary folder with the files of the sub-folder ``name``, for who reads folders."""
+        start = f"{name}/"
+        files = {
+            file.removeprefix(start): opened
+            for file, opened in self.files.items()
+            if file.startswith(start)
+        }
+        return private_folder(files, origin=self.path / name)
+
+
+def load_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:
+    """The manifest of :func:`open_folder`, for who does not open the engines."""
+    return open_folder(folder, verify_key).manifest
+
+
 def manifest_values(folder: Path) -> Any:
     """What ``folder``'s manifest.json holds, of any format, or of another program.
 
@@ -182,8 +226,8 @@ def _check_format(values: object, path: Path) -> None:
         raise _unusable(problem, f"{path}: format {found}", FormatError)
 
 
-def load_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:
-    """Read manifest.json and check every file against it, before any of them is used.
+def open_folder(folder: Path, verify_key: Path | None = None) -> VerifiedFolder:
+    """Read manifest.json, and open every file and check it, before any of them is used.
 
     Args:
         verify_key: see :func:`read_manifest`.
@@ -201,23 +245,32 @@ def load_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:
             raise _unusable("its manifest contradicts itself", folder / record.file)
     for name in set(_names(folder)) - set(manifest.files):
         raise _unusable("it holds a file that its manifest does not name", folder / name)
-    for name, expected in manifest.files.items():
-        file = folder / name
-        if not is_inside(name) or _is_linked(folder, PurePosixPath(name)):
-            raise _unusable("its manifest names a file outside of the folder, or a link", name)
-        if not file.is_file():
-            raise _unusable("a file is missing", file)
-        if hash_file(file) != expected:
-            raise _unusable("a file has changed since it was built", file)
+    files = {name: _open_checked(folder, name, digest) for name, digest in manifest.files.items()}
     graphs = {record.file for record in manifest.graphs.values()}
     if any(not name.endswith(_SUFFIXES.get(manifest.backend, ".engine")) for name in graphs):
         raise _unusable("its graphs are not of its backend's kind", path)
+    opened = VerifiedFolder(folder, manifest, files)
     # those that a stripped engine is refitted from, too
     for name in manifest.files:
         if name.endswith(".onnx"):
-            model = check_external_data(folder / name)
-            _check_signature(manifest, name, model)
-    return manifest
+            _check_signature(manifest, name, opened.onnx(name).model())
+    return opened
+
+
+def _open_checked(folder: Path, name: str, expected: str) -> OpenedFile:
+    file = folder / name
+    if not is_inside(name) or _is_linked(folder, PurePosixPath(name)):
+        raise _unusable("its manifest names a file outside of the folder, or a link", name)
+    if not file.is_file():
+        raise _unusable("a file is missing", file)
+    try:
+        opened = OpenedFile(file, follow=False)
+        found = opened.sha256
+    except OSError as error:
+        raise _unusable(f"a file cannot be read ({error.strerror})", file) from error
+    if found != expected:
+        raise _unusable("a file has changed since it was built", file)
+    return opened
 
 
 def _check_signature(manifest: Manifest, name: str, model: onnx.ModelProto) -> None:

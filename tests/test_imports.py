@@ -22,7 +22,7 @@ FOLDERS = ("kernels", "export", "train", "bench")
 
 #: design.md section 6: a module may import from its own layer and the ones above
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "files", "strict_json", "program"),
+    ("errors", "config", "files", "opened", "strict_json", "program"),
     ("layout", "schedule", "losses", "specs", "overlay", "engine"),
     ("kernels",),
     ("models",),

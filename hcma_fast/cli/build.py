@@ -199,7 +199,6 @@ def _build(
 ) -> dict[str, Any]:
     from hcma_fast.export.build import build as build_folder
     from hcma_fast.export.cache import cached_folder, find_or_build
-    from hcma_fast.export.manifest import load_manifest
 
     folder = cached_folder(source.weights_hash, target) if out is None else out
     start, end = source.info.alignment.window
@@ -212,10 +211,10 @@ def _build(
         return _plan(source, target, folder)
     with BuildProgress(f"Building engines for {target.backend}.") as progress:
         if out is None:
-            folder = find_or_build(
+            opened = find_or_build(
                 source.weights_hash, lambda: source, target, progress=progress, force=force
             )
-            manifest = load_manifest(folder)
+            manifest = opened.manifest
             if not progress.started:
                 print_note("These engines are in the cache already; --force builds them again.")
         else:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ from hcma_fast.sampling.loop import Schedule, StepLosses, fusable, sample, sampl
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
+
+if TYPE_CHECKING:
+    from hcma_fast.export.manifest import VerifiedFolder
 
 _log = logging.getLogger("hcma_fast")
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
@@ -219,8 +222,8 @@ class HCMAPipeline:
                 precision=cast(Precision, precision or "float32"),
                 device=device_for(backend, where),
             )
-            folder = engine_folder(checkpoint, target, progress=progress)
-            pipe = cls.from_engines(folder, backend=backend, device=device)
+            opened = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(opened, backend=backend, device=device)
         if grad_backend is not None:
             components, spec = pipe.components, pipe.engines["align"].spec
             align = gradient_engine(
@@ -250,13 +253,16 @@ class HCMAPipeline:
     @classmethod
     def from_engines(
         cls,
-        folder: Path,
+        folder: Path | VerifiedFolder,
         *,
         backend: str | None = None,
         device: str | None = None,
         verify_key: str | Path | None = None,
     ) -> HCMAPipeline:
-        """Open an engine folder; every file's hash is checked before it is read.
+        """Open an engine folder, or what was opened of one before.
+
+        Each file is opened once, hashed, and loaded from that descriptor. Removing, replacing or
+        rebuilding the folder does not affect the pipeline; writing into one of its files does.
 
         Args:
             verify_key: see :meth:`from_pretrained`.
@@ -268,10 +274,15 @@ class HCMAPipeline:
             BackendError: it was built for another backend than the one asked for, which is not
                 installed, or does not run on ``device``.
         """
-        from hcma_fast.export.manifest import load_manifest
+        from hcma_fast.export.manifest import open_folder
         from hcma_fast.export.open import open_engines
+        from hcma_fast.export.signing import verify
 
-        manifest = load_manifest(folder, Path(verify_key) if verify_key is not None else None)
+        key = Path(verify_key) if verify_key is not None else None
+        opened = open_folder(folder, key) if isinstance(folder, Path) else folder
+        manifest = opened.manifest
+        if key is not None and not isinstance(folder, Path):
+            verify(key, manifest.engine_hash, manifest.signature, str(opened.path))
         if backend not in (None, manifest.backend):
             raise BackendError(
                 f"this engine folder was built for {manifest.backend}",
@@ -280,9 +291,11 @@ class HCMAPipeline:
             )
         device = device or manifest.device
         check_device(device, manifest.backend)
+        with opened.part("tokenizer") as texts:
+            tokenizer = load_tokenizer(texts)
         return cls(
-            open_engines(folder, manifest, device),
-            load_tokenizer(folder / "tokenizer"),
+            open_engines(opened, device),
+            tokenizer,
             manifest.info,
             backend=manifest.backend,
             weights_hash=manifest.weights_hash,

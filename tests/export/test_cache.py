@@ -38,7 +38,7 @@ ORT = Target(backend="onnxruntime")
 
 
 def find(components: Components) -> Path:
-    return find_or_build(components.weights_hash, lambda: components, ORT)
+    return find_or_build(components.weights_hash, lambda: components, ORT).path
 
 
 def key(weights_hash: str, **target: object) -> str:

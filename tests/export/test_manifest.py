@@ -22,6 +22,7 @@ from hcma_fast.export.backends.aoti.build import target as here
 from hcma_fast.export.manifest import (
     MANIFEST_FILE,
     Manifest,
+    VerifiedFolder,
     canonical_hash,
     check_usable,
     load_manifest,
@@ -240,5 +241,5 @@ def test_code_for_a_gpu_says_so_and_is_refused_elsewhere(
 @pytest.mark.parametrize(("built", "asked"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_code_of_the_other_device_is_refused(random_engine: Path, built: str, asked: str) -> None:
     with pytest.raises(BackendError, match=f"compiled for the device {built}") as caught:
-        open_engines(random_engine, compiled(random_engine, built), asked)
+        open_engines(VerifiedFolder(random_engine, compiled(random_engine, built), {}), asked)
     assert f"--device {asked}" in str(caught.value)

@@ -27,6 +27,7 @@ from hcma_fast.export.backends.trt.build import (
 )
 from hcma_fast.export.backends.trt.context import REBUILD, TRTContext, out_of_memory, shape_of
 from hcma_fast.export.signature import check_signature
+from hcma_fast.opened import OpenedFile
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 
@@ -39,8 +40,8 @@ class TRTEngine:
     it until its work is done.
 
     Args:
-        path: the engine file; read here, so check its hash before.
-        weights_onnx: the ONNX file that a stripped engine was built from.
+        source: the engine file; read here.
+        weights_onnx: the ONNX file that a stripped engine was built from; read here.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if
             it is there, and written after the first call, and by :meth:`save_runtime_cache`.
         user_allocation: whether a TensorRT-RTX engine was built so that it allocates nothing
@@ -56,7 +57,7 @@ class TRTEngine:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | OpenedFile,
         spec: IOSpec,
         library: TRTLibrary,
         *,
@@ -72,7 +73,7 @@ class TRTEngine:
         trt = trt_module(library)
         self.spec = spec
         self._library = library
-        self._engine = load_engine(path, library)
+        self._engine = load_engine(source, library)
         if not torch.cuda.is_available():
             raise BackendError(
                 "this torch has no CUDA, which TensorRT's inputs and outputs need",
@@ -86,7 +87,7 @@ class TRTEngine:
         elif self._engine.get_engine_stat(trt.EngineStat.STRIPPED_WEIGHTS_SIZE) > 0:
             raise EngineError(
                 f"the engine of {spec.graph} was built without its weights",
-                value=str(path),
+                value=str(source if isinstance(source, Path) else source.path),
                 remedy="Give the ONNX file that it was built from, or build it with weights.",
             )
         self._capturable = library == "tensorrt" or user_allocation
@@ -250,7 +251,7 @@ class TRTEngine:
                 )
 
 
-def load_engine(path: Path, library: TRTLibrary) -> Any:
+def load_engine(source: Path | OpenedFile, library: TRTLibrary) -> Any:
     """The file as an ``ICudaEngine``.
 
     Raises:
@@ -260,12 +261,13 @@ def load_engine(path: Path, library: TRTLibrary) -> Any:
     """
     trt, log = trt_module(library), trt_log(library)
     what = f"{library} cannot load this engine"
+    path = source if isinstance(source, Path) else source.path
     try:
-        data = path.read_bytes()
+        opened = OpenedFile(source) if isinstance(source, Path) else source
     except OSError as error:
         raise EngineError(what, value=str(path), remedy=REBUILD) from error
     with typed_errors(log, what) as errors:
-        engine = trt.Runtime(log).deserialize_cuda_engine(data)
+        engine = trt.Runtime(log).deserialize_cuda_engine(opened.memory)
         if engine is None:
             raise trt_failure(what, errors, value=str(path), remedy=REBUILD)
     return engine

@@ -23,12 +23,14 @@ from hcma_fast.models.checkpoint.info import (
     CheckpointInfo,
     check_safe,
     first_line,
-    hash_weights,
+    hash_opened,
+    open_weights,
     read_info,
     resolve_folder,
 )
 from hcma_fast.models.text import TextEncoder
 from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
+from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import (
     ANY_BATCH,
     GRAPH_NAMES,
@@ -201,9 +203,30 @@ class Checkpoint:
     aligner_folder: Path
 
     @cached_property
+    def files(self) -> dict[str, OpenedFile]:
+        """The files that loading reads, opened now: what is hashed is what is loaded.
+
+        Raises:
+            WeightsError: one cannot be read.
+        """
+        return open_weights(self.folder, self.aligner_folder)
+
+    @cached_property
     def weights_hash(self) -> str:
         """sha256 of the files' contents, the same wherever the folder lies."""
-        return hash_weights(self.folder, self.aligner_folder)
+        return hash_opened(self.files)
+
+    @contextmanager
+    def opened(self) -> Iterator[tuple[Path, Path]]:
+        """Temporary folders with :attr:`files`: the parts, and the aligner."""
+        start = "aligner/"
+        aligner = {n.removeprefix(start): f for n, f in self.files.items() if n.startswith(start)}
+        parts = {n: f for n, f in self.files.items() if not n.startswith(start)}
+        with (
+            private_folder(parts, origin=self.folder) as folder,
+            private_folder(aligner, origin=self.aligner_folder) as aligner_folder,
+        ):
+            yield folder, aligner_folder
 
 
 def locate(
@@ -255,27 +278,49 @@ def load_components(
         if isinstance(name_or_path, Checkpoint)
         else locate(name_or_path, aligner=aligner, offline=offline)
     )
-    folder = checkpoint.folder
+    with checkpoint.opened() as (folder, aligner_folder):
+        check_safe(folder)
+        components = _load(checkpoint, folder, aligner_folder)
+    _check_fit(components)
+    for module in (
+        components.text_encoder,
+        components.unet,
+        components.vae,
+        components.aligner,
+    ):
+        module.eval().requires_grad_(False)
+    return components
+
+
+def _load(checkpoint: Checkpoint, folder: Path, aligner_folder: Path) -> Components:
+    """The parts from ``folder``, as they are."""
     info = read_info(folder)
     unet = load_part(UNet2DConditionModel, folder / "unet")
     vae = load_part(AutoencoderKL, folder / "vae")
+    text_encoder = load_part(CLIPTextModel, folder / "text_encoder")
+    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        _rename(model, str(checkpoint.folder / part))
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    components = Components(
+    return Components(
         preset=info.preset if info else "sd14",
         tokenizer=load_tokenizer(folder / "tokenizer"),
-        text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
+        text_encoder=text_encoder,
         unet=unet,
         vae=vae,
-        aligner=Aligner.from_pretrained(checkpoint.aligner_folder),
+        aligner=Aligner.from_pretrained(aligner_folder),
         settings=info.alignment if info else AlignmentSettings(),
         image_size=info.image_size if info else int(unet.config.sample_size * factor),
         weights_hash=checkpoint.weights_hash,
-        source=folder,
+        source=checkpoint.folder,
     )
-    _check_fit(components)
-    for module in (components.text_encoder, unet, vae, components.aligner):
-        module.eval().requires_grad_(False)
-    return components
+
+
+def _rename(model: Any, name: str) -> None:
+    """Let the model's config say that it was loaded from ``name``: a saved config keeps it."""
+    if isinstance(model, CLIPTextModel):
+        model.config.name_or_path = name
+    else:
+        model.register_to_config(_name_or_path=name)
 
 
 def load_tokenizer(folder: Path) -> CLIPTokenizer:

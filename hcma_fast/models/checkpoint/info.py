@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import WeightsError
+from hcma_fast.opened import OpenedFile
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae")
 """Sub-folders of diffusers' layout that we read; others (safety_checker) are never opened."""
@@ -120,17 +122,44 @@ def _json_object(path: Path) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
-def hash_weights(folder: Path, aligner_folder: Path) -> str:
-    """sha256 over names and contents of every file that loading may read, wherever it lies."""
+def open_weights(folder: Path, aligner_folder: Path) -> dict[str, OpenedFile]:
+    """Every file that loading may read, wherever it lies, opened: by part and name.
+
+    Raises:
+        WeightsError: one cannot be read.
+    """
     files = {f"{part}/{path.name}": path for part in PARTS for path in (folder / part).iterdir()}
     files |= {f"aligner/{path.name}": path for path in aligner_folder.iterdir()}
     files[INFO_FILE] = folder / INFO_FILE
-    digest = hashlib.sha256()
+    opened = {}
     for name, path in sorted(files.items()):
         if path.suffix in READ_SUFFIXES and path.is_file():
-            with path.open("rb") as file:
-                digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
+            try:
+                opened[name] = OpenedFile(path)
+            except OSError as error:
+                raise WeightsError(
+                    f"this file of the checkpoint cannot be read ({error.strerror})",
+                    value=str(path),
+                    remedy="Check its permissions, or get the checkpoint again.",
+                ) from error
+    return opened
+
+
+def hash_opened(files: Mapping[str, OpenedFile]) -> str:
+    """sha256 over names and contents of what :func:`open_weights` opened."""
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(file.sha256))
     return digest.hexdigest()
+
+
+def hash_weights(folder: Path, aligner_folder: Path) -> str:
+    """sha256 over names and contents of every file that loading may read, wherever it lies.
+
+    Raises:
+        WeightsError: one cannot be read.
+    """
+    return hash_opened(open_weights(folder, aligner_folder))
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
