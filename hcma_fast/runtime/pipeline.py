@@ -19,6 +19,7 @@ from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageErr
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import (
+    Checkpoint,
     CheckpointInfo,
     Components,
     load_components,
@@ -141,7 +142,7 @@ class HCMAPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path = "tiny",
+        name_or_path: str | Path | Checkpoint = "tiny",
         *,
         backend: str | None = None,
         precision: str | None = None,
@@ -150,7 +151,7 @@ class HCMAPipeline:
         grad_backend: str | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
-        """Load a preset, a folder, a hub id, or an engine folder.
+        """Load a preset, a folder, a hub id, an engine folder, or what ``locate`` returned.
 
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
@@ -170,7 +171,8 @@ class HCMAPipeline:
             raise BackendError(
                 "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
             )
-        if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
+        place = None if isinstance(name_or_path, Checkpoint) else Path(name_or_path)
+        if place is not None and (place / ENGINE_MANIFEST).is_file():
             fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
             if given := [name for name, value in fixed.items() if value is not None]:
                 raise UsageError(
@@ -178,8 +180,8 @@ class HCMAPipeline:
                     value=given[0],
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
-            chosen = None if backend == "auto" else backend
-            return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
+            backend = None if backend == "auto" else backend
+            return cls.from_engines(place, backend=backend, device=device)
         if backend == "auto":
             from hcma_fast.export.open import choose_backend
 
@@ -242,26 +244,18 @@ class HCMAPipeline:
 
     @classmethod
     def from_engines(
-        cls,
-        folder: Path | VerifiedFolder,
-        *,
-        backend: str | None = None,
-        device: str | None = None,
+        cls, engine: Path | VerifiedFolder, *, backend: str | None = None, device: str | None = None
     ) -> HCMAPipeline:
-        """Open an engine folder, or what was opened of one before.
-
-        Each file is opened once, hashed, and loaded from that descriptor. Removing, replacing or
-        rebuilding the folder does not affect the pipeline; writing into one of its files does.
+        """Open an engine folder, which may be removed or replaced afterwards.
 
         Raises:
             EngineError: it is incomplete, of another version or machine, or was tampered with.
-            BackendError: it was built for another backend than the one asked for, which is not
-                installed, or does not run on ``device``.
+            BackendError: it was built for another backend, or does not run on ``device``.
         """
         from hcma_fast.export.manifest import open_folder
         from hcma_fast.export.open import open_engines
 
-        opened = open_folder(folder) if isinstance(folder, Path) else folder
+        opened = open_folder(engine) if isinstance(engine, Path) else engine
         manifest = opened.manifest
         if backend not in (None, manifest.backend):
             raise BackendError(

@@ -207,11 +207,7 @@ def load_components(
     Raises:
         WeightsError: missing, damaged, unsafe (pickles, remote code), or of parts that do not fit.
     """
-    checkpoint = (
-        name_or_path
-        if isinstance(name_or_path, Checkpoint)
-        else locate(name_or_path, aligner=aligner, offline=offline)
-    )
+    checkpoint = locate(name_or_path, aligner=aligner, offline=offline)
     with checkpoint.opened() as (folder, aligner_folder):
         check_safe(folder)
         components = _load(checkpoint, folder, aligner_folder)

@@ -54,12 +54,19 @@ class Checkpoint:
 
 
 def locate(
-    name_or_path: str | Path, *, aligner: str | Path | None = None, offline: bool = False
+    name_or_path: str | Path | Checkpoint,
+    *,
+    aligner: str | Path | None = None,
+    offline: bool = False,
 ) -> Checkpoint:
     """Find a model and refuse what is incomplete or unsafe, without loading it.
 
+    What was located before is returned as it is, so that its files are opened and hashed once.
+
     Args and errors: see :func:`..folder.load_components`.
     """
+    if isinstance(name_or_path, Checkpoint):
+        return name_or_path
     folder = resolve_folder(name_or_path, offline=offline)
     check_safe(folder)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
