@@ -155,8 +155,7 @@ class HCMAPipeline:
 
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
-                eager, or the engine folder's own. A compiled backend is built into the user's
-                cache on first use.
+                eager, or the engine folder's own. A compiled one is built into the cache at first.
             precision: float32, float16 or bfloat16, of a compiled backend.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
@@ -180,8 +179,8 @@ class HCMAPipeline:
                     value=given[0],
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
-            backend = None if backend == "auto" else backend
-            return cls.from_engines(place, backend=backend, device=device)
+            chosen = None if backend == "auto" else backend
+            return cls.from_engines(place, backend=chosen, device=device)
         if backend == "auto":
             from hcma_fast.export.open import choose_backend
 
@@ -214,13 +213,12 @@ class HCMAPipeline:
                 precision=cast(Precision, precision or "float32"),
                 device=device_for(backend, where),
             )
-            opened = engine_folder(checkpoint, target, progress=progress)
-            pipe = cls.from_engines(opened, backend=backend, device=device)
-        if grad_backend is not None:
-            components, spec = pipe.components, pipe.engines["align"].spec
-            align = gradient_engine(
-                grad_backend, components or load_components(checkpoint), spec, pipe.device
+            pipe = cls.from_engines(
+                engine_folder(checkpoint, target, progress=progress), device=where
             )
+        if grad_backend is not None:
+            parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
+            align = gradient_engine(grad_backend, parts, spec, pipe.device)
             pipe.engines, pipe.grad_backend = {**pipe.engines, "align": align}, grad_backend
         return pipe
 
