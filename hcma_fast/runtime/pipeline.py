@@ -208,14 +208,10 @@ class HCMAPipeline:
 
             where = device or devices_of(backend)[0]
             check_device(where, backend)
-            target = Target(
-                backend=backend,
-                precision=cast(Precision, precision or "float32"),
-                device=device_for(backend, where),
-            )
-            pipe = cls.from_engines(
-                engine_folder(checkpoint, target, progress=progress), device=where
-            )
+            rounded = cast(Precision, precision or "float32")
+            target = Target(backend, rounded, device=device_for(backend, where))
+            engine = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(engine, device=where)
         if grad_backend is not None:
             parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
             align = gradient_engine(grad_backend, parts, spec, pipe.device)
