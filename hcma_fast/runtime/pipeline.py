@@ -19,6 +19,7 @@ from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageErr
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import (
+    Checkpoint,
     CheckpointInfo,
     Components,
     load_components,
@@ -141,7 +142,7 @@ class HCMAPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        name_or_path: str | Path = "tiny",
+        name_or_path: str | Path | Checkpoint = "tiny",
         *,
         backend: str | None = None,
         precision: str | None = None,
@@ -151,12 +152,11 @@ class HCMAPipeline:
         verify_key: str | Path | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
-        """Load a preset, a folder, a hub id, or an engine folder.
+        """Load a preset, a folder, a hub id, an engine folder, or what ``locate`` returned.
 
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
-                eager, or the engine folder's own. A compiled backend is built into the user's
-                cache on first use.
+                eager, or the engine folder's own. A compiled one is built into the cache at first.
             precision: float32, float16 or bfloat16, of a compiled backend.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
@@ -172,7 +172,8 @@ class HCMAPipeline:
             raise BackendError(
                 "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
             )
-        if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
+        place = None if isinstance(name_or_path, Checkpoint) else Path(name_or_path)
+        if place is not None and (place / ENGINE_MANIFEST).is_file():
             fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
             if given := [name for name, value in fixed.items() if value is not None]:
                 raise UsageError(
@@ -181,9 +182,7 @@ class HCMAPipeline:
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
             chosen = None if backend == "auto" else backend
-            return cls.from_engines(
-                Path(name_or_path), backend=chosen, device=device, verify_key=verify_key
-            )
+            return cls.from_engines(place, backend=chosen, device=device, verify_key=verify_key)
         if verify_key is not None:
             raise UsageError(
                 "only engine folders are signed, and this is none",
@@ -217,18 +216,13 @@ class HCMAPipeline:
 
             where = device or devices_of(backend)[0]
             check_device(where, backend)
-            target = Target(
-                backend=backend,
-                precision=cast(Precision, precision or "float32"),
-                device=device_for(backend, where),
-            )
-            opened = engine_folder(checkpoint, target, progress=progress)
-            pipe = cls.from_engines(opened, backend=backend, device=device)
+            rounded = cast(Precision, precision or "float32")
+            target = Target(backend, rounded, device=device_for(backend, where))
+            engine = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(engine, device=where)
         if grad_backend is not None:
-            components, spec = pipe.components, pipe.engines["align"].spec
-            align = gradient_engine(
-                grad_backend, components or load_components(checkpoint), spec, pipe.device
-            )
+            parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
+            align = gradient_engine(grad_backend, parts, spec, pipe.device)
             pipe.engines, pipe.grad_backend = {**pipe.engines, "align": align}, grad_backend
         return pipe
 
@@ -253,16 +247,13 @@ class HCMAPipeline:
     @classmethod
     def from_engines(
         cls,
-        folder: Path | VerifiedFolder,
+        engine: Path | VerifiedFolder,
         *,
         backend: str | None = None,
         device: str | None = None,
         verify_key: str | Path | None = None,
     ) -> HCMAPipeline:
-        """Open an engine folder, or what was opened of one before.
-
-        Each file is opened once, hashed, and loaded from that descriptor. Removing, replacing or
-        rebuilding the folder does not affect the pipeline; writing into one of its files does.
+        """Open an engine folder, which may be removed or replaced afterwards.
 
         Args:
             verify_key: see :meth:`from_pretrained`.
@@ -271,17 +262,16 @@ class HCMAPipeline:
             EngineError: it is incomplete, of another version or machine, was tampered with, or is
                 not signed by the key.
             InputError, UsageError: the key cannot be read.
-            BackendError: it was built for another backend than the one asked for, which is not
-                installed, or does not run on ``device``.
+            BackendError: it was built for another backend, or does not run on ``device``.
         """
         from hcma_fast.export.manifest import open_folder
         from hcma_fast.export.open import open_engines
         from hcma_fast.export.signing import verify
 
         key = Path(verify_key) if verify_key is not None else None
-        opened = open_folder(folder, key) if isinstance(folder, Path) else folder
+        opened = open_folder(engine, key) if isinstance(engine, Path) else engine
         manifest = opened.manifest
-        if key is not None and not isinstance(folder, Path):
+        if key is not None and not isinstance(engine, Path):
             verify(key, manifest.engine_hash, manifest.signature, str(opened.path))
         if backend not in (None, manifest.backend):
             raise BackendError(

@@ -18,9 +18,12 @@ from hcma_fast.export.target import Target, device_for
 NO_GRAPH_CODE = {
     "errors": "what is said when something fails",
     "files": "how files are written",
+    "opened": "how files are opened",
     "kernels.launch": "how Triton kernels are launched",
     "models.checkpoint.info": "hcma.json and the checks of a folder",
     "export.signature": "compares a graph with its spec",
+    "models.checkpoint.located": "finds and opens a model's files",
+    "export.onnx.file": "reads graphs that were made elsewhere",
     "export.target": "its fields are parts of the key",
     "export.validate": "compares graphs that are made elsewhere",
 }

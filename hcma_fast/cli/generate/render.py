@@ -21,6 +21,7 @@ from hcma_fast.sampling.savings import EXACT, Savings
 if TYPE_CHECKING:
     from PIL import Image
 
+    from hcma_fast.models.checkpoint.located import Checkpoint
     from hcma_fast.runtime.pipeline import HCMAOutput, HCMAPipeline
 
 
@@ -88,15 +89,16 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
         check_capturable("step", device, plan.backend, plan.grad_backend, {})
+    model: str | Checkpoint = plan.model
     if original is not None and not is_engine_folder(plan.model):
-        _check_checkpoint(plan, original)
+        model = _checked_model(plan, original)
     announcement = (
         f"Building engines for {plan.backend}, once for this model; the next run finds them in "
         "the cache."
     )
     with BuildProgress(announcement) as progress:
         pipe = HCMAPipeline.from_pretrained(
-            plan.model,
+            model,
             backend=plan.backend,
             device=plan.device,
             precision=plan.precision,
@@ -121,14 +123,13 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
     return pipe
 
 
-def _check_checkpoint(plan: Plan, original: Sidecar) -> None:
-    """Refuse wrong weights before minutes go into building engines of them."""
-    from hcma_fast.models.checkpoint.info import PARTS, hash_weights, resolve_folder
+def _checked_model(plan: Plan, original: Sidecar) -> Checkpoint:
+    """Refuse wrong weights before minutes go into building engines of them; hash them once."""
+    from hcma_fast.models.checkpoint.located import locate
 
-    folder = resolve_folder(plan.model)
-    aligner = plan.aligner or folder / "aligner"
-    if aligner.is_dir() and all((folder / part).is_dir() for part in PARTS):
-        original.check_weights(hash_weights(folder, aligner))
+    checkpoint = locate(plan.model, aligner=plan.aligner)
+    original.check_weights(checkpoint.weights_hash)
+    return checkpoint
 
 
 def render(

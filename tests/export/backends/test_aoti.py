@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import threading
 import time
 import zipfile
@@ -27,6 +28,7 @@ from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.target import Target
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.opened import OpenedFile
 from hcma_fast.specs import GRAPH_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 SPEC = IOSpec(
@@ -156,6 +158,23 @@ def test_inputs_that_native_code_would_misread_are_refused(
 ) -> None:
     with pytest.raises(InputError, match="graph vae_decoder takes"):
         engine({**draw(2), **change})
+
+
+def test_an_opened_file_is_loaded_whatever_lies_under_its_name(
+    tmp_path: Path, file: Path, engine: CompiledEngine
+) -> None:
+    inputs = draw(2)
+    expected = engine(inputs)
+    path = Path(shutil.copy(file, tmp_path / "x.pt2"))
+    opened = [OpenedFile(path) for _ in range(2)]
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "other").replace(path)
+    engines = [CompiledEngine(opened[0], SPEC)]
+    path.unlink()
+    engines.append(CompiledEngine(opened[1], SPEC))
+    for loaded in engines:
+        found = loaded(inputs)
+        assert all(torch.equal(found[name], expected[name]) for name in SPEC.output_names)
 
 
 def test_a_file_that_is_no_engine(tmp_path: Path, file: Path) -> None:

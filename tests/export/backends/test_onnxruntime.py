@@ -104,8 +104,6 @@ def test_tensorrt_says_how_to_choose_another_card(
     opened: list[str] = []
     monkeypatch.setattr(
         "hcma_fast.export.open.open_engine",
-        lambda folder, found, name, device: opened.append(name),
-        "hcma_fast.export.open.open_engine",
         lambda folder, name, device: opened.append(name),
     )
     folder = VerifiedFolder(random_engine, manifest, {})
