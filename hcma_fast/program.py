@@ -20,6 +20,8 @@ _OPTIONS = {
     "window": "align-window",
     "name_or_path": "model",
     "savings": "saving",
+    "from_pixels": "box-units pixel --box-size WIDTH HEIGHT",
+    "from_xywh": "box-format xywh",
 }
 
 

@@ -22,7 +22,7 @@ FOLDERS = ("kernels", "export", "train", "bench")
 #: design.md section 6: a module may import from its own layer and the ones above
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "config", "files", "program"),
-    ("layout", "schedule", "losses", "specs", "overlay"),
+    ("box_lists", "layout", "schedule", "losses", "specs", "overlay"),
     ("kernels",),
     ("models",),
     ("export",),
