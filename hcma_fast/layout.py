@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,18 @@ class Layout(BaseModel):
                 remedy="Give a list of strings, one per box.",
             ) from error
         self._check()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, with ``phrases`` or ``boxes`` replaced and checked like those of a new layout."""
+        if not update:
+            return super().model_copy(deep=deep)
+        if not isinstance(update, Mapping) or not update.keys() <= {"phrases", "boxes"}:
+            raise InputError(
+                "only phrases and boxes of a layout can be replaced",
+                value=update,
+                remedy='Write update={"boxes": [[0.1, 0.1, 0.5, 0.9]]}.',
+            )
+        return type(self)(**{**dict(self), **update})
 
     def _check(self) -> None:
         if len(self.phrases) != len(self.boxes):

@@ -11,11 +11,11 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hcma_fast.config import MAX_SEED
 from hcma_fast.errors import HcmaError, InputError, OutputError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
 
-MAX_SEED = 2**63 - 1
 _SLUG_LETTERS = 48
 _NAME = re.compile(r"\w[\w.-]*")
 _ID_BYTES, STEM_BYTES = 120, 220
@@ -71,7 +71,7 @@ class Request(BaseModel):
             first = secrets.randbelow(2**31)
         if not 0 <= first <= MAX_SEED - num_images + 1:
             raise InputError(
-                _join(where, "a seed must lie between 0 and 2**63 - 1"),
+                _join(where, "a seed must lie between 0 and 2**64 - 1"),
                 value=first,
                 remedy="Choose a smaller, positive one.",
             )
