@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hcma_fast.errors import InputError
+from hcma_fast.errors import InputError, Remedy
 from hcma_fast.files import parse_json
 
 Box = tuple[float, float, float, float]
@@ -16,6 +16,10 @@ BOX_FORMATS = ("xyxy", "xywh")
 BOX_UNITS = ("share", "pixel")
 _NOTATION_KEYS = {"box_format", "box_units", "box_size"}
 _LAYOUT_REMEDY = 'Write {"phrases": ["dog"], "boxes": [[0.1, 0.1, 0.5, 0.9]]}.'
+_SIZE_REMEDY = Remedy(
+    "Give its width and height in pixels as size, or as box_size in the file.",
+    command="Give --box-size WIDTH HEIGHT in pixels, or box_size in the file.",
+)
 #: what a sum of shares, or a division by the size, may exceed 1 by
 _ROUNDING = 1e-6
 #: LLM-grounded diffusion: x, y, width, height in pixels of a canvas of this size
@@ -44,14 +48,14 @@ class BoxNotation:
         ):
             if value not in known:
                 raise InputError(
-                    f"unknown {{{name}}}", value=value, remedy=f"Use {' or '.join(known)}."
+                    f"unknown {name}", value=value, remedy=f"Use {' or '.join(known)}."
                 )
         if self.size is not None:
             check_size(*self.size)
         elif self.units == "pixel":
             raise InputError(
                 "boxes in pixels need the size of their image",
-                remedy="Give its width and height as {box_size}.",
+                remedy=_SIZE_REMEDY,
             )
 
     def updated(self, fields: Mapping[str, Any]) -> BoxNotation:
@@ -60,7 +64,7 @@ class BoxNotation:
         if size is not None:
             if not isinstance(size, list) or len(size) != 2:
                 raise InputError(
-                    "{box_size} must hold width and height", value=size, remedy="Write [640, 480]."
+                    "box_size must hold width and height", value=size, remedy="Write [640, 480]."
                 )
             size = (_number(size[0]), _number(size[1]))
         return BoxNotation(
@@ -249,7 +253,7 @@ def comfy_boxes(data: Mapping[str, Any], notation: BoxNotation) -> tuple[list[An
         raise InputError(
             f"this workflow does not say the one size of its image ({_COMFY_SIZE})",
             value=sorted(map(str, sizes)) or None,
-            remedy="Give its width and height in pixels as {box_size}.",
+            remedy=_SIZE_REMEDY,
         )
     found = [values for kind, values in nodes if kind == _COMFY_BOX]
     if not found:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,23 @@ from hcma_fast.box_lists import (
     read_box_list,
 )
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import InputError, Remedy, UsageError
 from hcma_fast.files import read_text
 
 #: CLIP's pre-tokenizer makes at least one token of a word, so more words cannot fit
 _MAX_WORDS = TOKEN_LENGTH - 2
 
 
+_PIXELS = Remedy(
+    "Use shares of the image in [0, 1]; see Layout.from_pixels.",
+    command="Use shares of the image in [0, 1], or say --box-units pixel --box-size WIDTH HEIGHT.",
+    http="Use shares of the image in [0, 1].",
+)
+_ORDER = Remedy(
+    "Order it x0, y0, x1, y1; see Layout.from_xywh.",
+    command="Order it x0, y0, x1, y1, or say --box-format xywh.",
+    http="Order it x0, y0, x1, y1.",
+)
 __all__ = ["Box", "BoxNotation", "Layout", "is_empty"]
 
 
@@ -59,6 +69,18 @@ class Layout(BaseModel):
                 remedy="Give a list of strings, one per box.",
             ) from error
         self._check()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, with ``phrases`` or ``boxes`` replaced and checked like those of a new layout."""
+        if not update:
+            return super().model_copy(deep=deep)
+        if not isinstance(update, Mapping) or not update.keys() <= {"phrases", "boxes"}:
+            raise InputError(
+                "only phrases and boxes of a layout can be replaced",
+                value=update,
+                remedy='Write update={"boxes": [[0.1, 0.1, 0.5, 0.9]]}.',
+            )
+        return type(self)(**{**dict(self), **update})
 
     def _check(self) -> None:
         if len(self.phrases) != len(self.boxes):
@@ -239,18 +261,13 @@ def is_empty(box: Box) -> bool:
 
 def _check_box(index: int, box: Box) -> None:
     x0, y0, x1, y1 = box
+    remedy: str | Remedy
     if not all(math.isfinite(v) for v in box):
         problem, remedy = "has a value that is not finite", "Use numbers in [0, 1]."
     elif not all(0 <= v <= 1 for v in box):
-        problem, remedy = (
-            "leaves the image",
-            "Use shares of the image in [0, 1]; for pixels see {from_pixels}.",
-        )
+        problem, remedy = "leaves the image", _PIXELS
     elif x1 < x0 or y1 < y0:
-        problem, remedy = (
-            "is inverted",
-            "Order it x0, y0, x1, y1; for x, y, width, height see {from_xywh}.",
-        )
+        problem, remedy = "is inverted", _ORDER
     elif is_empty(box):
         problem, remedy = "is empty", "Give it a positive width and height."
     else:

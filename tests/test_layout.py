@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hcma_fast.config import MAX_OBJECTS
-from hcma_fast.errors import HcmaError, InputError, UsageError, printable
+from hcma_fast.errors import HcmaError, InputError, UsageError
 from hcma_fast.layout import Box, BoxNotation, Layout
 
 #: a busy machine is no fault of the code
@@ -55,10 +54,10 @@ def refused(problem: str, *args: Any, make: Any = Layout) -> InputError:
         make(*args)
     error = caught.value
     assert error.value is not None
-    # a value of more than 200 characters is cut
-    assert printable(repr(error.value), 200) in str(error)
-    assert len(error.remedy) > 10
-    assert str(error).endswith(re.sub(r"\{(\w+)\}", r"\1", error.remedy))
+    # a long value is cut
+    shown = repr(error.value)
+    assert shown in str(error) or (len(shown) > 160 and shown[:100] in str(error))
+    assert len(error.remedy) > 10 and str(error).endswith(error.remedy)
     assert error.exit_code == 3
     return error
 

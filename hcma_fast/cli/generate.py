@@ -8,12 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from hcma_fast.cli.jobs import MAX_SEED, Job, check_outputs, parse_request, read_requests
+from hcma_fast.cli.jobs import Job, check_outputs, parse_request, read_requests
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.cli.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.sidecar import Sidecar, read_sidecar
-from hcma_fast.config import BACKENDS, GRAD_BACKENDS
+from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.savings import parse_savings

@@ -20,11 +20,11 @@ from hcma_fast.box_lists import (
     llm_answer,
     llm_boxes,
 )
+from hcma_fast.config import MAX_SEED
 from hcma_fast.errors import HcmaError, InputError, OutputError
 from hcma_fast.files import parse_json, read_text
 from hcma_fast.layout import Layout
 
-MAX_SEED = 2**63 - 1
 INPUT_BYTES = 2**30
 """Most bytes of ``--input``: about three million lines"""
 _SLUG_LETTERS = 48
@@ -107,7 +107,7 @@ class Request(BaseModel):
             first = secrets.randbelow(2**31)
         if not 0 <= first <= MAX_SEED - num_images + 1:
             raise InputError(
-                _join(where, "a seed must lie between 0 and 2**63 - 1"),
+                _join(where, "a seed must lie between 0 and 2**64 - 1"),
                 value=first,
                 remedy="Choose a smaller, positive one.",
             )

@@ -8,8 +8,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hcma_fast.cli.jobs import MAX_SEED, STEM_BYTES, check_name, explain
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.cli.jobs import STEM_BYTES, check_name, explain
+from hcma_fast.config import MAX_SEED, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
