@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from hcma_fast.cli.jobs import STEM_BYTES, check_name, explain
 from hcma_fast.config import MAX_SEED, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
-from hcma_fast.files import read_file
+from hcma_fast.files import read_json
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.savings import Savings
 
@@ -91,7 +91,7 @@ def read_sidecar(path: Path) -> Sidecar:
         InputError: it cannot be read or is not a sidecar.
     """
     try:
-        sidecar = Sidecar.model_validate_json(read_file(path, "the sidecar"))
+        sidecar = Sidecar.model_validate(read_json(path, "the sidecar"))
     except (ValidationError, TypeError) as error:  # TypeError: a layout without its keys
         problem = explain(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(
