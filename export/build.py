@@ -35,10 +35,12 @@ from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
 from hcma_fast.files import sync_folder
 from hcma_fast.models.weights import ModelSource
 from hcma_fast.specs import GraphName, IOSpec
+from hcma_fast.torch_state import neutral_torch
 
 Progress = Callable[[str, str], None]
 
 
+@neutral_torch()
 def build(
     source: ModelSource,
     folder: Path,

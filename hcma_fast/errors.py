@@ -167,4 +167,4 @@ def _cut(text: str, room: int) -> str:
     if len(text) <= room:
         return text
     head = (room - 3) * 2 // 3
-    return f"{text[:head]}...{text[len(text) - (room - 3 - head):]}"
+    return f"{text[:head]}...{text[len(text) - (room - 3 - head) :]}"

@@ -45,7 +45,7 @@ def _report(error: Exception, say: Callable[[str], None]) -> int:
             f"with the traceback that {DEBUG_VARIABLE}=1 in the environment shows."
         )
         return 1
-    say(str(known))
+    say(known.message("command"))
     return known.exit_code
 
 

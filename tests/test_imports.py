@@ -21,8 +21,8 @@ FOLDERS = ("kernels", "export", "train", "bench")
 
 #: design.md section 6: a module may import from its own layer and the ones above
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "files", "program"),
-    ("layout", "schedule", "losses", "specs", "overlay"),
+    ("errors", "scalars", "config", "files", "program"),
+    ("layout", "schedule", "seeds", "torch_state", "losses", "specs", "overlay"),
     ("kernels",),
     ("models",),
     ("export",),

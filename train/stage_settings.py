@@ -24,7 +24,9 @@ class Training(BaseModel):
     ema_decay: Real = Field(0.0, ge=0, lt=1)
     bf16: bool = False
     seed: Whole = Field(0, ge=0, le=MAX_SEED)
-    max_steps: Whole | None = Field(None, gt=0, description="stop after so many, if epochs are more")
+    max_steps: Whole | None = Field(
+        None, gt=0, description="stop after so many, if epochs are more"
+    )
     # what may differ between a run and its continuation
     workers: Whole = Field(0, ge=0)
     log_every: Whole = Field(10, gt=0)

@@ -39,6 +39,7 @@ from hcma_fast.specs import (
     IOSpec,
     graph_specs,
 )
+from hcma_fast.torch_state import neutral_torch
 
 __all__ = [
     "Checkpoint",
@@ -239,6 +240,7 @@ def locate(
     return Checkpoint(folder, aligner_folder)
 
 
+@neutral_torch()
 def load_components(
     name_or_path: str | Path | Checkpoint,
     *,

@@ -264,7 +264,7 @@ BAD = {
     "long prompt": (3, ["--prompt", "x" * 90], "tokens"),
     "long negative": (3, ["--prompt", "a", "--negative-prompt", "x" * 90], "negative prompt"),
     "long phrase": (3, ["--prompt", "a", "--box", "x" * 90 + ":0,0,1,1"], "phrase"),
-    "seed and count": (3, ["--prompt", "a", "--seed", 2**63 - 1, "--num-images", 2], "seed"),
+    "seed and count": (3, ["--prompt", "a", "--seed", 2**64 - 1, "--num-images", 2], "seed"),
     "not unicode": (3, ["--prompt", "a\udcff"], "Unicode"),
     "negative not unicode": (3, ["--prompt", "a", "--negative-prompt", "\udcff"], "Unicode"),
     "phrase not unicode": (3, ["--prompt", "a", "--box", "\udcff:0,0,1,1"], "\\udcff"),

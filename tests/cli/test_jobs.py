@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcma_fast.cli.jobs import (
-    MAX_SEED,
     STEM_BYTES,
     Job,
     Request,
@@ -20,6 +19,7 @@ from hcma_fast.cli.jobs import (
     read_requests,
     slug,
 )
+from hcma_fast.config import MAX_SEED
 from hcma_fast.errors import InputError, OutputError
 from hcma_fast.layout import Layout
 
@@ -85,7 +85,7 @@ def test_lines_keep_their_numbers_over_blank_ones(tmp_path: Path) -> None:
         ('{"prompt": "a", "seed": "1"}', "seed"),
         ('{"prompt": "a", "seed": true}', "seed"),
         ('{"prompt": "a", "seed": -1}', "seed"),
-        (json.dumps({"prompt": "a", "seed": 2**63}), "seed"),
+        (json.dumps({"prompt": "a", "seed": 2**64}), "seed"),
         ('{"prompt": "a", "id": "../x"}', "file name"),
         ('{"prompt": "a", "id": ""}', "file name"),
         ('{"prompt": "a", "phrases": ["dog"]}', "phrases"),
