@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
-from hcma_fast.runtime.sampler import Schedule
+from hcma_fast.sampling.loop import Schedule
 from hcma_fast.schedule import (
     add_noise,
     alphas_cumprod,

@@ -11,11 +11,11 @@ from transformers import CLIPTokenizer
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import PRESETS
-from hcma_fast.models.weights import load_tokenizer
+from hcma_fast.models.checkpoint.folder import load_tokenizer
 from hcma_fast.runtime import hints
-from hcma_fast.runtime.batching import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator, Request
 from hcma_fast.runtime.hints import give_hints, mentions, vocabulary
-from hcma_fast.train.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, sample_scene
+from hcma_fast.train.data.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, sample_scene
 
 DOG = Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]])
 

@@ -22,9 +22,9 @@ from hcma_fast.errors import (
     InputError,
     UsageError,
 )
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.batching import BatchGenerator, Request
-from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.export.backends.eager import EagerEngine
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.generator import BatchGenerator, Request
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
 CAT = Layout(["cat"], [[0.2, 0.1, 0.8, 0.7]])
@@ -270,8 +270,8 @@ def test_a_callback_that_returns_what_does_not_fit_is_told(pipe: HCMAPipeline) -
     ]:
         with pytest.raises(UsageError, match=words):
             pipe("a dog", CAT, seed=0, callback_on_step_end=lambda *_, r=returned: r, **FEW)
+    spoiled = {"latents": torch.full((1, 4, 8, 8), float("nan"))}
     with pytest.raises(DivergenceError):
-        spoiled = {"latents": torch.full((1, 4, 8, 8), float("nan"))}
         pipe("a dog", CAT, seed=0, callback_on_step_end=lambda *_: spoiled, **FEW)
     with pytest.raises(UsageError, match="function"):
         pipe("a dog", CAT, seed=0, callback_on_step_end=3, **FEW)  # type: ignore[arg-type]

@@ -15,8 +15,8 @@ from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import UsageError
 from hcma_fast.export.build import build
 from hcma_fast.export.target import Target
-from hcma_fast.models.weights import Components, load_components
-from hcma_fast.runtime.batching import BatchGenerator, Request
+from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.runtime.generator import BatchGenerator, Request
 
 CAT = Layout(["cat"], [[0.1, 0.1, 0.7, 0.9]])
 
