@@ -89,8 +89,10 @@ def _float32() -> Iterator[None]:
         _process_wide.leave()
 
 
-_owner: int | None = None
-"""The process in which we ran first: threads of torch and ONNX Runtime live there alone"""
+class _Owner:
+    """The process in which we ran first: threads of torch and ONNX Runtime live there alone."""
+
+    pid: int | None = None
 
 
 def check_process() -> None:
@@ -101,15 +103,14 @@ def check_process() -> None:
     Raises:
         UsageError: it is such a child.
     """
-    global _owner
     here = os.getpid()
-    if _owner is None:
-        _owner = here
-    elif _owner != here:
+    if _Owner.pid is None:
+        _Owner.pid = here
+    elif _Owner.pid != here:
         raise UsageError(
             "this process was forked after its parent had loaded or run a pipeline, whose threads "
             "do not exist here",
-            value=f"process {here}, forked from {_owner}",
+            value=f"process {here}, forked from {_Owner.pid}",
             remedy="Load the pipeline in the worker, and nowhere before: gunicorn without "
             '--preload, multiprocessing.get_context("spawn").',
         )

@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from hcma_fast import errors
-from hcma_fast.errors import HcmaError, InputError, Remedy, printable
+from hcma_fast.errors import HcmaError, InputError, Remedy
 
 KINDS = [
     kind
@@ -117,10 +117,3 @@ def test_a_message_is_one_short_line_of_printable_characters_with_its_remedy() -
     path = f"/home/{'a' * 5_000}/model.bin"
     shown = str(InputError("bad", value=path, remedy="X."))
     assert "'/home/aaa" in shown and "aaa/model.bin'" in shown
-
-
-def test_notes_are_one_short_line_without_control_characters() -> None:
-    assert printable("bad \x1b[31mkey\x07 \u202e\ud800\nnext") == (
-        r"bad \x1b[31mkey\x07 \u202e\ud800 next"
-    )
-    assert len(printable("w" * 10**6)) == 500
