@@ -112,3 +112,20 @@ def test_an_interrupt_is_exit_130(failing: Any) -> None:
     result = failing(KeyboardInterrupt())
     assert result.code == 130
     assert "Traceback" not in result.err
+
+
+def test_options_of_other_programs_get_a_hint(cli: Any) -> None:
+    for words, hint in {
+        ("a dog",): 'Write a caption as --prompt "a dog".',
+        ("--prompt", "a", "--cfg", "7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--cfg=7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--width", "512"): "hcma-fast build --height H --width W",
+        ("--prompt", "a", "--lora", "x"): "LoRA is not supported",
+        ("--prompt", "a", "--sampler", "ddim"): "the sampler is PLMS",
+    }.items():
+        cli("generate", *words).failed(2, hint)
+
+
+def test_an_unknown_backend_is_wrong_usage(cli: Any) -> None:
+    for command in (("generate", "--prompt", "a"), ("build",)):
+        cli(*command, "--backend", "magic").failed(2, "unknown backend", "magic", "onnxruntime")

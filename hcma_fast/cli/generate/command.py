@@ -10,6 +10,8 @@ import typer
 
 from hcma_fast.box_lists import SHARES, BoxNotation
 from hcma_fast.cli.generate.jobs import Job, check_outputs, parse_request, read_requests
+from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline, render
+from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED
