@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -12,7 +13,8 @@ from pathlib import Path
 from PIL import Image, UnidentifiedImageError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from hcma_fast.errors import HcmaError, InputError
+from hcma_fast.errors import HcmaError, InputError, Remedy
+from hcma_fast.files import is_file, parse_json, read_text
 from hcma_fast.layout import Layout
 from hcma_fast.train.data.coco import read_coco
 from hcma_fast.train.data.emoji_scenes import CATEGORIES, Split, render_scene, sample_scene
@@ -102,22 +104,21 @@ _REMEDY = (
 )
 
 
-def read_items(path: Path) -> list[EvalItem]:
+def read_items(path: Path, root: Path | None = None) -> list[EvalItem]:
     """The lines of a JSONL manifest; an image's path is relative to the manifest.
+
+    Args:
+        root: images may lie anywhere below this folder, and their paths be absolute or hold "..";
+            without it they lie below the manifest's folder.
 
     Raises:
         InputError: it cannot be read, a line is wrong, an id is missing, twice there or no file
             name, an image is missing, or some lines have one and others not.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"cannot read the manifest: {error.strerror}", value=str(path), remedy="Check the path."
-        ) from error
+    text = read_text(path, "the manifest", limit=2**30)
     items = [
-        _parse(line, f"line {number}", path.parent)
-        for number, line in enumerate(lines, 1)
+        _parse(line, f"line {number}", path.parent, root)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not items:
@@ -126,23 +127,50 @@ def read_items(path: Path) -> list[EvalItem]:
     return items
 
 
-def _parse(line: bytes, where: str, folder: Path) -> EvalItem:
+def _image_path(image: str, where: str, folder: Path, root: Path | None) -> Path:
+    path = Path(os.path.abspath(folder / image))
+    if root is None and (Path(image).is_absolute() or ".." in Path(image).parts):
+        raise InputError(
+            f"{where}: the path of an image leaves the manifest's folder",
+            value=image,
+            remedy=Remedy(
+                "Name the folder that images may be read from as root.",
+                command="If you trust the manifest, name the folder of the images: --root FOLDER.",
+            ),
+        )
+    if root is not None and not path.is_relative_to(os.path.abspath(root)):
+        raise InputError(
+            f"{where}: an image lies outside of the folder {str(root)!r}",
+            value=image,
+            remedy=Remedy("Give another root.", command="Give another --root."),
+        )
+    return folder / image
+
+
+def _parse(line: str, where: str, folder: Path, root: Path | None) -> EvalItem:
     try:
-        row = _Line.model_validate_json(line)
+        data = parse_json(line, "a line")
+    except HcmaError as error:
+        raise error.at(where) from error
+    if isinstance(data, dict):
+        # a null is a missing value of pandas
+        data = {key: value for key, value in data.items() if value is not None}
+        if isinstance(data.get("id"), int) and not isinstance(data["id"], bool):
+            data["id"] = str(data["id"])
+    try:
+        row = _Line.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"{where}: {place + ': ' if place else ''}{first['msg']}",
-            value=line[:80].decode(errors="replace"),
+            value=line[:80],
             remedy=_REMEDY,
         ) from error
     try:
         layout = Layout(row.phrases, row.boxes)
     except HcmaError as error:
-        raise InputError(
-            f"{where}: {error.what}", value=error.value, remedy=error.remedy
-        ) from error
+        raise error.at(where) from error
     if row.mentions is not None and len(row.mentions) != len(layout):
         raise InputError(
             f"{where}: there must be as many mentions as phrases",
@@ -155,7 +183,7 @@ def _parse(line: bytes, where: str, folder: Path) -> EvalItem:
         layout=layout,
         negative_prompt=row.negative_prompt,
         mentions=None if row.mentions is None else tuple(row.mentions),
-        image=None if row.image is None else folder / row.image,
+        image=None if row.image is None else _image_path(row.image, where, folder, root),
     )
 
 
@@ -184,7 +212,7 @@ def check_items(items: Sequence[EvalItem]) -> None:
             value=without[0],
             remedy="Give every line an image, or none.",
         )
-    missing = [item for item in items if item.image is not None and not item.image.is_file()]
+    missing = [item for item in items if item.image is not None and not is_file(item.image)]
     if missing:
         raise InputError(
             f"{len(missing)} real images are missing, the first one of {missing[0].id}",

@@ -57,9 +57,8 @@ class HintedCommand(TyperCommand):
             # typer's own kinds are private; of a bare word it says this
             if "unexpected extra argument" not in str(error):
                 raise
-            # click keeps a word apart only where an option takes it
             raise UsageError(
                 "there is a word that belongs to no option",
-                value=str(error).partition("(")[2].rstrip(")") or None,
+                value=str(error).rpartition("(")[2].rstrip(")"),
                 remedy='Write a caption as --prompt "a dog".',
             ) from error

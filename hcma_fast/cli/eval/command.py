@@ -64,6 +64,13 @@ def evaluate(
         Path | None,
         typer.Option(help="JSONL instead of --data: id, prompt, phrases, boxes, mentions, image."),
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder that the manifest's images must lie in; their paths may then be absolute.",
+            show_default="the manifest's",
+        ),
+    ] = None,
     count: Annotated[
         int | None,
         typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a file all"),
@@ -165,7 +172,7 @@ def evaluate(
     check_pairs(methods, pairs)
     if "report" in stages and not force:
         _check_absent(out)
-    items, source, benchmark = choose_items(data, manifest, count)
+    items, source, benchmark = choose_items(data, manifest, count, root)
     check_benchmark(benchmark, export, scores, stages, part.count)
     named = [split_scores(text, methods) for text in scores or ()]
     instruments = choose_instruments(

@@ -17,7 +17,7 @@ _EMOJI = {"emoji-scenes": "test", "emoji-scenes:test": "test", "emoji-scenes:val
 
 
 def choose_items(
-    data: str, manifest: Path | None, count: int | None
+    data: str, manifest: Path | None, count: int | None, root: Path | None = None
 ) -> tuple[list[EvalItem], str, Benchmark | None]:
     """The layouts, where they are from in words, and the benchmark that they belong to, if any.
 
@@ -26,8 +26,10 @@ def choose_items(
     """
     from hcma_fast.bench.quality.items import COCO_COUNT, coco_items, emoji_items, read_items
 
+    if root is not None and manifest is None:
+        raise UsageError("--root goes with --manifest", remedy="Leave it out.")
     if manifest is not None:
-        items = read_items(manifest)
+        items = read_items(manifest, root)
         return _first(items, count), manifest.name, None
     if data in _EMOJI:
         split = _EMOJI[data]
