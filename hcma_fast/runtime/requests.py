@@ -214,13 +214,25 @@ def check_device(device: str, backend: str) -> None:
         kind = torch.device(device).type
     except (RuntimeError, TypeError) as error:
         raise UsageError("unknown device", value=device, remedy=remedy) from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "torch finds no CUDA device",
-            value=device,
-            remedy="Use the device cpu; hcma-fast doctor says what torch was built for.",
-        )
     runs_on = devices_of(backend)
+    if kind == "cuda" and not torch.cuda.is_available():
+        doctor = "hcma-fast doctor says what torch was built for."
+        if "cpu" in runs_on:
+            raise BackendError(
+                "torch finds no CUDA device",
+                value=device,
+                remedy=Remedy(
+                    f"Use the device cpu; {doctor}", command=f"Use --device cpu; {doctor}"
+                ),
+            )
+        raise BackendError(
+            f"the backend {backend} needs an NVIDIA GPU, and torch finds no CUDA device",
+            value=device,
+            remedy=Remedy(
+                f'Use backend="onnxruntime"; {doctor}',
+                command=f"Use --backend onnxruntime; {doctor}",
+            ),
+        )
     if kind not in runs_on:
         raise BackendError(
             f"the backend {backend} does not run on this device",
