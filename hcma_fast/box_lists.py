@@ -305,7 +305,7 @@ def comfy_prompts(data: Mapping[str, Any]) -> tuple[str, str]:
     Raises:
         InputError: it is in the other format, or the caption is not a text of a CLIPTextEncode.
     """
-    kinds = {
+    kinds: dict[str, tuple[Any, Any]] = {
         key: (node.get("class_type"), node.get("inputs"))
         for key, node in data.items()
         if isinstance(node, dict) and isinstance(node.get("inputs"), dict)

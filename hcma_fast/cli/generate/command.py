@@ -48,7 +48,9 @@ def generate(
     box_size: Annotated[
         tuple[float, float] | None,
         typer.Option(
-            metavar="WIDTH HEIGHT", help="Size of the image that boxes in pixels belong to."
+            metavar="WIDTH HEIGHT",
+            help="Size of the image that boxes in pixels belong to.",
+            show_default="none",
         ),
     ] = None,
     input_: Annotated[
