@@ -39,11 +39,13 @@ from hcma_fast.files import sync_folder
 from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GraphName, IOSpec
+from hcma_fast.torch_state import neutral_torch
 
 Progress = Callable[[str, str], None]
 _log = logging.getLogger("hcma_fast")
 
 
+@neutral_torch()
 def build(
     source: ModelSource,
     folder: Path,

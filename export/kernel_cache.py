@@ -17,8 +17,7 @@ from typing import Any
 from hcma_fast.config import cache_root
 from hcma_fast.errors import InputError, OutputError
 from hcma_fast.export.manifest import hash_file, manifest_values
-from hcma_fast.files import write_whole
-from hcma_fast.strict_json import parse_json, read_regular
+from hcma_fast.files import read_file, read_json, write_whole
 
 _ENGINE = "engine"
 _HASHES = "hashes.json"
@@ -112,15 +111,17 @@ def _is_folder(path: Path) -> bool:
 
 def _hashes(folder: Path) -> dict[str, Any]:
     try:
-        known = parse_json(read_regular(folder / _HASHES, _MAX_BYTES))
-    except (OSError, InputError):
+        known = read_json(folder / _HASHES, "the list of kernels", limit=_MAX_BYTES)
+    except InputError:
         return {}
     return known if isinstance(known, dict) else {}
 
 
 def _has_engine(folder: Path) -> bool:
     try:
-        engine = Path(read_regular(folder / _ENGINE, _MAX_BYTES).decode())
+        engine = Path(
+            read_file(folder / _ENGINE, "the name of an engine", limit=_MAX_BYTES).decode()
+        )
         graphs = manifest_values(engine.parent)["graphs"].values()
         hashes = [str(graph["sha256"]) for graph in graphs if graph["file"] == engine.name]
         return engine.is_file() and any(text.startswith(folder.name) for text in hashes)

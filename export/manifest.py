@@ -21,10 +21,10 @@ from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.signing import verify
 from hcma_fast.export.target import Target, backend_version, machine
+from hcma_fast.files import read_json
 from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
 from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import GraphName, IOSpec
-from hcma_fast.strict_json import parse_json, read_regular
 
 MANIFEST_FILE = "manifest.json"
 FORMAT: Literal[3] = 3
@@ -177,10 +177,10 @@ def manifest_values(folder: Path) -> Any:
     """What ``folder``'s manifest.json holds, of any format, or of another program.
 
     Raises:
-        OSError: it cannot be read.
-        InputError: it is no regular file, is too large, or is not JSON (see ``strict_json``).
+        InputError: it cannot be read, is no regular file, is too large, or is not JSON (see
+            ``files.read_json``).
     """
-    return parse_json(read_regular(folder / MANIFEST_FILE, _MAX_BYTES))
+    return read_json(folder / MANIFEST_FILE, "the manifest", limit=_MAX_BYTES)
 
 
 def read_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:

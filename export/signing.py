@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hcma_fast.errors import EngineError, InputError, UsageError
-from hcma_fast.strict_json import read_regular
+from hcma_fast.files import read_file
 
 _PREFIX = b"hcma-fast engine folder "
 """What is signed begins with it, so that no signature made for another purpose fits"""
@@ -81,12 +81,7 @@ def verify(path: Path, engine_hash: str, signature: str | None, folder: str) -> 
 
 
 def _read_key(path: Path) -> bytes:
-    try:
-        return read_regular(path, _MAX_BYTES)
-    except OSError as error:
-        raise InputError(
-            f"cannot read the key: {error.strerror}", value=str(path), remedy="Check the path."
-        ) from error
+    return read_file(path, "the key", limit=_MAX_BYTES)
 
 
 def _no_key(what: str, path: Path) -> InputError:

@@ -3,50 +3,35 @@
 from __future__ import annotations
 
 import functools
-import re
-from typing import TYPE_CHECKING, ClassVar, Self, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Self
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
-MESSAGE_LETTERS = 500
-"""Longest message that is printed, in characters."""
-_REMEDY_LETTERS, _VALUE_LETTERS, _LEAST_LETTERS = 280, 200, 60
-_ARGUMENT = re.compile(r"\{(\w+)(?:=([^{}]*))?\}")
+Audience = Literal["python", "command", "http"]
+"""Who reads an error: a caller of the Python API, of the command line, or of the HTTP API."""
 
-ArgumentNames: TypeAlias = "Callable[[str, str | None], str]"
-"""(argument of the Python API, value if any) -> how the one who asked writes it."""
-
-
-def python_argument(name: str, value: str | None) -> str:
-    """``backend="eager"`` or, without a value, ``backend``."""
-    if value is None:
-        return name
-    bare = value in ("True", "False", "None") or value[:1] in "0123456789([.-"
-    return f"{name}={value if bare else repr(value)}".replace("'", '"')
+_MAX_MESSAGE = 500
+_MAX_VALUE = 160
+_MIN_FAULT = 100
 
 
-def printable(text: str, letters: int = MESSAGE_LETTERS) -> str:
-    """``text`` in one line of at most ``letters``: no control characters, the middle left out.
+@dataclass(frozen=True)
+class Remedy:
+    """What to do, in the words of each audience: arguments, options, or fields.
 
-    Terminals act on control characters, so text from a file must not print them.
+    An audience without words of its own reads those of ``python``.
     """
-    if len(text) > 8 * letters:
-        text = text[: 4 * letters] + text[-4 * letters :]
-    line = " ".join(text.split())
-    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
-    if len(line) <= letters:
-        return line
-    tail = letters // 3
-    return f"{line[: letters - tail - 3]}...{line[-tail:]}"
 
+    python: str
+    command: str | None = None
+    http: str | None = None
 
-def _representation(value: object) -> str:
-    try:
-        return repr(value)
-    except Exception:  # deep lists, and integers of thousands of digits
-        return f"a value of the type {type(value).__name__}"
+    def for_audience(self, audience: Audience) -> str:
+        """The words for one audience."""
+        own: str | None = getattr(self, audience)
+        return own or self.python
 
 
 class HcmaError(Exception):
@@ -54,44 +39,42 @@ class HcmaError(Exception):
 
     Args:
         what: what is wrong, one clause.
-        value: the offending value, shown when given.
-        remedy: what the user can do.
-
-    ``{backend=eager}`` or ``{backend}`` in ``what`` and ``remedy`` names an argument: the message
-    writes it in the words of whoever asked, ``backend="eager"`` or ``--backend eager``.
+        value: the offending value, shown as Python writes it; a long one is cut.
+        remedy: what the user can do; a :class:`Remedy` where the audiences need different words.
     """
 
     exit_code: ClassVar[int] = 1
     request: int | None = None
     """number, from 0, of the request that it is about, where many were given at once"""
 
-    def __init__(self, what: str, *, value: object = None, remedy: str) -> None:
-        self.what, self.value, self.remedy = what, value, remedy
-        super().__init__(self.message())
+    def __init__(self, what: str, *, value: object = None, remedy: str | Remedy) -> None:
+        self.what, self.value = what, value
+        self.remedies = Remedy(remedy) if isinstance(remedy, str) else remedy
+        super().__init__(what)
 
-    def message(self, argument: ArgumentNames = python_argument) -> str:
-        """What is wrong, the value and the remedy: one line of at most 500 characters."""
+    @property
+    def remedy(self) -> str:
+        """What a caller of the Python API can do."""
+        return self.remedies.python
 
-        def words(text: str) -> str:
-            return _ARGUMENT.sub(lambda found: argument(found[1], found[2]), text)
+    def __str__(self) -> str:
+        return self.message()
 
-        remedy = printable(words(self.remedy), _REMEDY_LETTERS)
-        what = printable(words(self.what))
-        room = MESSAGE_LETTERS - len(remedy) - len(". ")
-        shown = ""
-        if self.value is not None:
-            most = min(_VALUE_LETTERS, max(_LEAST_LETTERS, room - len(what) - len(" (got )")))
-            shown = f" (got {printable(_representation(self.value), most)})"
-        return f"{printable(what, room - len(shown))}{shown}. {remedy}"
+    def message(self, audience: Audience = "python") -> str:
+        """Fault, value and remedy in one line of at most 500 characters."""
+        value = "" if self.value is None else f" (got {_shown(self.value)})"
+        remedy = _one_line(self.remedies.for_audience(audience))
+        room = max(_MAX_MESSAGE - len(value) - len(remedy) - 2, _MIN_FAULT)
+        return f"{_cut(_one_line(self.what), room)}{value}. {remedy}"
 
     def __reduce__(self) -> tuple[object, ...]:
         # exceptions pickle their positional arguments only, and worker processes pickle errors
-        made = functools.partial(type(self), self.what, value=self.value, remedy=self.remedy)
+        made = functools.partial(type(self), self.what, value=self.value, remedy=self.remedies)
         return made, (), {"request": self.request}
 
     def at(self, where: str) -> Self:
         """The same error, which says where: "line 3"."""
-        found = type(self)(f"{where}: {self.what}", value=self.value, remedy=self.remedy)
+        found = type(self)(f"{where}: {self.what}", value=self.value, remedy=self.remedies)
         found.request = self.request
         return found
 
@@ -108,8 +91,12 @@ class UsageError(HcmaError):
     exit_code = 2
 
 
+class SettingsError(UsageError, ValueError):
+    """A setting that is out of its range, or of a wrong type (exit code 2)."""
+
+
 class DivergenceError(UsageError):
-    """Settings that made the latent infinite: eta0 or the guidance is too large (exit code 2)."""
+    """A latent or an image that is not finite, by the settings or the weights (exit code 2)."""
 
 
 class InputError(HcmaError, ValueError):
@@ -156,3 +143,33 @@ class EngineError(HcmaError):
     """A stale, incomplete or tampered engine folder (exit code 6)."""
 
     exit_code = 6
+
+
+def _shown(value: object) -> str:
+    """``repr(value)`` in one line of printable characters, cut in the middle."""
+    try:
+        text = repr(value)
+    except Exception:  # too deep, an integer of too many digits, or a class with a faulty repr
+        text = f"<{type(value).__name__}>"
+    return _cut(_one_line(text), _MAX_VALUE)
+
+
+def printable(text: str) -> str:
+    """``text`` as one line that a terminal may show: no control characters, at most 500 letters."""
+    return _cut(_one_line(text), _MAX_MESSAGE)
+
+
+def _one_line(text: str) -> str:
+    """Line breaks become spaces, and other control characters escapes."""
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in " ".join(text.split())
+    )
+
+
+def _cut(text: str, room: int) -> str:
+    """``text`` in at most ``room`` characters: both ends of a long one."""
+    if len(text) <= room:
+        return text
+    head = (room - 3) * 2 // 3
+    return f"{text[:head]}...{text[len(text) - (room - 3 - head) :]}"

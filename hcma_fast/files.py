@@ -203,7 +203,8 @@ def read_text(
     Raises:
         HcmaError: of ``kind``. See :func:`read_file`; or it is UTF-16, UTF-32, or no UTF-8.
     """
-    return decode_text(read_file(path, what, limit=limit, kind=kind), what, kind=kind)
+    content = read_file(path, what, limit=limit, kind=kind)
+    return decode_text(content, what, kind=kind, source=str(path))
 
 
 def read_json(
@@ -218,8 +219,13 @@ def read_json(
     return parse_json(text, what, kind=kind, source=str(path))
 
 
-def decode_text(data: bytes, what: str, *, kind: type[HcmaError] = InputError) -> str:
+def decode_text(
+    data: bytes, what: str, *, kind: type[HcmaError] = InputError, source: str | None = None
+) -> str:
     """``data`` as UTF-8 text, without a byte order mark.
+
+    Args:
+        source: what the message shows as the value; default the start of the text.
 
     Raises:
         HcmaError: of ``kind``. It is UTF-16 or UTF-32, which the message names, or no UTF-8.
@@ -227,15 +233,22 @@ def decode_text(data: bytes, what: str, *, kind: type[HcmaError] = InputError) -
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = _encoding(data) or f"not valid UTF-8 at byte {error.start}"
-        raise kind(f"{what} is {problem}", remedy=_UTF8_REMEDY) from error
+        line = data.count(b"\n", 0, error.start) + 1
+        problem = _encoding(data) or f"not valid UTF-8 (line {line})"
+        raise kind(
+            f"{what} is {problem}", value=source or data[:_SHOWN_LETTERS], remedy=_UTF8_REMEDY
+        ) from error
     if "\0" in text:
-        raise kind(f"{what} is {_encoding(data) or 'no text'}", remedy=_UTF8_REMEDY)
+        raise kind(
+            f"{what} is {_encoding(data) or 'no text'}",
+            value=source or data[:_SHOWN_LETTERS],
+            remedy=_UTF8_REMEDY,
+        )
     return text
 
 
 def _encoding(data: bytes) -> str | None:
-    """ "UTF-16" or "UTF-32", if that is what ``data`` looks like."""
+    """UTF-16 or UTF-32, if that is what ``data`` looks like."""
     for mark in (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE):
         if data.startswith(mark):
             return "UTF-32"
@@ -260,7 +273,7 @@ def parse_json(
             or an integer of more than 40 digits, or nests more than 64 levels.
     """
     if isinstance(text, bytes):
-        text = decode_text(text, what, kind=kind)
+        text = decode_text(text, what, kind=kind, source=source)
     text = text.removeprefix("\ufeff")
     try:
         data = json.loads(

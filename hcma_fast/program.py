@@ -15,23 +15,11 @@ from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError, printabl
 DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGTERM, signal.SIGHUP)
-_OPTIONS = {
-    "num_inference_steps": "steps",
-    "window": "align-window",
-    "name_or_path": "model",
-    "savings": "saving",
-}
 
 
 def print_error_line(message: str) -> None:
     """``error: message`` on stderr, in one line of at most 500 characters."""
     print("error:", printable(message), file=sys.stderr, flush=True)
-
-
-def command_option(name: str, value: str | None) -> str:
-    """``--backend eager`` for ("backend", "eager"): an argument as the command line has it."""
-    option = "--" + _OPTIONS.get(name, name.replace("_", "-"))
-    return option if value is None else f"{option} {value}"
 
 
 @contextmanager
@@ -90,7 +78,7 @@ def _report(error: Exception, say: Callable[[str], None]) -> int:
             f"with the traceback that {DEBUG_VARIABLE}=1 in the environment shows."
         )
         return 1
-    say(known.message(command_option))
+    say(known.message("command"))
     return known.exit_code
 
 

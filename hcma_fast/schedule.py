@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
+from hcma_fast.scalars import whole_number
 
 TRAIN_STEPS = 1000
 _PAPER_STEPS = 50
@@ -110,19 +111,36 @@ class PLMSTable:
         ]
 
 
-@lru_cache(maxsize=32)
-def plms_table(num_inference_steps: int) -> PLMSTable:
-    """The PLMS table for ``num_inference_steps`` steps; kept, so do not modify it.
+def check_steps(num_inference_steps: object) -> int:
+    """The number of steps as a Python int; numpy's numbers are taken too.
 
     Raises:
         UsageError: not a whole number, fewer than 2 or more than 999 steps.
     """
-    if not isinstance(num_inference_steps, int) or not 2 <= num_inference_steps < TRAIN_STEPS:
+    try:
+        steps = whole_number(num_inference_steps)
+    except ValueError:
+        steps = 0
+    if not 2 <= steps < TRAIN_STEPS:
         raise UsageError(
             "the number of inference steps must be a whole number from 2 to 999",
             value=num_inference_steps,
             remedy="The paper uses 50; 20 gives a quick preview.",
         )
+    return steps
+
+
+def plms_table(num_inference_steps: int) -> PLMSTable:
+    """The PLMS table for ``num_inference_steps`` steps; kept, so do not modify it.
+
+    Raises:
+        UsageError: see :func:`check_steps`.
+    """
+    return _plms_table(check_steps(num_inference_steps))
+
+
+@lru_cache(maxsize=32)
+def _plms_table(num_inference_steps: int) -> PLMSTable:
     stride = TRAIN_STEPS // num_inference_steps
     descending = [i * stride + STEPS_OFFSET for i in reversed(range(num_inference_steps))]
     times = [descending[0], descending[1], *descending[1:]]
@@ -164,6 +182,7 @@ def eta_table(num_inference_steps: int, settings: AlignmentSettings) -> Tensor:
 
     The window [start, end) holds shares of the steps; the corrector never aligns.
     """
+    num_inference_steps = check_steps(num_inference_steps)
     table = plms_table(num_inference_steps)
     inside = _inside(table.step_index, num_inference_steps, settings) & table.aligns
     rates = settings.eta0 * (1 - alphas_cumprod()[table.timesteps]).sqrt()
@@ -188,3 +207,11 @@ def _inside(step: Tensor, steps: int, settings: AlignmentSettings) -> Tensor:
     share = step.double() / steps
     start, end = settings.window
     return (share >= start) & (share < end)
+
+
+def grounded_steps(grounding_beta: float, num_inference_steps: int) -> int:
+    """Steps, from the first, with gated attention: the share is cut to whole steps.
+
+    As in GLIGEN's own code (``alpha_generator``): ``int(share * length)``, in float64.
+    """
+    return int(grounding_beta * num_inference_steps)

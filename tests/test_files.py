@@ -110,7 +110,7 @@ def test_reading_names_what_is_no_file_too_large_or_in_another_encoding(tmp_path
         "utf-16-le": "UTF-16",
         "utf-16-be": "UTF-16",
         "utf-32": "UTF-32",
-        "latin-1": "not valid UTF-8 at byte 2",
+        "latin-1": r"not valid UTF-8 \(line 1\)",
     }.items():
         path.write_bytes('{"é": 1}'.encode(encoding))
         with pytest.raises(InputError, match=f"the layout is {name}") as caught:

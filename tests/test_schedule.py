@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, PNDMScheduler
@@ -13,7 +15,15 @@ from torch import Tensor, nn
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
-from hcma_fast.schedule import add_noise, alphas_cumprod, eta_table, in_window, plms_table
+from hcma_fast.sampling.loop import Schedule
+from hcma_fast.schedule import (
+    add_noise,
+    alphas_cumprod,
+    eta_table,
+    grounded_steps,
+    in_window,
+    plms_table,
+)
 
 #: a busy machine is no fault of the code
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -85,7 +95,9 @@ def test_whole_trajectory_equals_pndm_scheduler(steps: int) -> None:
     assert theirs.isfinite().all() and len(table) == steps + 1
 
 
-@pytest.mark.parametrize("steps", [1, 0, -5, 1000, 2.0, "50", None, True])
+@pytest.mark.parametrize(
+    "steps", [1, 0, -5, 1000, 2.5, math.nan, "50", None, True, np.bool_(True), np.array([20, 20])]
+)
 def test_wrong_step_counts(steps: Any) -> None:
     with pytest.raises(UsageError, match="2 to 999") as caught:
         plms_table(steps)
@@ -153,3 +165,34 @@ def test_add_noise_equals_ddpm_scheduler(dtype: torch.dtype) -> None:
     # diffusers rounds the alphas to half before it takes roots of them; we do not
     half = add_noise(z0.half(), noise.half(), timesteps)
     torch.testing.assert_close(half, noisy.half(), rtol=2e-3, atol=4e-3)
+
+
+def test_steps_may_be_numpys() -> None:
+    table = plms_table(20)
+    for steps in (np.int64(20), np.uint8(20), np.float64(20), np.array(20), torch.tensor([20])):
+        assert plms_table(steps) is table  # type: ignore[arg-type]
+        assert torch.equal(eta_table(steps, ETA), eta_table(20, ETA))  # type: ignore[arg-type]
+
+
+ETA = AlignmentSettings(eta0=2.0, window=(0.2, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "grounded"),
+    [
+        (0.3, 50, 15),
+        # where rounding gives one more
+        *((0.35, 50, 17), (0.99, 50, 49), (0.5, 7, 3), (0.19, 10, 1), (0.04, 20, 0)),
+        # GLIGEN computes in float64, in which 0.29 * 100 is a little less than 29
+        (0.29, 100, 28),
+        *((0.0, 50, 0), (1.0, 50, 50)),
+    ],
+)
+def test_shares_of_grounded_steps_are_cut_as_gligen_does(
+    share: float, steps: int, grounded: int
+) -> None:
+    assert grounded_steps(share, steps) == grounded == int(share * steps)
+    schedule = Schedule.of(steps, AlignmentSettings(grounding_beta=share))
+    # evaluation 1 is the corrector of step 0, and has its gate
+    gates = [step < grounded for step in (0, 0, *range(1, steps))]
+    assert schedule.gates().tolist() == gates and schedule.grounded_steps == grounded

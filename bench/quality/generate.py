@@ -20,8 +20,8 @@ from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
+from hcma_fast.files import read_json
 from hcma_fast.models.text import tokenize
-from hcma_fast.strict_json import parse_json, read_regular
 
 BLOCK = 16
 """Images that a shard takes at a time, and that one file of measurements holds"""
@@ -163,8 +163,8 @@ def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
 def _is_run(path: Path) -> bool:
     """Is it a run.json of ours, of any version?"""
     try:
-        values = parse_json(read_regular(path, _RUN_BYTES))
-    except (OSError, InputError):
+        values = read_json(path, "the settings of a run", limit=_RUN_BYTES)
+    except InputError:
         return False
     return isinstance(values, dict) and {"weights_hash", "items_hash", "seed"} <= values.keys()
 

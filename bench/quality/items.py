@@ -13,7 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.errors import HcmaError, InputError
-from hcma_fast.files import is_file, read_text
+from hcma_fast.files import is_file, parse_json, read_text
 from hcma_fast.layout import Layout
 from hcma_fast.train.data.coco import read_coco
 from hcma_fast.train.data.coco_records import BadRecord
@@ -121,12 +121,11 @@ def read_items(path: Path, *, image_root: Path | None = None) -> list[EvalItem]:
         InputError: it cannot be read, a line is wrong, an id is missing, twice there or no file
             name, an image is missing or outside, or some lines have one and others not.
     """
-    # as bytes: text would also be split at line separators inside of strings
-    lines = read_text(path, "the manifest", limit=2**30).encode().splitlines()
+    text = read_text(path, "the manifest", limit=2**30)
     folder = ImageFolder(path.parent, image_root)
     items = [
         _parse(line, f"line {number}", folder)
-        for number, line in enumerate(lines, 1)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not items:
@@ -135,23 +134,30 @@ def read_items(path: Path, *, image_root: Path | None = None) -> list[EvalItem]:
     return items
 
 
-def _parse(line: bytes, where: str, folder: ImageFolder) -> EvalItem:
+def _parse(line: str, where: str, folder: ImageFolder) -> EvalItem:
     try:
-        row = _Line.model_validate_json(line)
+        data = parse_json(line, "a line")
+    except HcmaError as error:
+        raise error.at(where) from error
+    if isinstance(data, dict):
+        # a null is a missing value of pandas
+        data = {key: value for key, value in data.items() if value is not None}
+        if isinstance(data.get("id"), int) and not isinstance(data["id"], bool):
+            data["id"] = str(data["id"])
+    try:
+        row = _Line.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"{where}: {place + ': ' if place else ''}{first['msg']}",
-            value=line[:80].decode(errors="replace"),
+            value=line[:80],
             remedy=_REMEDY,
         ) from error
     try:
         layout = Layout(row.phrases, row.boxes)
     except HcmaError as error:
-        raise InputError(
-            f"{where}: {error.what}", value=error.value, remedy=error.remedy
-        ) from error
+        raise error.at(where) from error
     if row.mentions is not None and len(row.mentions) != len(layout):
         raise InputError(
             f"{where}: there must be as many mentions as phrases",

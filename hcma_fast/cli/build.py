@@ -13,7 +13,7 @@ from rich.table import Table
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import BACKENDS
-from hcma_fast.errors import BackendError, EngineError, UsageError
+from hcma_fast.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
@@ -29,8 +29,13 @@ def build(
     model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
     precision: Annotated[
-        str, typer.Option(callback=precision_name, help="float32, float16 or bfloat16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            callback=precision_name,
+            help="float32, float16 or bfloat16.",
+            show_default="float32, or what the backend has",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -141,7 +146,7 @@ def build(
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
-                precision=cast(Precision, precision),
+                precision=cast(Precision, precision or _default_precision(name)),
                 batch=BatchRange.parse(batch) if batch else None,
                 height=height,
                 width=width,
@@ -247,9 +252,17 @@ def _verify(folder: Path, source: ModelSource, verify_key: Path | None) -> dict[
     return {"folder": str(folder), "verified": found}
 
 
+def _default_precision(backend: str) -> str:
+    """float32 where the backend computes in it, else its first precision."""
+    from hcma_fast.export.target import PRECISIONS_OF
+
+    possible = PRECISIONS_OF.get(backend, ("float32",))
+    return "float32" if "float32" in possible else possible[0]
+
+
 def _check_backend(backend: str) -> None:
     if backend not in ("auto", *BACKENDS):
-        raise BackendError(
+        raise UsageError(
             "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
     if backend == "eager":

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from hcma_fast.errors import UsageError
+from hcma_fast.errors import DivergenceError, UsageError
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 
@@ -22,6 +22,24 @@ def check_output_type(output_type: str) -> None:
             value=output_type,
             remedy=f"Use one of {', '.join(get_args(OutputType))}.",
         )
+
+
+def to_unit_range(decoded: Tensor) -> tuple[Tensor, Tensor]:
+    """The VAE's (B, 3, H, W) in [-1, 1] -> the same in [0, 1], and which images are finite, (B,).
+
+    Looked at before the values are clamped: infinity would become white.
+    """
+    return (decoded / 2 + 0.5).clamp(0, 1), decoded.isfinite().flatten(1).all(1)
+
+
+def pixels_diverged(where: str | None = None) -> DivergenceError:
+    """The error of an image whose pixels are not finite, though its latent is."""
+    return DivergenceError(
+        "the decoded image has pixels that are not finite",
+        value=where,
+        remedy="The VAE's weights are damaged, or its precision is too narrow: check them, or "
+        "decode in float32.",
+    )
 
 
 def to_array(images: Tensor) -> NDArray[np.float32]:

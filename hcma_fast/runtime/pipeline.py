@@ -26,10 +26,20 @@ from hcma_fast.models.checkpoint.folder import (
     load_tokenizer,
     locate,
 )
-from hcma_fast.runtime.images import OutputType, check_output_type, to_array, to_pil
+from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.images import (
+    OutputType,
+    check_output_type,
+    pixels_diverged,
+    to_array,
+    to_pil,
+    to_unit_range,
+)
 from hcma_fast.runtime.requests import (
+    Seeds,
     check_device,
     check_latents,
+    next_latents,
     noise_from_seeds,
     override_settings,
     pair_prompts,
@@ -40,8 +50,9 @@ from hcma_fast.sampling.capture import CaptureMode, check_capturable
 from hcma_fast.sampling.conditioning import condition
 from hcma_fast.sampling.loop import Schedule, StepLosses, fusable, sample, sample_fused
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.savings import EXACT, Savings
+from hcma_fast.sampling.savings import EXACT, Savings, check_savings
 from hcma_fast.specs import BatchRange, GraphName
+from hcma_fast.torch_state import neutral_torch
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import VerifiedFolder
@@ -140,6 +151,7 @@ class HCMAPipeline:
         return self.engines["align"].spec.batch
 
     @classmethod
+    @neutral_torch()
     def from_pretrained(
         cls,
         name_or_path: str | Path | Checkpoint = "tiny",
@@ -227,6 +239,7 @@ class HCMAPipeline:
         return pipe
 
     @classmethod
+    @neutral_torch()
     def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
         """The eager reference pipeline; moves the components' modules to ``device``."""
         specs = components.specs()
@@ -245,6 +258,7 @@ class HCMAPipeline:
         )
 
     @classmethod
+    @neutral_torch()
     def from_engines(
         cls,
         engine: Path | VerifiedFolder,
@@ -293,6 +307,7 @@ class HCMAPipeline:
             device=device,
         )
 
+    @neutral_torch()
     @torch.no_grad()
     def __call__(
         self,
@@ -308,7 +323,7 @@ class HCMAPipeline:
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
         savings: Savings = EXACT,
-        seed: int | Sequence[int] | None = None,
+        seed: Seeds = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
         output_type: OutputType = "pil",
@@ -329,10 +344,17 @@ class HCMAPipeline:
 
         Raises:
             InputError: counts do not match, a text is too long, latents have a wrong shape.
-            UsageError: a setting is out of range.
-            DivergenceError: the settings made the latent diverge.
+            UsageError: a setting is out of range, or the callback returned what does not fit.
+            DivergenceError: the settings made the latent diverge, or an image is not finite.
         """
         check_output_type(output_type)
+        check_savings(savings)
+        if callback_on_step_end is not None and not callable(callback_on_step_end):
+            raise UsageError(
+                "callback_on_step_end must be a function",
+                value=callback_on_step_end,
+                remedy="Give one that takes (pipeline, step, timestep, tensors).",
+            )
         settings = override_settings(
             self.settings,
             guidance_scale=guidance_scale,
@@ -356,6 +378,7 @@ class HCMAPipeline:
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
+        give_hints(self.tokenizer, self.preset, prompts, layouts)
         conditioning = condition(
             self.engines,
             self.tokenizer,
@@ -371,8 +394,7 @@ class HCMAPipeline:
                 return z
             step = int(table.step_index[k])
             time = int(table.timesteps[0 if step == 0 else k])
-            changed = callback_on_step_end(self, step, time, {"latents": z})
-            return changed.get("latents", z) if changed else z
+            return next_latents(callback_on_step_end(self, step, time, {"latents": z}), z)
 
         fused = fusable(self.engines, [schedule])
         run = self.replay or partial(sample_fused if fused else sample, self.engines)
@@ -408,8 +430,22 @@ class HCMAPipeline:
             )
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device."""
-        return (self.engines["vae_decoder"]({"z": z})["image"] / 2 + 0.5).clamp(0, 1)
+        """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device.
+
+        Raises:
+            DivergenceError: an image has pixels that are not finite.
+        """
+        images, finite = self.decode_all(z)
+        if not bool(finite.all()):
+            rows = (~finite).nonzero().flatten().tolist()
+            raise pixels_diverged(f"image {', '.join(map(str, rows))} of {len(z)}")
+        return images
+
+    @neutral_torch()
+    @torch.no_grad()
+    def decode_all(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`decode` that does not raise: the images, and which of them are finite, (B,)."""
+        return to_unit_range(self.engines["vae_decoder"]({"z": z})["image"])
 
     def _output(self, z: Tensor, output_type: OutputType) -> Any:
         if output_type == "latent":

@@ -13,7 +13,7 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.engine import Engine
 from hcma_fast.sampling.exported import step_plan
 from hcma_fast.sampling.savings import EXACT, Savings
-from hcma_fast.schedule import PLMSTable, eta_table, plms_table
+from hcma_fast.schedule import PLMSTable, eta_table, grounded_steps, plms_table
 from hcma_fast.specs import HISTORY, GraphName
 
 
@@ -81,7 +81,7 @@ class Schedule:
     lambdas: tuple[float, float]
     guidance_scale: float
     grounding_beta: float
-    """share of the PLMS steps, from the first, with gated attention; rounded to whole steps"""
+    """share of the PLMS steps, from the first, with gated attention; cut to whole steps"""
     savings: Savings = EXACT
 
     @classmethod
@@ -113,7 +113,7 @@ class Schedule:
     @property
     def grounded_steps(self) -> int:
         """PLMS steps with gated attention."""
-        return round(self.grounding_beta * self.steps)
+        return grounded_steps(self.grounding_beta, self.steps)
 
     @property
     def grounded_unet_steps(self) -> int:

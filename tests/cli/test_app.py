@@ -123,3 +123,20 @@ def test_bench_replaces_its_own_files_only(cli: Any, tmp_path: Path) -> None:
         command = ("bench", "run", "overhead", "--quick", "--out", folder)
         cli(*command, "--model", "sd14").failed(3, name, "not replaced", "--out")
         assert (folder / name).read_text() == "{}" and len(list(folder.iterdir())) == 1
+
+
+def test_options_of_other_programs_get_a_hint(cli: Any) -> None:
+    for words, hint in {
+        ("a dog",): 'Write a caption as --prompt "a dog".',
+        ("--prompt", "a", "--cfg", "7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--cfg=7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--width", "512"): "hcma-fast build --height H --width W",
+        ("--prompt", "a", "--lora", "x"): "LoRA is not supported",
+        ("--prompt", "a", "--sampler", "ddim"): "the sampler is PLMS",
+    }.items():
+        cli("generate", *words).failed(2, hint)
+
+
+def test_an_unknown_backend_is_wrong_usage(cli: Any) -> None:
+    for command in (("generate", "--prompt", "a"), ("build",)):
+        cli(*command, "--backend", "magic").failed(2, "unknown backend", "magic", "onnxruntime")

@@ -60,7 +60,7 @@ def test_step_graphs_for_a_window_are_said_to_be_idle(cli: Any, build: Any) -> N
 @pytest.mark.parametrize(
     ("code", "argv", "word"),
     [
-        (4, ["--backend", "magic"], "magic"),
+        (2, ["--backend", "magic"], "magic"),
         (4, ["--precision", "bfloat16"], "float16"),
         (4, ["--precision", "int4"], "int4"),
         (2, ["--batch", "8:4:16"], "1:8:16"),

@@ -14,7 +14,7 @@ import typer
 
 from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
-from hcma_fast.strict_json import parse_json, read_regular
+from hcma_fast.files import read_json
 
 if TYPE_CHECKING:
     from hcma_fast.bench.shared.bootstrap import Estimate
@@ -149,8 +149,8 @@ def _check_place(folder: Path, names: Sequence[str]) -> None:
     ours += [f"{name}.{suffix}" for name in names for suffix in ("md", "csv")]
     taken = [folder / name for name in ours if os.path.lexists(folder / name)]
     try:
-        values = parse_json(read_regular(folder / RESULTS_FILE, _RESULTS_BYTES))
-    except (OSError, InputError):
+        values = read_json(folder / RESULTS_FILE, "the results", limit=_RESULTS_BYTES)
+    except InputError:
         values = None
     if taken and not (isinstance(values, dict) and {"command", "reports"} <= values.keys()):
         raise OutputError(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hcma_fast.cli.generate.jobs import Job, at
+from hcma_fast.cli.generate.resume import Finished, find_finished
 from hcma_fast.cli.generate.sidecar import FinalLosses, Sidecar, current_versions
-from hcma_fast.cli.output import BuildProgress, stderr, write_file
+from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
 from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
 from hcma_fast.errors import InputError, OutputError
+from hcma_fast.files import is_file
 from hcma_fast.sampling.savings import EXACT, Savings
 
 if TYPE_CHECKING:
@@ -53,6 +56,8 @@ class Written:
     sidecar: Path
     overlay: Path | None
     record: Sidecar
+    skipped: bool = False
+    """it was there already"""
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -60,13 +65,14 @@ class Written:
             "image": str(self.image),
             "sidecar": str(self.sidecar),
             "overlay": str(self.overlay) if self.overlay else None,
+            "skipped": self.skipped,
             "record": self.record.model_dump(mode="json"),
         }
 
 
 def is_engine_folder(model: str) -> bool:
     """Does ``model`` name a folder that ``hcma-fast build`` wrote?"""
-    return (Path(model) / "manifest.json").is_file()
+    return is_file(Path(model) / "manifest.json")
 
 
 def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> HCMAPipeline:
@@ -140,27 +146,21 @@ def render(
     *,
     batch_size: int,
     overlay: bool,
+    skip_existing: bool = False,
+    force: bool = False,
 ) -> list[Written]:
     """Make the images in batches; each batch is on the disk before the next one starts.
+
+    Args:
+        skip_existing: leave out images that are there, see :func:`.resume.find_finished`.
 
     Raises:
         UsageError: the latent diverged. DeviceMemoryError: the batch is too large.
         OutputError: a file cannot be written.
     """
-    from hcma_fast.runtime.requests import call_arguments, override_settings
+    from hcma_fast.runtime.requests import override_settings
 
     settings = override_settings(pipe.settings, **plan.overrides)
-    batch_size = min(batch_size, pipe.batch_range.max)
-    least = len(jobs) % batch_size or batch_size
-    if least < pipe.batch_range.min:
-        raise InputError(
-            f"these engines make batches of {pipe.batch_range} images, the last one would have "
-            f"{least}",
-            value=len(jobs),
-            remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
-            f"{batch_size}.",
-        )
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     common: dict[str, Any] = {
         "num_inference_steps": plan.steps,
         "settings": settings,
@@ -180,7 +180,64 @@ def render(
         "engine_hash": pipe.engine_hash,
         "versions": current_versions(pipe.backend),
     }
-    written: list[Written] = []
+    finished = (
+        find_finished(jobs, out, common, force=force) if skip_existing else [None] * len(jobs)
+    )
+    todo = [job for job, match in zip(jobs, finished, strict=True) if match is None]
+    made: list[Written] = []
+    if len(todo) < len(jobs):
+        print_note(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already.")
+    try:
+        for batch in _batches(pipe, plan, todo, batch_size):
+            made.extend(_make(pipe, plan, batch, out, overlay, common))
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(OSError):  # the terminal may be gone
+            done = len(jobs) - len(todo) + len(made)
+            go_on = " To go on, run the same command with --skip-existing." if done else ""
+            print_note(f"Stopped: {done} of {len(jobs)} images are done, in {out}.{go_on}")
+        raise
+    rest = iter(made)
+    return [next(rest) if match is None else _kept(match, out, overlay) for match in finished]
+
+
+def _kept(match: Finished, out: Path, overlay: bool) -> Written:
+    image, sidecar, overlay_path = match.job.files(out)
+    if overlay and not overlay_path.exists():
+        from PIL import Image
+
+        from hcma_fast.overlay import draw_layout
+
+        with Image.open(image) as picture:
+            write_file(overlay_path, _png(draw_layout(picture, match.job.layout)))
+    return Written(image, sidecar, overlay_path if overlay else None, match.record, skipped=True)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    jobs: Sequence[Job]
+    on_step: Callable[..., None]
+
+
+def _batches(
+    pipe: HCMAPipeline, plan: Plan, jobs: Sequence[Job], batch_size: int
+) -> Iterator[_Batch]:
+    """``jobs`` in batches that the engines can make, with a bar of their steps on stderr.
+
+    Raises:
+        InputError: the last batch is too small.
+    """
+    if not jobs:
+        return
+    batch_size = min(batch_size, pipe.batch_range.max)
+    least = len(jobs) % batch_size or batch_size
+    if least < pipe.batch_range.min:
+        raise InputError(
+            f"these engines make batches of {pipe.batch_range} images, the last one would have "
+            f"{least}",
+            value=len(jobs),
+            remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
+            f"{batch_size}.",
+        )
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -189,22 +246,39 @@ def render(
         console=stderr,
         redirect_stdout=False,
     ) as progress:
-        task = progress.add_task("steps", total=plan.steps * len(batches))
-        for batch in batches:
-            output = pipe(
-                [job.prompt for job in batch],
-                [job.layout for job in batch],
-                num_inference_steps=plan.steps,
-                negative_prompt=[job.negative_prompt for job in batch],
-                seed=[job.seed for job in batch],
-                callback_on_step_end=lambda *_: progress.advance(task),
-                savings=plan.savings,
-                **call_arguments(settings),
-            )
-            for row, job in enumerate(batch):
-                losses = _final_losses(output, row, len(job.layout))
-                record = {**common, "batch_size": len(batch), "losses": losses}
-                written.append(_write(job, output.images[row], out, overlay, record))
+        starts = range(0, len(jobs), batch_size)
+        task = progress.add_task("steps", total=plan.steps * len(starts))
+        for start in starts:
+            yield _Batch(jobs[start : start + batch_size], lambda *_: progress.advance(task))
+
+
+def _make(
+    pipe: HCMAPipeline,
+    plan: Plan,
+    batch: _Batch,
+    out: Path,
+    overlay: bool,
+    common: dict[str, Any],
+) -> list[Written]:
+    """The images of a batch, written."""
+    from hcma_fast.runtime.requests import call_arguments
+
+    jobs = batch.jobs
+    output = pipe(
+        [job.prompt for job in jobs],
+        [job.layout for job in jobs],
+        num_inference_steps=plan.steps,
+        negative_prompt=[job.negative_prompt for job in jobs],
+        seed=[job.seed for job in jobs],
+        callback_on_step_end=batch.on_step,
+        savings=plan.savings,
+        **call_arguments(common["settings"]),
+    )
+    written = []
+    for row, job in enumerate(jobs):
+        losses = _final_losses(output, row, len(job.layout))
+        record = {**common, "batch_size": len(jobs), "losses": losses}
+        written.append(_write(job, output.images[row], out, overlay, record))
     return written
 
 

@@ -209,16 +209,16 @@ def aligner(
     base = TINY if chosen == "tiny" else AlignerTraining()
     training = training_settings(base, locals(), "aligner")
 
-    import torch
     from accelerate import PartialState
 
     from hcma_fast.models.aligner import Aligner
+    from hcma_fast.seeds import seed_torch
     from hcma_fast.train.aligner.settings import architecture
     from hcma_fast.train.aligner.train import train_aligner
     from hcma_fast.train.loop.run_folder import check_provenance
 
     samples = _samples(header, sample_every, sample_data, sample_model)
-    torch.manual_seed(seed)
+    seed_torch(seed)
     if init is not None:
         check_provenance(init, header)
         model = Aligner.from_pretrained(init)

@@ -34,6 +34,7 @@ from hcma_fast.specs import (
     IOSpec,
     graph_specs,
 )
+from hcma_fast.torch_state import neutral_torch
 
 __all__ = [
     "Checkpoint",
@@ -190,6 +191,7 @@ class Components:
         )
 
 
+@neutral_torch()
 def load_components(
     name_or_path: str | Path | Checkpoint,
     *,
