@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
 from hcma_fast.errors import InputError, UsageError
+from hcma_fast.scalars import real_number
 
 Box = tuple[float, float, float, float]
 #: CLIP's pre-tokenizer makes at least one token of a word, so more words cannot fit
@@ -53,7 +54,7 @@ class Layout(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy, with ``phrases`` or ``boxes`` replaced and checked like those of a new layout."""
-        if not update:
+        if update is None:
             return super().model_copy(deep=deep)
         if not isinstance(update, Mapping) or not update.keys() <= {"phrases", "boxes"}:
             raise InputError(
@@ -113,7 +114,7 @@ class Layout(BaseModel):
         cls, phrases: Iterable[str], boxes: Iterable[Sequence[float]], width: float, height: float
     ) -> Layout:
         """From xyxy in pixels of an image of ``width`` x ``height``."""
-        _check_size(width, height)
+        width, height = _check_size(width, height)
         scale = (width, height, width, height)
         shares = [[v / s for v, s in zip(box, scale, strict=True)] for box in _four_numbers(boxes)]
         return cls(phrases, shares)
@@ -138,20 +139,28 @@ class Layout(BaseModel):
         Raises:
             InputError: an unknown category, a malformed annotation, or an image without a size.
         """
-        _check_size(width, height)
+        width, height = _check_size(width, height)
         found: list[tuple[float, str, Box]] = []
-        for annotation in annotations:
-            if annotation.get("iscrowd"):
-                continue
+        try:
+            entries = [dict(annotation) for annotation in annotations]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"COCO annotations must be a list of objects ({error})",
+                value=annotations,
+                remedy='Write [{"bbox": [x, y, width, height], "category_id": 1}].',
+            ) from error
+        for annotation in entries:
             try:
+                if annotation.get("iscrowd"):
+                    continue
                 name = categories[annotation["category_id"]]
                 (bbox,) = _four_numbers([annotation["bbox"]])
                 if not all(math.isfinite(v) for v in bbox):
                     raise ValueError("bbox is not finite")
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"a malformed COCO annotation: {type(error).__name__} {error}",
-                    value=dict(annotation),
+                    value=annotation,
                     remedy="It needs bbox (x, y, width, height) and a known category_id.",
                 ) from error
             x0, y0, x1, y1 = _xywh_to_xyxy(bbox)
@@ -171,10 +180,10 @@ class Layout(BaseModel):
         """From ``{"phrases": [...], "boxes": [[x0, y0, x1, y1], ...]}``."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise InputError(
                 f"a layout must be JSON: {error}",
-                value=text[:_SHOWN_LETTERS],
+                value=text[:_SHOWN_LETTERS] if isinstance(text, str | bytes) else text,
                 remedy="See README for the format.",
             ) from error
         if not isinstance(data, dict) or set(data) != {"phrases", "boxes"}:
@@ -200,10 +209,11 @@ class Layout(BaseModel):
         """Read a JSON file."""
         try:
             text = Path(path).read_bytes()
-        except OSError as error:
+        except (OSError, ValueError, TypeError) as error:  # ValueError: a zero byte in the name
+            problem = error.strerror if isinstance(error, OSError) else error
             raise InputError(
-                f"cannot read the layout file: {error.strerror}",
-                value=str(path),
+                f"cannot read the layout file: {problem}",
+                value=path,
                 remedy="Check the path.",
             ) from error
         return cls.from_json(text)
@@ -234,7 +244,7 @@ class Layout(BaseModel):
     @staticmethod
     def parse_box(text: str) -> tuple[str, Box]:
         """``"dog:0.05,0.3,0.45,0.9"`` -> ("dog", (0.05, 0.3, 0.45, 0.9)), checked."""
-        phrase, colon, numbers = text.rpartition(":")
+        phrase, colon, numbers = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         try:
             values = tuple(float(part) for part in numbers.split(","))
         except ValueError:
@@ -274,7 +284,7 @@ def _four_numbers(boxes: Iterable[Sequence[float]]) -> list[Box]:
             if any(isinstance(value, str | bytes | bool) for value in row):
                 raise TypeError("text or a truth value")
             a, b, c, d = (float(value) for value in row)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InputError(
                 f"box {index} is not four numbers",
                 value=row,
@@ -289,13 +299,18 @@ def _xywh_to_xyxy(box: Box) -> Box:
     return x, y, x + width, y + height
 
 
-def _check_size(width: float, height: float) -> None:
-    if not (0 < width < math.inf and 0 < height < math.inf):
+def _check_size(width: object, height: object) -> tuple[float, float]:
+    try:
+        found = real_number(width), real_number(height)
+    except ValueError:
+        found = (0.0, 0.0)
+    if min(found) <= 0:
         raise InputError(
             "the image size must be positive",
             value=(width, height),
             remedy="Give width and height in pixels.",
         )
+    return found
 
 
 def is_empty(box: Box) -> bool:

@@ -21,7 +21,8 @@ from hcma_fast.sampling.savings import EXACT, Savings
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hcma_fast.runtime.pipeline import HCMAOutput, HCMAPipeline
+    from hcma_fast.runtime.output import HCMAOutput
+    from hcma_fast.runtime.pipeline import HCMAPipeline
 
 
 @dataclass(frozen=True)
