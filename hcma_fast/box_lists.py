@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import ast
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hcma_fast.errors import InputError, Remedy
 from hcma_fast.files import parse_json
+from hcma_fast.scalars import real_number
 
 Box = tuple[float, float, float, float]
 BOX_FORMATS = ("xyxy", "xywh")
@@ -51,7 +51,7 @@ class BoxNotation:
                     f"unknown {name}", value=value, remedy=f"Use {' or '.join(known)}."
                 )
         if self.size is not None:
-            check_size(*self.size)
+            object.__setattr__(self, "size", check_size(*self.size))
         elif self.units == "pixel":
             raise InputError(
                 "boxes in pixels need the size of their image",
@@ -66,7 +66,7 @@ class BoxNotation:
                 raise InputError(
                     "box_size must hold width and height", value=size, remedy="Write [640, 480]."
                 )
-            size = (_number(size[0]), _number(size[1]))
+            size = check_size(*size)
         return BoxNotation(
             self.format if fields.get("box_format") is None else fields["box_format"],
             self.units if fields.get("box_units") is None else fields["box_units"],
@@ -106,7 +106,7 @@ def four_numbers(boxes: Iterable[Sequence[float]]) -> list[Box]:
             if any(isinstance(value, str | bytes | bool) for value in row):
                 raise TypeError("text or a truth value")
             a, b, c, d = (float(value) for value in row)
-        except (TypeError, ValueError, OverflowError) as error:
+        except (TypeError, ValueError, OverflowError, RuntimeError) as error:
             raise InputError(
                 f"box {index} is not four numbers",
                 value=row,
@@ -116,24 +116,23 @@ def four_numbers(boxes: Iterable[Sequence[float]]) -> list[Box]:
     return found
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return math.nan
-    return float(value)
-
-
-def check_size(width: float, height: float) -> None:
-    """Refuse an image without a size.
+def check_size(width: object, height: object) -> tuple[float, float]:
+    """Width and height of an image in pixels, as floats.
 
     Raises:
-        InputError.
+        InputError: one is not a positive number.
     """
-    if not (0 < width < math.inf and 0 < height < math.inf):
+    try:
+        found = real_number(width), real_number(height)
+    except ValueError:
+        found = (0.0, 0.0)
+    if min(found) <= 0:
         raise InputError(
             "the image size must be positive",
             value=(width, height),
             remedy="Give width and height in pixels.",
         )
+    return found
 
 
 def read_box_list(
@@ -148,6 +147,8 @@ def read_box_list(
     Raises:
         InputError: it is none of these.
     """
+    if not isinstance(text, str | bytes):
+        raise InputError(f"{what} must be text", value=text, remedy=_LAYOUT_REMEDY)
     decoded = text if isinstance(text, str) else text.decode("utf-8", errors="replace")
     if decoded.lstrip("\ufeff \t\r\n").startswith(("Objects:", "[(")):
         return llm_boxes(llm_answer(decoded)["gen_boxes"], notation)
@@ -248,7 +249,7 @@ def comfy_boxes(data: Mapping[str, Any], notation: BoxNotation) -> tuple[list[An
     size = notation.size
     if size is None and len(sizes) == 1:
         width, height = sizes.pop()
-        size = (_number(width), _number(height))
+        size = check_size(width, height)
     if size is None:
         raise InputError(
             f"this workflow does not say the one size of its image ({_COMFY_SIZE})",

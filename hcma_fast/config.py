@@ -89,7 +89,7 @@ class Settings(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy with some values replaced, which are checked like those of a new one."""
-        if not update:
+        if update is None:
             return super().model_copy(deep=deep)
         try:
             return type(self)(**{**dict(self), **update})

@@ -72,7 +72,7 @@ class Layout(BaseModel):
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """A copy, with ``phrases`` or ``boxes`` replaced and checked like those of a new layout."""
-        if not update:
+        if update is None:
             return super().model_copy(deep=deep)
         if not isinstance(update, Mapping) or not update.keys() <= {"phrases", "boxes"}:
             raise InputError(
@@ -154,20 +154,28 @@ class Layout(BaseModel):
         Raises:
             InputError: an unknown category, a malformed annotation, or an image without a size.
         """
-        check_size(width, height)
+        width, height = check_size(width, height)
         found: list[tuple[float, str, Box]] = []
-        for annotation in annotations:
-            if annotation.get("iscrowd"):
-                continue
+        try:
+            entries = [dict(annotation) for annotation in annotations]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"COCO annotations must be a list of objects ({error})",
+                value=annotations,
+                remedy='Write [{"bbox": [x, y, width, height], "category_id": 1}].',
+            ) from error
+        for annotation in entries:
             try:
+                if annotation.get("iscrowd"):
+                    continue
                 name = categories[annotation["category_id"]]
                 (bbox,) = four_numbers([annotation["bbox"]])
                 if not all(math.isfinite(v) for v in bbox):
                     raise ValueError("bbox is not finite")
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
                     f"a malformed COCO annotation: {type(error).__name__} {error}",
-                    value=dict(annotation),
+                    value=annotation,
                     remedy="It needs bbox (x, y, width, height) and a known category_id.",
                 ) from error
             x, y, box_width, box_height = bbox
@@ -200,6 +208,8 @@ class Layout(BaseModel):
     @classmethod
     def from_file(cls, path: str | Path, notation: BoxNotation = SHARES) -> Layout:
         """Read a file as :meth:`from_json` does."""
+        if not isinstance(path, str | Path):
+            raise InputError("a layout file is a path", value=path, remedy="Give its name.")
         return cls.from_json(read_text(Path(path), "the layout file"), notation)
 
     def to_file(self, path: str | Path) -> None:
@@ -228,7 +238,7 @@ class Layout(BaseModel):
     @staticmethod
     def parse_box(text: str, notation: BoxNotation = SHARES) -> tuple[str, Box]:
         """``"dog:0.05,0.3,0.45,0.9"`` -> ("dog", (0.05, 0.3, 0.45, 0.9)), checked."""
-        phrase, colon, numbers = text.rpartition(":")
+        phrase, colon, numbers = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         try:
             values = tuple(float(part) for part in numbers.split(","))
         except ValueError:

@@ -38,7 +38,10 @@ def whole_number(value: object) -> int:
     if isinstance(number, float) and number.is_integer():
         return int(number)
     if isinstance(number, SupportsIndex) and not isinstance(number, bool):
-        return int(operator.index(number))
+        try:
+            return int(operator.index(number))
+        except TypeError as error:  # an array of several numbers
+            raise ValueError("not a single number") from error
     raise ValueError("not a whole number")
 
 

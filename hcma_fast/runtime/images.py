@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ OutputType = Literal["pil", "np", "pt", "latent"]
 
 def check_output_type(output_type: str) -> None:
     """Raises UsageError for what is not an :data:`OutputType`."""
-    if output_type not in get_args(OutputType):
+    if not isinstance(output_type, str) or output_type not in get_args(OutputType):
         raise UsageError(
             "unknown output type",
             value=output_type,
@@ -40,6 +40,21 @@ def pixels_diverged(where: str | None = None) -> DivergenceError:
         remedy="The VAE's weights are damaged, or its precision is too narrow: check them, or "
         "decode in float32.",
     )
+
+
+def require_finite(images: Tensor, finite: Tensor) -> Tensor:
+    """``images``; raises DivergenceError where one is not finite, by number."""
+    if not bool(finite.all()):
+        rows = (~finite).nonzero().flatten().tolist()
+        raise pixels_diverged(f"image {', '.join(map(str, rows))} of {len(images)}")
+    return images
+
+
+def as_type(images: Tensor, output_type: OutputType) -> Any:
+    """(B, 3, H, W) in [0, 1] as PIL images, an array or the tensor itself."""
+    if output_type == "pt":
+        return images
+    return to_pil(images) if output_type == "pil" else to_array(images)
 
 
 def to_array(images: Tensor) -> NDArray[np.float32]:

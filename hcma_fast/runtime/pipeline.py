@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -26,19 +25,15 @@ from hcma_fast.models.checkpoint.folder import (
     load_tokenizer,
     locate,
 )
+from hcma_fast.runtime import images as pixels
 from hcma_fast.runtime.hints import give_hints
-from hcma_fast.runtime.images import (
-    OutputType,
-    check_output_type,
-    pixels_diverged,
-    to_array,
-    to_pil,
-    to_unit_range,
-)
+from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.runtime.requests import (
     Seeds,
+    check_callback,
     check_device,
     check_latents,
+    check_names,
     next_latents,
     noise_from_seeds,
     override_settings,
@@ -48,7 +43,7 @@ from hcma_fast.runtime.requests import (
 )
 from hcma_fast.sampling.capture import CaptureMode, check_capturable
 from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Schedule, StepLosses, fusable, sample, sample_fused
+from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings, check_savings
 from hcma_fast.specs import BatchRange, GraphName
@@ -61,22 +56,6 @@ _log = logging.getLogger("hcma_fast")
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 ENGINE_MANIFEST = "manifest.json"
 """The file that makes a folder an engine folder."""
-
-
-@dataclass(frozen=True)
-class HCMAOutput:
-    """Images and what it takes to make them again."""
-
-    images: Any
-    """by output type: list of PIL images; float array (B, H, W, 3) or tensor (B, 3, H, W) in
-    [0, 1]; latents"""
-    losses: list[StepLosses]
-    """one entry per PLMS step that computes the alignment: none when eta0 = 0, outside the window,
-    or where a gradient is repeated, unless ``savings`` says otherwise"""
-    seeds: list[int]
-    """one per image; empty when latents were given"""
-    latents: Tensor
-    """(B, 4, h, w) float32, the clean scaled latents"""
 
 
 class HCMAPipeline:
@@ -180,6 +159,7 @@ class HCMAPipeline:
         Raises:
             WeightsError, BackendError, EngineError, UsageError.
         """
+        check_names(name_or_path, aligner, backend, precision, device, grad_backend)
         if backend not in (None, "auto", *BACKENDS):
             raise BackendError(
                 "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
@@ -326,7 +306,7 @@ class HCMAPipeline:
         seed: Seeds = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
-        output_type: OutputType = "pil",
+        output_type: pixels.OutputType = "pil",
     ) -> HCMAOutput:
         """Generate one image per prompt and layout; a single one of either serves all of the other.
 
@@ -347,14 +327,9 @@ class HCMAPipeline:
             UsageError: a setting is out of range, or the callback returned what does not fit.
             DivergenceError: the settings made the latent diverge, or an image is not finite.
         """
-        check_output_type(output_type)
+        pixels.check_output_type(output_type)
         check_savings(savings)
-        if callback_on_step_end is not None and not callable(callback_on_step_end):
-            raise UsageError(
-                "callback_on_step_end must be a function",
-                value=callback_on_step_end,
-                remedy="Give one that takes (pipeline, step, timestep, tensors).",
-            )
+        check_callback(callback_on_step_end)
         settings = override_settings(
             self.settings,
             guidance_scale=guidance_scale,
@@ -406,7 +381,8 @@ class HCMAPipeline:
                 value=settings.model_dump(),
                 remedy="Lower eta0 or guidance_scale.",
             )
-        return HCMAOutput(self._output(z, output_type), losses, seeds, z)
+        images = z if output_type == "latent" else pixels.as_type(self.decode(z), output_type)
+        return HCMAOutput(images, losses, seeds, z)
 
     def check_batch(self, batch: int, guided: bool) -> None:
         """Whether the engines take this many images at once, with guidance or without.
@@ -435,22 +411,10 @@ class HCMAPipeline:
         Raises:
             DivergenceError: an image has pixels that are not finite.
         """
-        images, finite = self.decode_all(z)
-        if not bool(finite.all()):
-            rows = (~finite).nonzero().flatten().tolist()
-            raise pixels_diverged(f"image {', '.join(map(str, rows))} of {len(z)}")
-        return images
+        return pixels.require_finite(*self.decode_all(z))
 
     @neutral_torch()
     @torch.no_grad()
     def decode_all(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`decode` that does not raise: the images, and which of them are finite, (B,)."""
-        return to_unit_range(self.engines["vae_decoder"]({"z": z})["image"])
-
-    def _output(self, z: Tensor, output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return z
-        images = self.decode(z)
-        if output_type == "pt":
-            return images
-        return to_pil(images) if output_type == "pil" else to_array(images)
+        return pixels.to_unit_range(self.engines["vae_decoder"]({"z": z})["image"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsInt
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hcma_fast.config import MAX_SEED, AlignmentSettings, devices_of
-from hcma_fast.errors import BackendError, InputError, Remedy, UsageError
+from hcma_fast.errors import BackendError, InputError, Remedy, UsageError, WeightsError
 from hcma_fast.layout import Layout
 from hcma_fast.scalars import plain, whole_number
 from hcma_fast.seeds import seeded_generator
@@ -152,6 +153,16 @@ def check_latents(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
     return latents.detach().to(torch.float32, copy=True)
 
 
+def check_callback(callback: object) -> None:
+    """Raises UsageError for what is neither None nor a function."""
+    if callback is not None and not callable(callback):
+        raise UsageError(
+            "callback_on_step_end must be a function",
+            value=callback,
+            remedy="Give one that takes (pipeline, step, timestep, tensors).",
+        )
+
+
 def next_latents(changed: object, z: Tensor) -> Tensor:
     """The latents to go on with after a callback returned ``changed`` for ``z``.
 
@@ -239,3 +250,41 @@ def check_device(device: str, backend: str) -> None:
             value=device,
             remedy=f"Use the device {runs_on[0]}, or another backend.",
         )
+
+
+_MOST_BYTES = 4096
+_MOST_PART_BYTES = 255
+
+
+def check_names(model: object, aligner: object, *words: object) -> None:
+    """Whether paths and names of a model, a backend, a device can be such at all.
+
+    Raises:
+        UsageError: one is no text. WeightsError: a path that no file system takes.
+    """
+    for word in words:
+        if word is not None and not isinstance(word, str):
+            raise UsageError("this must be a name", value=word, remedy='Write backend="eager".')
+    for path in (model, aligner):
+        if path is None and path is aligner:
+            continue
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(
+                "a model must be a name or a path", value=path, remedy='Write "tiny", or a folder.'
+            )
+        text = os.fspath(path)
+        parts = [len(part) for part in os.fsencode(text).split(b"/")] if _is_text(text) else []
+        if not parts or sum(parts) > _MOST_BYTES or max(parts) > _MOST_PART_BYTES:
+            raise WeightsError(
+                "this cannot be the name of a model or a folder",
+                value=text,
+                remedy="Give a preset, a folder or a hub id.",
+            )
+
+
+def _is_text(path: object) -> bool:
+    """Whether a file system can be asked for it."""
+    try:
+        return isinstance(path, str) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False

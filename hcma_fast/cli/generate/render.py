@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from hcma_fast.models.checkpoint.located import Checkpoint
-    from hcma_fast.runtime.pipeline import HCMAOutput, HCMAPipeline
+    from hcma_fast.runtime.output import HCMAOutput
+    from hcma_fast.runtime.pipeline import HCMAPipeline
 
 
 @dataclass(frozen=True)
