@@ -55,19 +55,25 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+_WIDEST, _DEEPEST = 2**14, 128
+"""Bounds of an aligner's shape: a damaged config must not fill the memory"""
+
+
 class AlignerConfig(_Frozen):
     """Shape of the aligner: ViT and the two heads (paper section 3.3; defaults are the paper's)."""
 
-    latent_channels: int = 4
+    latent_channels: int = Field(4, gt=0, le=_WIDEST)
     latent_size: int = Field(
-        64, description="side of the latent that the positions are learned for"
+        64, gt=0, le=_WIDEST, description="side of the latent that the positions are learned for"
     )
-    patch_size: int = Field(4, gt=0)
-    token_width: int = Field(64, gt=0, description="d_k, width of a projected patch")
-    width: int = Field(512, gt=0, description="d_v, width of the ViT")
-    depth: int = Field(6, gt=0)
-    heads: int = Field(8, gt=0)
-    text_width: int = Field(768, gt=0, description="d_t = d_l, width of the text embedding")
+    patch_size: int = Field(4, gt=0, le=_WIDEST)
+    token_width: int = Field(64, gt=0, le=_WIDEST, description="d_k, width of a projected patch")
+    width: int = Field(512, gt=0, le=_WIDEST, description="d_v, width of the ViT")
+    depth: int = Field(6, gt=0, le=_DEEPEST)
+    heads: int = Field(8, gt=0, le=_WIDEST)
+    text_width: int = Field(
+        768, gt=0, le=_WIDEST, description="d_t = d_l, width of the text embedding"
+    )
     region: RegionMode = "coverage+fourier"
     time_conditioning: Literal["none", "adaln"] = "none"
 

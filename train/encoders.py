@@ -15,8 +15,10 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.checkpoint import check_safe, read_info, resolve_folder
+from hcma_fast.models.parts import load_part
 from hcma_fast.models.text import tokenize_cut
-from hcma_fast.models.weights import Components, load_part, load_tokenizer
+from hcma_fast.models.tokenizer_files import load_tokenizer
+from hcma_fast.models.weights import Components, trained_size
 from hcma_fast.train.cache import CacheHeader
 
 ComputeDtype = Literal["float32", "bfloat16", "float16"]
@@ -68,7 +70,7 @@ class Encoders:
             load_part(CLIPTextModel, folder / "text_encoder"),
             vae,
             preset=info.preset if info else "sd14",
-            image_size=info.image_size if info else int(vae.config.sample_size),
+            image_size=info.image_size if info else trained_size(vae, folder / "vae"),
             device=device,
             dtype=dtype,
         )

@@ -18,8 +18,9 @@ from transformers import CLIPTextModel
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.errors import WeightsError
 from hcma_fast.files import write_whole
+from hcma_fast.models.parts import load_part
 from hcma_fast.models.text import tokenize_cut
-from hcma_fast.models.weights import load_part, load_tokenizer
+from hcma_fast.models.tokenizer_files import load_tokenizer
 from hcma_fast.train.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.scenes_cache import rendered_scenes
 from hcma_fast.train.vae import to_tensor

@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.models.weights import load_part
+from hcma_fast.models.parts import load_part
 from hcma_fast.train.latents import cached_posteriors, trained_part
 from hcma_fast.train.loop import LoopConfig, Record, check_can_go_on, run
 from hcma_fast.train.scenes_cache import check_batch, rendered_scenes

@@ -16,13 +16,8 @@ from transformers import CLIPTokenizer
 from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import (
-    CheckpointInfo,
-    Components,
-    load_components,
-    load_tokenizer,
-    locate,
-)
+from hcma_fast.models.tokenizer_files import load_tokenizer
+from hcma_fast.models.weights import CheckpointInfo, Components, load_components, locate
 from hcma_fast.runtime.capture import CaptureMode, check_capturable
 from hcma_fast.runtime.conditioning import condition
 from hcma_fast.runtime.cudagraph import ReplaySampler

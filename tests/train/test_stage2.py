@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError, WeightsError
 from hcma_fast.models.checkpoint import CheckpointInfo, read_info, write_info
-from hcma_fast.models.weights import load_part
+from hcma_fast.models.parts import load_part
 from hcma_fast.train.cache import LatentCache
 from hcma_fast.train.loop import DivergenceError
 from hcma_fast.train.samples import SamplePlan, plan_samples

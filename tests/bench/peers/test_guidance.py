@@ -29,8 +29,9 @@ from hcma_fast.bench.peers.targets import Target, find_targets
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.models.tokenizer_files import load_tokenizer
 from hcma_fast.models.unet import attention_blocks
-from hcma_fast.models.weights import Components, load_tokenizer
+from hcma_fast.models.weights import Components
 
 TARGETS = (Target((2,), ((0.0, 0.0, 0.5, 0.5),)), Target((4, 5), ((0.5, 0.5, 1.0, 1.0),)))
 ITEM = EvalItem(id="a", prompt="a dog", layout=Layout(["dog"], [(0.1, 0.1, 0.6, 0.9)]))
