@@ -51,6 +51,13 @@ def generate(
             "settings are the sidecar's."
         ),
     ] = None,
+    allow_download: Annotated[
+        bool,
+        typer.Option(
+            "--allow-download",
+            help="Fetch the model that --from-sidecar names from the hub, if it is not here.",
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
@@ -193,6 +200,11 @@ def generate(
             "--saving": saving,
         },
     )
+    if allow_download and from_sidecar is None:
+        raise UsageError(
+            "--allow-download goes with --from-sidecar",
+            remedy="Leave it out: a hub id that you give as --model is fetched anyway.",
+        )
     savings = parse_savings(saving or ())
     original = read_sidecar(from_sidecar) if from_sidecar else None
     if original is not None:
@@ -208,6 +220,7 @@ def generate(
             grad_backend=grad_backend or original.grad_backend,
             cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
             savings=original.savings,
+            offline=model is None and not allow_download,
         )
     else:
         if input_ is not None:

@@ -15,7 +15,7 @@ from hcma_fast.cli.jobs import Job, at
 from hcma_fast.cli.output import BuildProgress, stderr, write_file
 from hcma_fast.cli.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
-from hcma_fast.errors import InputError, OutputError
+from hcma_fast.errors import InputError, OutputError, WeightsError
 from hcma_fast.runtime.savings import EXACT, Savings
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Plan:
     grad_backend: str | None = None
     cuda_graphs: bool = False
     savings: Savings = EXACT
+    offline: bool = False
+    """never ask the hub for ``model``: it is named by a file, not by the user"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,10 @@ class Written:
 
 def is_engine_folder(model: str) -> bool:
     """Does ``model`` name a folder that ``hcma-fast build`` wrote?"""
-    return (Path(model) / "manifest.json").is_file()
+    try:
+        return (Path(model) / "manifest.json").is_file()
+    except OSError:  # too long for a path
+        return False
 
 
 def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> HCMAPipeline:
@@ -86,15 +91,14 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
         check_capturable("step", device, plan.backend, plan.grad_backend, {})
-    if original is not None and not is_engine_folder(plan.model):
-        _check_checkpoint(plan, original)
+    source = plan.model if original is None else _same_weights(plan, original)
     announcement = (
         f"Building engines for {plan.backend}, once for this model; the next run finds them in "
         "the cache."
     )
     with BuildProgress(announcement) as progress:
         pipe = HCMAPipeline.from_pretrained(
-            plan.model,
+            source,
             backend=plan.backend,
             device=plan.device,
             precision=plan.precision,
@@ -118,14 +122,34 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
     return pipe
 
 
-def _check_checkpoint(plan: Plan, original: Sidecar) -> None:
-    """Refuse wrong weights before minutes go into building engines of them."""
-    from hcma_fast.models.checkpoint import PARTS, hash_weights, resolve_folder
+def _same_weights(plan: Plan, original: Sidecar) -> str | Path:
+    """Where the model lies; its weights' hash is compared before anything of it is loaded.
 
-    folder = resolve_folder(plan.model)
+    Raises:
+        WeightsError: it is not on this machine and may not be downloaded, or has other weights.
+        EngineError: an engine folder is damaged.
+    """
+    from hcma_fast.export.manifest import load_manifest
+    from hcma_fast.models.checkpoint import PARTS, hash_weights, is_hub_id, resolve_folder
+
+    if is_engine_folder(plan.model):
+        original.check_weights(load_manifest(Path(plan.model)).weights_hash)
+        return plan.model
+    try:
+        folder = resolve_folder(plan.model, offline=plan.offline)
+    except WeightsError as error:
+        if not (plan.offline and is_hub_id(plan.model)):
+            raise
+        raise WeightsError(
+            "the sidecar names a model that is not on this machine",
+            value=plan.model,
+            remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
+            "hub; or give the model as --model.",
+        ) from error
     aligner = plan.aligner or folder / "aligner"
     if aligner.is_dir() and all((folder / part).is_dir() for part in PARTS):
         original.check_weights(hash_weights(folder, aligner))
+    return folder
 
 
 def render(

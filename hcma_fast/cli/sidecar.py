@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
@@ -91,7 +92,8 @@ def read_sidecar(path: Path) -> Sidecar:
         InputError: it cannot be read or is not a sidecar.
     """
     try:
-        sidecar = Sidecar.model_validate_json(read_file(path, "the sidecar"))
+        content = read_file(path, "the sidecar").removeprefix(codecs.BOM_UTF8)
+        sidecar = Sidecar.model_validate_json(content)
     except (ValidationError, TypeError) as error:  # TypeError: a layout without its keys
         problem = explain(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(

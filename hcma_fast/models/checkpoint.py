@@ -33,7 +33,6 @@ from hcma_fast.models.json_files import (
     tell_once,
 )
 from hcma_fast.models.scheduler import SCHEDULER_FILE, check_scheduler
-from hcma_fast.models.weight_files import first_line
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae")
 """Sub-folders of diffusers' layout that we read; others (safety_checker) are never opened."""
@@ -80,9 +79,13 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     name = str(name_or_path)
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        known = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or of no known user
+        known = False
     if name == "sd14":
         raise WeightsError(
             "the weights of sd14 do not come with the package",
@@ -90,7 +93,7 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
             remedy="Give a folder in diffusers' layout, or a hub id such as "
             "masterful/gligen-1-4-generation-text-box; to build only, add --random-weights.",
         )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists():
+    if known or not is_hub_id(name):
         raise WeightsError(
             "no such preset or folder",
             value=name,
@@ -113,6 +116,11 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
             "`hf auth login` if the model is gated, or download it elsewhere and give its folder.",
         ) from error
     return Path(found)
+
+
+def is_hub_id(name: str) -> bool:
+    """Does ``name`` read owner/name, if no folder is called so?"""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
 
 
 def check_safe(folder: Path) -> None:
@@ -242,3 +250,9 @@ def write_info(folder: Path, info: CheckpointInfo) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / INFO_FILE)
+
+
+def first_line(error: Exception) -> str:
+    """One line that says what ``error`` is: libraries' messages run over pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"

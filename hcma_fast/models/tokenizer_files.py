@@ -10,6 +10,7 @@ from transformers import CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.errors import WeightsError
+from hcma_fast.models.checkpoint import first_line
 from hcma_fast.models.configs import OTHER_CONFIGS, TOKENIZER_CLASSES, check_class, check_keys
 from hcma_fast.models.json_files import (
     CONFIG_BYTES,
@@ -18,7 +19,6 @@ from hcma_fast.models.json_files import (
     read_text,
     shorten,
 )
-from hcma_fast.models.weight_files import first_line
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")

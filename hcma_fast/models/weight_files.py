@@ -13,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hcma_fast.errors import WeightsError
+from hcma_fast.models.checkpoint import first_line
 from hcma_fast.models.json_files import files_in, open_file, shorten
 
 _NAME = re.compile(
@@ -108,12 +109,6 @@ def damage(part: str, folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         raise _damaged(folder, first_line(error), part) from error
-
-
-def first_line(error: Exception) -> str:
-    """One line that says what ``error`` is: libraries' messages run over pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
 
 
 def _current_name(key: str, shapes: Mapping[str, Sequence[int]]) -> str:
