@@ -17,11 +17,11 @@ from hcma_fast.errors import WeightsError
 from hcma_fast.kernels.cosine_loss import Outputs as LossesAndSlopes
 from hcma_fast.kernels.cosine_loss import cosine_loss_reference
 from hcma_fast.losses import global_loss, local_loss
-from hcma_fast.models.checkpoint import first_line
+from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import read_object, shorten
+from hcma_fast.models.checkpoint.weight_files import read_weights
 from hcma_fast.models.heads import CaptionHead, Pool, RegionHead
-from hcma_fast.models.json_files import read_object, shorten
 from hcma_fast.models.vit import LatentViT
-from hcma_fast.models.weight_files import read_weights
 
 _NORM_FLOOR = 1e-12
 _FLOAT16_SCALE = 2.0**10
