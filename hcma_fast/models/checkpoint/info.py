@@ -47,7 +47,7 @@ _CLASSES = {
 }
 _KNOWN_ENTRIES = {
     *(*PARTS, "aligner", "scheduler", INDEX_FILE, INFO_FILE),
-    # of diffusers' pipelines; what they do is not done here, as the README says
+    # parts of diffusers' pipelines that nearly every folder has
     *("safety_checker", "feature_extractor"),
 }
 _DOCUMENTS = re.compile(r".*\.(md|txt|png|jpe?g)|LICENSE|NOTICE")
