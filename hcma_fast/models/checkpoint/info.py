@@ -41,8 +41,8 @@ INFO_FILE = "hcma.json"
 READ_SUFFIXES = (".json", ".txt", ".safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 INDEX_FILE = "model_index.json"
-_CLASSES = {
-    **{part: kind.classes for part, kind in PART_KINDS.items()},
+_CLASSES: dict[str, tuple[str, ...]] = {
+    **{str(part): kind.classes for part, kind in PART_KINDS.items()},
     "tokenizer": TOKENIZER_CLASSES,
 }
 _KNOWN_ENTRIES = {

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-from transformers import CLIPTokenizer
+from transformers import AddedToken, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.errors import WeightsError
