@@ -114,19 +114,25 @@ def settings_error(error: ValidationError) -> SettingsError:
     return SettingsError(fault, value=first["input"], remedy=remedy)
 
 
+_WIDEST, _DEEPEST = 2**14, 128
+"""Bounds of an aligner's shape: a damaged config must not fill the memory"""
+
+
 class AlignerConfig(Settings):
     """Shape of the aligner: ViT and the two heads (paper section 3.3; defaults are the paper's)."""
 
-    latent_channels: Whole = Field(4, gt=0)
+    latent_channels: Whole = Field(4, gt=0, le=_WIDEST)
     latent_size: Whole = Field(
-        64, gt=0, description="side of the latent that the positions are learned for"
+        64, gt=0, le=_WIDEST, description="side of the latent that the positions are learned for"
     )
-    patch_size: Whole = Field(4, gt=0)
-    token_width: Whole = Field(64, gt=0, description="d_k, width of a projected patch")
-    width: Whole = Field(512, gt=0, description="d_v, width of the ViT")
-    depth: Whole = Field(6, gt=0)
-    heads: Whole = Field(8, gt=0)
-    text_width: Whole = Field(768, gt=0, description="d_t = d_l, width of the text embedding")
+    patch_size: Whole = Field(4, gt=0, le=_WIDEST)
+    token_width: Whole = Field(64, gt=0, le=_WIDEST, description="d_k, width of a projected patch")
+    width: Whole = Field(512, gt=0, le=_WIDEST, description="d_v, width of the ViT")
+    depth: Whole = Field(6, gt=0, le=_DEEPEST)
+    heads: Whole = Field(8, gt=0, le=_WIDEST)
+    text_width: Whole = Field(
+        768, gt=0, le=_WIDEST, description="d_t = d_l, width of the text embedding"
+    )
     region: RegionMode = "coverage+fourier"
     time_conditioning: Literal["none", "adaln"] = "none"
 

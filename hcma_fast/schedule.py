@@ -21,7 +21,7 @@ from hcma_fast.scalars import whole_number
 TRAIN_STEPS = 1000
 _PAPER_STEPS = 50
 STEPS_OFFSET = 1
-_BETA_START, _BETA_END = 0.00085, 0.012
+BETA_START, BETA_END = 0.00085, 0.012
 
 #: Adams-Bashforth weights of [current, previous, 2 back, 3 back] by the length of the history
 _MULTISTEP = (
@@ -34,7 +34,7 @@ _MULTISTEP = (
 
 def alphas_cumprod() -> Tensor:
     """abar_t of Stable Diffusion's scaled-linear schedule, (1000,) float64, decreasing."""
-    betas = torch.linspace(_BETA_START**0.5, _BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TRAIN_STEPS, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, dim=0)
 
 

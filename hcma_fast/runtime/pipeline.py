@@ -22,9 +22,9 @@ from hcma_fast.models.checkpoint.folder import (
     CheckpointInfo,
     Components,
     load_components,
-    load_tokenizer,
     locate,
 )
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.runtime import images as pixels
 from hcma_fast.runtime.hints import give_hints
 from hcma_fast.runtime.output import HCMAOutput

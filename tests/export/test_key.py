@@ -24,6 +24,8 @@ NO_GRAPH_CODE = {
     "export.signature": "compares a graph with its spec",
     "models.checkpoint.located": "finds and opens a model's files",
     "export.onnx.file": "reads graphs that were made elsewhere",
+    "models.checkpoint.json_files": "how small files are read",
+    "models.checkpoint.scheduler": "refuses other schedules, and changes nothing",
     "export.target": "its fields are parts of the key",
     "export.validate": "compares graphs that are made elsewhere",
 }

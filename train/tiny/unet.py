@@ -24,7 +24,9 @@ from transformers import CLIPTextModel
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.files import write_folder
 from hcma_fast.models.aligner import Aligner, AlignStep
-from hcma_fast.models.checkpoint.folder import Components, load_part, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
 from hcma_fast.seeds import seeded_generator

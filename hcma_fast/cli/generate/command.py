@@ -68,6 +68,13 @@ def generate(
             "settings are the sidecar's."
         ),
     ] = None,
+    allow_download: Annotated[
+        bool,
+        typer.Option(
+            "--allow-download",
+            help="Fetch the model that --from-sidecar names from the hub, if it is not here.",
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
@@ -228,6 +235,11 @@ def generate(
             "--saving": saving,
         },
     )
+    if allow_download and from_sidecar is None:
+        raise UsageError(
+            "--allow-download goes with --from-sidecar",
+            remedy="Leave it out: a hub id that you give as --model is fetched anyway.",
+        )
     savings = parse_savings(saving or ())
     original = read_sidecar(from_sidecar) if from_sidecar else None
     if original is not None:
@@ -244,6 +256,7 @@ def generate(
             cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
             savings=original.savings,
             verify_key=verify_key,
+            offline=model is None and not allow_download,
         )
     else:
         notation = BoxNotation(box_format or "xyxy", box_units or "share", box_size)

@@ -17,7 +17,7 @@ from hcma_fast.cli.generate.resume import Finished, find_finished
 from hcma_fast.cli.generate.sidecar import FinalLosses, Sidecar, current_versions
 from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
 from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
-from hcma_fast.errors import InputError, OutputError
+from hcma_fast.errors import InputError, OutputError, WeightsError
 from hcma_fast.files import is_file
 from hcma_fast.sampling.savings import EXACT, Savings
 
@@ -47,6 +47,8 @@ class Plan:
     savings: Savings = EXACT
     verify_key: Path | None = None
     """must have signed the engine folder that ``model`` names"""
+    offline: bool = False
+    """never ask the hub for ``model``: it is named by a file, not by the user"""
 
 
 @dataclass(frozen=True)
@@ -96,16 +98,14 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
         check_capturable("step", device, plan.backend, plan.grad_backend, {})
-    model: str | Checkpoint = plan.model
-    if original is not None and not is_engine_folder(plan.model):
-        model = _checked_model(plan, original)
+    source = plan.model if original is None else _same_weights(plan, original)
     announcement = (
         f"Building engines for {plan.backend}, once for this model; the next run finds them in "
         "the cache."
     )
     with BuildProgress(announcement) as progress:
         pipe = HCMAPipeline.from_pretrained(
-            model,
+            source,
             backend=plan.backend,
             device=plan.device,
             precision=plan.precision,
@@ -130,11 +130,31 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
     return pipe
 
 
-def _checked_model(plan: Plan, original: Sidecar) -> Checkpoint:
-    """Refuse wrong weights before minutes go into building engines of them; hash them once."""
+def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
+    """The model, located; its weights' hash is compared before anything of it is loaded.
+
+    Raises:
+        WeightsError: it is not on this machine and may not be downloaded, or has other weights.
+        EngineError: an engine folder is damaged.
+    """
+    from hcma_fast.export.manifest import read_manifest
+    from hcma_fast.models.checkpoint.info import is_hub_id
     from hcma_fast.models.checkpoint.located import locate
 
-    checkpoint = locate(plan.model, aligner=plan.aligner)
+    if is_engine_folder(plan.model):
+        original.check_weights(read_manifest(Path(plan.model)).weights_hash)
+        return plan.model
+    try:
+        checkpoint = locate(plan.model, aligner=plan.aligner, offline=plan.offline)
+    except WeightsError as error:
+        if not (plan.offline and is_hub_id(plan.model)):
+            raise
+        raise WeightsError(
+            "the sidecar names a model that is not on this machine",
+            value=plan.model,
+            remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
+            "hub; or give the model as --model.",
+        ) from error
     original.check_weights(checkpoint.weights_hash)
     return checkpoint
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.models.aligner import Aligner, AlignStep
 from hcma_fast.models.checkpoint.info import (
     CheckpointInfo,
-    check_safe,
-    first_line,
+    check_parts,
     read_info,
 )
 from hcma_fast.models.checkpoint.located import Checkpoint, locate
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import TextEncoder
 from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
 from hcma_fast.specs import (
@@ -43,8 +40,6 @@ __all__ = [
     "ModelSource",
     "VAEDecoder",
     "load_components",
-    "load_part",
-    "load_tokenizer",
     "locate",
 ]
 
@@ -211,7 +206,7 @@ def load_components(
     """
     checkpoint = locate(name_or_path, aligner=aligner, offline=offline)
     with checkpoint.opened() as (folder, aligner_folder):
-        check_safe(folder)
+        check_parts(folder)
         components = _load(checkpoint, folder, aligner_folder)
     _check_fit(components)
     for module in (
@@ -241,7 +236,7 @@ def _load(checkpoint: Checkpoint, folder: Path, aligner_folder: Path) -> Compone
         vae=vae,
         aligner=Aligner.from_pretrained(aligner_folder),
         settings=info.alignment if info else AlignmentSettings(),
-        image_size=info.image_size if info else int(unet.config.sample_size * factor),
+        image_size=info.image_size if info else trained_size(unet, folder) * factor,
         weights_hash=checkpoint.weights_hash,
         source=checkpoint.folder,
     )
@@ -255,79 +250,21 @@ def _rename(model: Any, name: str) -> None:
         model.register_to_config(_name_or_path=name)
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer from tokenizer.json, or vocab.json and merges.txt.
+def trained_size(model: UNet2DConditionModel | AutoencoderKL, folder: Path) -> int:
+    """``sample_size`` of a part's config, where there is no hcma.json to say the image size.
 
     Raises:
-        WeightsError: neither is there, or they are damaged.
+        WeightsError: the config does not have it.
     """
-    legacy = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    try:
-        if not legacy and not (folder / "tokenizer.json").is_file():
-            # transformers would return a tokenizer without a vocabulary
-            raise FileNotFoundError("no vocabulary in this folder")
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exception
+    size = model.config.sample_size
+    if size is None:
         raise WeightsError(
-            f"cannot load the tokenizer: {first_line(error)}",
+            "neither hcma.json nor the part's config says at which size it was trained",
             value=str(folder),
-            remedy="It needs tokenizer.json, or vocab.json and merges.txt.",
-        ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what matters becomes a WeightsError."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
-    )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def load_part(cls: Any, folder: Path) -> Any:
-    """One part in float32; refuses what the libraries only warn of, above all missing weights.
-
-    Args:
-        cls: its class in diffusers or transformers; folder: of this part.
-
-    Raises:
-        WeightsError: it is missing, damaged, or lacks weights.
-    """
-    names = {path.name for path in folder.glob("*.safetensors")}
-    half_only = bool(names) and all(".fp16." in name for name in names)
-    dtype_name = "dtype" if cls is CLIPTextModel else "torch_dtype"
-    try:
-        with quiet_transformers():
-            model, report = cls.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                variant="fp16" if half_only else None,
-                **{dtype_name: torch.float32},
-            )
-    except Exception as error:  # diffusers and transformers raise many kinds for a damaged file
-        raise WeightsError(
-            f"cannot load {folder.name}: {first_line(error)}",
-            value=str(folder),
-            remedy="It is damaged or of another model: download or build the checkpoint again.",
-        ) from error
-    lost = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if lost:
-        raise WeightsError(
-            f"{folder.name} lacks {len(lost)} weights, or has them in another shape: {lost[0]}",
-            value=str(folder),
-            remedy="Config and weights are of different models: get the checkpoint again.",
+            remedy="Write sample_size into its config.json: 64 for the UNet of SD 1.x, 512 for "
+            "its VAE.",
         )
-    return model
+    return int(size)
 
 
 def _check_fit(parts: Components) -> None:
@@ -353,6 +290,7 @@ def _check_fit(parts: Components) -> None:
         ("the aligner's latent size", aligner.latent_size, latent_size),
         ("the image size's remainder", parts.image_size % parts.side_multiple, 0),
         ("the tokenizer's vocabulary", max(len(parts.tokenizer), text.vocab_size), text.vocab_size),
+        ("the text encoder's end token", text.eos_token_id, _end_token(parts)),
     ):
         if value != expected:
             raise WeightsError(
@@ -360,3 +298,13 @@ def _check_fit(parts: Components) -> None:
                 value=value,
                 remedy="Take all parts, the aligner included, from one model.",
             )
+
+
+def _end_token(parts: Components) -> int:
+    """The id at which the text encoder should pool: that of the tokenizer's end token.
+
+    An encoder that says 2 pools at the highest id of a text, as all of SD 1.x do.
+    """
+    end = int(parts.tokenizer.eos_token_id)
+    legacy = parts.text_encoder.config.eos_token_id == 2 and end == len(parts.tokenizer) - 1
+    return 2 if legacy else end

@@ -11,6 +11,7 @@ from pathlib import Path
 from hcma_fast.errors import WeightsError
 from hcma_fast.models.checkpoint.info import (
     PARTS,
+    check_aligner,
     check_safe,
     hash_opened,
     open_weights,
@@ -83,5 +84,5 @@ def locate(
             value=str(aligner_folder),
             remedy="Pass the folder of one that was trained for this model as aligner=.",
         )
-    check_safe(aligner_folder)
+    check_aligner(aligner_folder)
     return Checkpoint(folder, aligner_folder)

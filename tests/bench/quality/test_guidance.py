@@ -29,7 +29,8 @@ from hcma_fast.bench.quality.methods.targets import Target, find_targets
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.checkpoint.folder import Components, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.unet import attention_blocks
 
 TARGETS = (Target((2,), ((0.0, 0.0, 0.5, 0.5),)), Target((4, 5), ((0.5, 0.5, 1.0, 1.0),)))
