@@ -71,7 +71,7 @@ def load_part(cls: Any, folder: Path) -> Any:
             model.load_state_dict(weights, assign=True)
     if unused:
         tell_once(
-            f"note: {len(unused)} weights of {folder.name} are not used, {sorted(unused)[0]!r} first"
+            f"note: {len(unused)} weights of {folder.name} are unused, {sorted(unused)[0]!r} first"
         )
     return model.eval()
 
