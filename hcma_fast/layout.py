@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import InputError, UsageError, words_of
 from hcma_fast.scalars import real_number
 
 Box = tuple[float, float, float, float]
@@ -159,7 +159,7 @@ class Layout(BaseModel):
                     raise ValueError("bbox is not finite")
             except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
-                    f"a malformed COCO annotation: {type(error).__name__} {error}",
+                    f"a malformed COCO annotation: {words_of(error)}",
                     value=annotation,
                     remedy="It needs bbox (x, y, width, height) and a known category_id.",
                 ) from error
