@@ -145,6 +145,14 @@ class EngineError(HcmaError):
     exit_code = 6
 
 
+def words_of(error: Exception) -> str:
+    """Its kind and ``str(error)``; its kind alone where what it holds cannot be written."""
+    try:
+        return f"{type(error).__name__} {error}"
+    except Exception:  # it holds an integer of too many digits, or something without words
+        return type(error).__name__
+
+
 def _shown(value: object) -> str:
     """``repr(value)`` in one line of printable characters, cut in the middle."""
     try:

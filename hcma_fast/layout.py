@@ -22,7 +22,7 @@ from hcma_fast.box_lists import (
     read_box_list,
 )
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
-from hcma_fast.errors import InputError, Remedy, UsageError
+from hcma_fast.errors import InputError, Remedy, UsageError, words_of
 from hcma_fast.files import read_text
 
 #: CLIP's pre-tokenizer makes at least one token of a word, so more words cannot fit
@@ -174,7 +174,7 @@ class Layout(BaseModel):
                     raise ValueError("bbox is not finite")
             except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
-                    f"a malformed COCO annotation: {type(error).__name__} {error}",
+                    f"a malformed COCO annotation: {words_of(error)}",
                     value=annotation,
                     remedy="It needs bbox (x, y, width, height) and a known category_id.",
                 ) from error

@@ -265,9 +265,7 @@ def check_names(model: object, aligner: object, *words: object) -> None:
     for word in words:
         if word is not None and not isinstance(word, str):
             raise UsageError("this must be a name", value=word, remedy='Write backend="eager".')
-    for path in (model, aligner):
-        if path is None and path is aligner:
-            continue
+    for path in (model,) if aligner is None else (model, aligner):
         if not isinstance(path, str | os.PathLike):
             raise UsageError(
                 "a model must be a name or a path", value=path, remedy='Write "tiny", or a folder.'

@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import PRESETS
-from hcma_fast.models.checkpoint.folder import load_tokenizer
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.runtime import hints
 from hcma_fast.runtime.generator import BatchGenerator, Request
 from hcma_fast.runtime.hints import give_hints, mentions, vocabulary

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import UsageError
 from hcma_fast.export.build import build
+from hcma_fast.export.manifest import load_manifest
 from hcma_fast.export.target import Target
-from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.runtime.generator import BatchGenerator, Request
 
 CAT = Layout(["cat"], [[0.1, 0.1, 0.7, 0.9]])
@@ -98,17 +99,22 @@ def test_a_state_is_left_where_it_was_after_an_error(random_checkpoint: Path) ->
 
 
 def test_engines_are_built_alike(
-    random_components: Components, random_checkpoint: Path, tmp_path: Path
+    random_engine: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
-    target = Target(backend="onnxruntime")
-    plain = build(random_components, tmp_path / "plain", target)
-    for name in ("float64", "meta device", "inference mode", "autocast", "deterministic"):
-        with STATES[name]():
-            components = load_components(random_checkpoint)
-            found = build(components, tmp_path / name, target)
-            assert {n: g.sha256 for n, g in found.graphs.items()} == {
-                n: g.sha256 for n, g in plain.graphs.items()
-            }, name
+    names = ("float64", "meta device", "autocast", "inference mode", "deterministic")
+    with ExitStack() as stack:
+        for name in names:
+            stack.enter_context(STATES[name]())
+        components = load_components(random_checkpoint)
+        found = build(components, tmp_path / "engine", Target(backend="onnxruntime"))
+        compiled = HCMAPipeline.from_pretrained(random_engine)
+        there = call(compiled)
+    plain = load_manifest(random_engine)
+    assert {n: g.sha256 for n, g in found.graphs.items()} == {
+        n: g.sha256 for n, g in plain.graphs.items()
+    }
+    # ONNX Runtime computes alike too, whatever was set when it was opened
+    assert all(map(torch.equal, there, call(HCMAPipeline.from_pretrained(random_engine))))
 
 
 def in_child(work: Callable[[], object]) -> str:
