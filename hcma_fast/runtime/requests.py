@@ -176,7 +176,7 @@ def next_latents(changed: object, z: Tensor) -> Tensor:
         raise UsageError(
             "callback_on_step_end must return a mapping or None", value=changed, remedy=remedy
         )
-    latents = changed.get("latents", z)
+    latents: object = changed.get("latents", z)
     if latents is z:
         return z
     if not isinstance(latents, Tensor) or latents.shape != z.shape:

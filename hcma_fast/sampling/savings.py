@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -70,7 +70,7 @@ def parse_savings(texts: Sequence[str]) -> Savings:
     Raises:
         UsageError: an unknown name, a name twice, or a value out of its range.
     """
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         known = name in Savings.model_fields
