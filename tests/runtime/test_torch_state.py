@@ -98,6 +98,7 @@ def test_a_state_is_left_where_it_was_after_an_error(random_checkpoint: Path) ->
         assert state() == before
 
 
+@pytest.mark.slow
 def test_engines_are_built_alike(
     random_engine: Path, random_checkpoint: Path, tmp_path: Path
 ) -> None:
