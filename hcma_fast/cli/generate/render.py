@@ -145,7 +145,12 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
         original.check_weights(read_manifest(Path(plan.model)).weights_hash)
         return plan.model
     try:
-        checkpoint = locate(plan.model, aligner=plan.aligner, offline=plan.offline)
+        return locate(
+            plan.model,
+            aligner=plan.aligner,
+            offline=plan.offline,
+            check_hash=original.check_weights,
+        )
     except WeightsError as error:
         if not (plan.offline and is_hub_id(plan.model)):
             raise
@@ -155,8 +160,6 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
             remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
             "hub; or give the model as --model.",
         ) from error
-    original.check_weights(checkpoint.weights_hash)
-    return checkpoint
 
 
 def render(
