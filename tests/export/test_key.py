@@ -19,6 +19,8 @@ NO_GRAPH_CODE = {
     "errors": "what is said when something fails",
     "files": "how files are written",
     "opened": "how files are opened",
+    "scalars": "numbers that users pass",
+    "torch_state": "torch's defaults around a call",
     "kernels.launch": "how Triton kernels are launched",
     "models.checkpoint.info": "hcma.json and the checks of a folder",
     "export.signature": "compares a graph with its spec",
