@@ -17,10 +17,12 @@ from hcma_fast.program import run_program
 _COLUMNS = 100
 _INTRODUCTION = """# Command line
 
-Written by `python -m hcma_fast.cli.reference > docs/cli.md`: the help of every command, as `--help` prints it.
+Written by `python -m hcma_fast.cli.reference > docs/cli.md`: the help of every command, as `--help`
+prints it.
 
-Data goes to stdout, messages to stderr. Exit codes: 0 ok, 1 fault of hcma-fast, 2 usage, 3 bad input, 4 backend missing,
-5 out of memory, 6 stale or untrusted engine, 130 interrupted, 143 terminated.
+Data goes to stdout, messages to stderr. Exit codes: 0 ok, 1 fault of hcma-fast, 2 usage, 3 bad
+input, 4 backend missing, 5 out of memory, 6 stale or untrusted engine, 130 interrupted,
+143 terminated.
 """
 
 
