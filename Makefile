@@ -65,6 +65,7 @@ type: $(VENV)/.installed-dev
 
 # pdoc finds sub-packages by folder, and these lie beside hcma_fast
 docs: $(VENV)/.installed-dev
+	@mkdir -p build
 	$(BIN)/python -m hcma_fast.bench.speed.tables docs/results docs/performance.md
 	$(BIN)/python -m hcma_fast.cli.reference > build/cli.md && mv build/cli.md docs/cli.md
 	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hcma_fast \
