@@ -20,7 +20,7 @@ from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.files import read_json
+from hcma_fast.files import read_file, read_json
 from hcma_fast.models.text import tokenize
 
 BLOCK = 16
@@ -137,7 +137,7 @@ def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
         )
     if path.exists() and not force:
         try:
-            found = RunSettings.model_validate_json(path.read_bytes())
+            found = RunSettings.model_validate_json(read_file(path, "the settings of a run"))
         except ValidationError as error:
             raise InputError(
                 "run.json is of another version of hcma-fast eval",
@@ -197,9 +197,9 @@ def finished(out: Path, method: Method, item: EvalItem, run: str) -> ImageRecord
     """The record of an image of this run, or None when there is none, or it is damaged."""
     picture, path = image_files(out, method, item)
     try:
-        record = ImageRecord.model_validate_json(path.read_bytes())
-        same = hashlib.sha256(picture.read_bytes()).hexdigest() == record.image_sha256
-    except (OSError, ValidationError):
+        record = ImageRecord.model_validate_json(read_file(path, "the record of an image"))
+        same = hashlib.sha256(read_file(picture, "an image")).hexdigest() == record.image_sha256
+    except (InputError, ValidationError):
         return None
     return record if same and record.run == run else None
 

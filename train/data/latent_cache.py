@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 from hcma_fast.models.checkpoint.info import first_line
 from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.views import Part, part_of
@@ -108,8 +109,8 @@ def read_header(folder: Path) -> CacheHeader:
     """
     path = folder / HEADER_FILE
     try:
-        return CacheHeader.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return CacheHeader.model_validate_json(read_file(path, "the cache's header"))
+    except (InputError, ValidationError) as error:
         raise InputError(
             f"this is no cache: {first_line(error)}",
             value=str(path),

@@ -82,7 +82,7 @@ class CheckpointWriter:
                 self.provenance.architecture,
                 self.info,
             )
-        except (OSError, ValidationError, WeightsError):
+        except (ValidationError, WeightsError):
             return False
 
 

@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
-from hcma_fast.files import PARTIAL_NAME, append_line, make_folder, write_whole
+from hcma_fast.files import PARTIAL_NAME, append_line, make_folder, read_file, write_whole
 from hcma_fast.models.checkpoint.info import first_line
 from hcma_fast.train.data.latent_cache import CacheHeader
 from hcma_fast.train.loop.states import check_settings, write_state
@@ -64,10 +64,10 @@ def read_provenance(path: Path) -> Provenance:
     """What a training.json says; it also holds the step and its figures.
 
     Raises:
-        OSError: it cannot be read.
+        WeightsError: it cannot be read.
         ValidationError: it is no such file.
     """
-    return Provenance.model_validate_json(path.read_bytes())
+    return Provenance.model_validate_json(read_file(path, "training.json", kind=WeightsError))
 
 
 def check_provenance(folder: Path, header: CacheHeader) -> None:
@@ -81,7 +81,7 @@ def check_provenance(folder: Path, header: CacheHeader) -> None:
         return
     try:
         found = read_provenance(path)
-    except (OSError, ValidationError) as error:
+    except (WeightsError, ValidationError) as error:
         raise WeightsError(
             f"this file is damaged: {first_line(error)}",
             value=str(path),

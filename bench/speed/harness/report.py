@@ -14,6 +14,7 @@ from hcma_fast.bench.shared.bootstrap import Estimate
 from hcma_fast.bench.shared.clocks import Clocks
 from hcma_fast.bench.shared.machine import Machine
 from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 
 Label = int | float | str
 COMPILED = "plain loop, torch.compile"
@@ -154,9 +155,9 @@ def read_results(path: Path) -> Results:
         InputError: no such file, or not of this kind.
     """
     try:
-        return Results.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is of another kind"
+        return Results.model_validate_json(read_file(path, "the results"))
+    except (InputError, ValidationError) as error:
+        why = error.what if isinstance(error, InputError) else "it is of another kind"
         raise InputError(
             f"these are no results of hcma-fast bench run: {why}",
             value=str(path),
