@@ -13,7 +13,9 @@ def main(backend: str = "onnxruntime", steps: int = 50, out: Path = Path("exampl
     cat = Layout(phrases=["cat"], boxes=[[0.15, 0.15, 0.85, 0.85]])
     requests = [
         Request("a cat on a pink table", cat, seed=1, num_inference_steps=steps),
-        Request("a cat on a pink table", cat, seed=1, num_inference_steps=steps, guidance_scale=3),
+        Request(
+            "a cat on a pink table", cat, seed=1, num_inference_steps=steps, negative_prompt="a dog"
+        ),
         Request("a dog", seed=2, num_inference_steps=steps + 2),
     ]
     for result in BatchGenerator(pipe, max_batch=8).generate(requests):

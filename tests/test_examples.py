@@ -35,7 +35,7 @@ def test_scripts(tmp_path: Path, random_engine: Path, capsys: pytest.CaptureFixt
     main_of("batch.py")("eager", 3, batch)
     assert capsys.readouterr().out == ""
     images = [(batch / f"{index}.png").read_bytes() for index in range(3)]
-    # same caption, boxes and seed, another guidance
+    # same caption, boxes and seed, another negative prompt
     assert images[0] != images[1]
 
     engine = tmp_path / "engine.png"
