@@ -76,6 +76,11 @@ EXTRAS_REQUIRE = {
     "dev": [
         "cryptography>=45,<51",
         "hypothesis>=6.130,<7",
+        # the notebook of examples/, run by a test
+        "ipykernel>=7,<8",
+        "nbclient>=0.11,<1",
+        # make docs
+        "pdoc>=16,<17",
         "mypy>=2.1,<3",
         # the reference for the COCO reader
         "pycocotools>=2.0.10,<3",
