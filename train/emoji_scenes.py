@@ -1,8 +1,9 @@
 """EmojiScenes: captioned scenes with labelled boxes, the embedded model's data.
 
 This is the first edition, of 64 pixels, and what both editions share; :mod:`emoji_scenes2` is the
-second, of 128. A scene is a pure function of (split, index): 1 to 5 emoji of 24 COCO categories on one of eight
-backgrounds, a caption that names counts, relation and background, and a tight box per object.
+second, of 128. A scene is a pure function of (split, index): 1 to 5 emoji of 24 COCO categories on
+one of eight backgrounds, a caption that names counts, relation and background, and a tight box per
+object.
 Some category pairs (``HELD_OUT_PAIRS``) occur in the test split only, to measure composition.
 The art is Noto Emoji (assets/LICENSE-noto-emoji.txt). :func:`write_coco` stores a split in the
 annotation format of COCO, so one reader serves both.
@@ -276,9 +277,7 @@ def write_coco(
     _write_split(folder, split, count, image_size, edition)
 
 
-def _write_split(
-    folder: Path, split: Split, count: int, image_size: int, edition: Edition
-) -> None:
+def _write_split(folder: Path, split: Split, count: int, image_size: int, edition: Edition) -> None:
     images: list[dict[str, object]] = []
     instances: list[dict[str, object]] = []
     captions: list[dict[str, object]] = []

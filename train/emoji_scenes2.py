@@ -232,10 +232,12 @@ def sample_scene(split: Split, index: int, image_size: int = IMAGE_SIZE) -> Scen
         if pixels is not None:
             break
     background = str(rng.choice(list(BACKGROUNDS)))
-    colours = _choose_colours(rng, categories)
+    shares = (np.array(pixels) / image_size).tolist()
     objects = tuple(
-        ColouredObject(name, (x0 / image_size, y0 / image_size, x1 / image_size, y1 / image_size), c)
-        for name, c, (x0, y0, x1, y1) in zip(categories, colours, pixels, strict=True)
+        ColouredObject(name, (x0, y0, x1, y1), colour)
+        for name, colour, (x0, y0, x1, y1) in zip(
+            categories, _choose_colours(rng, categories), shares, strict=True
+        )
     )
     return Scene(write_captions(objects, background, PLURALS), background, objects)
 

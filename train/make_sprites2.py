@@ -57,7 +57,7 @@ _SWAPS: dict[str, dict[str, str]] = {
 #: fills whose shapes are left out: the couch's lamp
 _OMITTED = {"couch": ("#9b9b9b", "#ffb02e")}
 _WORD_STOP = (
-    '<g fill="none" stroke="#fff" stroke-width="1.7" stroke-linecap="round" stroke-linejoin="round">'
+    '<g fill="none" stroke="#fff" stroke-width="1.7" stroke-linecap="round">'
     '<path d="M9.2 13.4H6.4v2.6h2.8v2.6H6.4M11.2 13.4h3.6M13 13.4v5.2M16.8 13.4h2.6v5.2h-2.6z'
     'M22 18.6v-5.2h2.8v2.8H22"/></g>'
 )
