@@ -137,7 +137,7 @@ class Edition:
 
 
 @lru_cache(maxsize=1)
-def _sprites() -> tuple[Image.Image, ...]:
+def sprites() -> tuple[Image.Image, ...]:
     with Image.open(ASSETS / "sprites.png") as sheet:
         strip = sheet.convert("RGBA")
     side = SPRITE_SIDE
@@ -236,7 +236,7 @@ def render_scene(scene: Scene, split: Split, index: int, image_size: int = 64) -
     rng = split_rng(split, index, 1)
     canvas = gradient(rng, *BACKGROUNDS[scene.background], image_size)
     for item in scene.objects:
-        sprite = _sprites()[_BY_NAME[item.category][0]]
+        sprite = sprites()[_BY_NAME[item.category][0]]
         x0, y0, x1, y1 = (round(v * image_size) for v in item.box)
         sprite = sprite.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, reducing_gap=2.0)
         if rng.random() < 0.5 and item.category != "stop sign":
