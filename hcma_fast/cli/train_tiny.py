@@ -37,11 +37,14 @@ def text(
     out: _Out = _RUN,
     steps: Annotated[int, typer.Option(min=1, help="Steps in all.")] = 1500,
     batch: Annotated[int, typer.Option(min=1, help="Captions and labels a step.")] = 96,
+    edition: _Edition = 1,
 ) -> None:
     """Train tokenizer and text encoder on EmojiScenes' captions; prints the encoder's folder."""
+    from hcma_fast.train.editions import EDITIONS
     from hcma_fast.train.text import train_text
 
-    typer.echo(train_text(out, steps=steps, batch=batch, on_log=_note))
+    folder = train_text(out, steps=steps, batch=batch, on_log=_note, edition=EDITIONS[edition])
+    typer.echo(folder)
 
 
 def vae(

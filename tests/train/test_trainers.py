@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file
 
 from hcma_fast.cli.app import main
@@ -22,6 +23,10 @@ from hcma_fast.program import run_program
 from hcma_fast.train.aligner_settings import architecture
 from hcma_fast.train.denoiser import MAX_ETA0
 from hcma_fast.train.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.emoji_scenes2 import SECOND
+from hcma_fast.train.emoji_scenes2 import render_scene as render_scene2
+from hcma_fast.train.emoji_scenes2 import sample_scene as sample_scene2
+from hcma_fast.train.latents import SceneLatents
 
 SCENES = 24
 SMALL = ("--steps", "2", "--batch", "4")
@@ -88,6 +93,25 @@ def test_each_logs_and_leaves_a_part_that_loads(trained: Path, tmp_path: Path) -
     )
     parts = load_components(tmp_path)
     assert (parts.settings.eta0, parts.settings.window) == (2.0, (0.2, 0.5))
+
+
+def test_the_second_edition_is_trained_by_the_same_commands(tmp_path: Path) -> None:
+    few = [sample_scene2("val", i) for i in range(2)]
+    pictures = [np.asarray(render_scene2(scene, "val", i)) for i, scene in enumerate(few)]
+    np.save(tmp_path / "scenes2-val-500-128.npy", np.stack(pictures))
+    small = ("--out", tmp_path, "--edition", 2, "--steps", 1, "--batch", 2)
+    assert start("text", *small) == 0
+    assert start("vae", *small) == 0
+    vae = load_part(AutoencoderKL, tmp_path / "vae")
+    assert vae.config.sample_size == 128
+    with Image.open(tmp_path / "vae-state" / "reconstructions.png") as sheet:
+        assert sheet.size == (2 * 128, 4 * 2 * 128)
+    np.save(tmp_path / "scenes2-val-2-128.npy", np.stack(pictures))
+    data = SceneLatents(tmp_path, "val", 2, SECOND)
+    batch = data.batch(0, 2)
+    assert batch.z0.shape == (2, 4, 16, 16) and data.label_table.shape[0] == len(SECOND.phrases)
+    # what was begun with one edition does not go on with another
+    assert start("vae", "--out", tmp_path, "--steps", 1, "--batch", 2, "--scenes", 100000) == 3
 
 
 def test_only_the_decoder_of_the_vae_is_trained_further(trained: Path) -> None:
