@@ -4,23 +4,23 @@ from pathlib import Path
 
 from setuptools import setup
 
-#: package -> folder; tests/test_packaging.py compares this with every folder of an ``__init__.py``
+ROOT = Path(__file__).parent
+
+#: package -> folder: every folder with an ``__init__.py``, those beside ``hcma_fast`` below it
 PACKAGE_DIR = {
-    "hcma_fast": "hcma_fast",
-    "hcma_fast.models": "hcma_fast/models",
-    "hcma_fast.runtime": "hcma_fast/runtime",
-    "hcma_fast.cli": "hcma_fast/cli",
-    "hcma_fast.kernels": "kernels",
-    "hcma_fast.export": "export",
-    "hcma_fast.train": "train",
-    "hcma_fast.bench": "bench",
-    "hcma_fast.bench.peers": "bench/peers",
+    ".".join(
+        folder.parts if folder.parts[0] == "hcma_fast" else ("hcma_fast", *folder.parts)
+    ): folder.as_posix()
+    for top in ("hcma_fast", "kernels", "export", "train", "bench")
+    for folder in sorted(
+        init.parent.relative_to(ROOT) for init in (ROOT / top).rglob("__init__.py")
+    )
 }
 
 PACKAGE_DATA = {
     "hcma_fast": [f"assets/**/*.{suffix}" for suffix in ("safetensors", "json", "txt", "md")],
-    "hcma_fast.bench": ["assets/*"],
-    "hcma_fast.train": ["assets/*"],
+    "hcma_fast.bench.quality.metrics.judge": ["assets/*"],
+    "hcma_fast.train.data": ["assets/*"],
 }
 
 # Lower bounds are the oldest releases that were tested; constraints.txt has the exact ones.
@@ -103,7 +103,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    license_files=["LICENSE", "train/assets/LICENSE*"],
+    license_files=["LICENSE", "train/data/assets/LICENSE*"],
     python_requires=">=3.11",
     packages=list(PACKAGE_DIR),
     package_dir=PACKAGE_DIR,

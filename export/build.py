@@ -27,13 +27,14 @@ from hcma_fast.export.manifest import (
     hash_file,
     hash_folder,
 )
-from hcma_fast.export.onnx_graph import OPSET
+from hcma_fast.export.onnx.export import OPSET
 from hcma_fast.export.precision import Precision, at_precision, graph_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
 from hcma_fast.export.validate import MANY_WEIGHTS, TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
 from hcma_fast.files import sync_folder
-from hcma_fast.models.weights import ModelSource
+from hcma_fast.models.checkpoint.folder import ModelSource
+from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GraphName, IOSpec
 
 Progress = Callable[[str, str], None]
@@ -176,7 +177,7 @@ def _export_one(
     started, name = time.monotonic(), spec.graph
     vocabulary = len(source.tokenizer)
     progress(name, "compile" if target.backend == "torch-compile" else "export")
-    module = source.graph(name, target.height, target.width)
+    module = graph_of(source, name, target.height, target.width)
     cases = cases_for(spec, module)
     expected = references(spec, module, vocabulary=vocabulary, cases=cases)
     # OpenVINO takes float32 graphs, and rounds by itself

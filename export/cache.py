@@ -22,7 +22,7 @@ from hcma_fast.export.kernel_cache import kernel_folders
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
-from hcma_fast.models.weights import Checkpoint, ModelSource, load_components
+from hcma_fast.models.checkpoint.folder import Checkpoint, ModelSource, load_components
 
 _log = logging.getLogger("hcma_fast")
 _KEY_LETTERS = 24

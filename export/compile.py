@@ -7,11 +7,12 @@ from pathlib import Path
 from torch import nn
 
 from hcma_fast.errors import EngineError
-from hcma_fast.export import aoti, openvino_model
-from hcma_fast.export import session as ort
-from hcma_fast.export.onnx_graph import export_onnx
+from hcma_fast.export.backends.aoti import build as aoti
+from hcma_fast.export.backends.onnxruntime import session as ort
+from hcma_fast.export.backends.openvino import model as openvino_model
+from hcma_fast.export.backends.trt.build import TRTReport, build_trt
+from hcma_fast.export.onnx.export import export_onnx
 from hcma_fast.export.target import TRT_LIBRARIES, Target
-from hcma_fast.export.trt_engine import TRTReport, build_trt
 from hcma_fast.export.validate import Runner, on_device
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
 from hcma_fast.specs import IOSpec

@@ -11,7 +11,7 @@ import psutil
 from hcma_fast.errors import DeviceMemoryError, InputError
 from hcma_fast.export.precision import graph_precision
 from hcma_fast.export.target import TRT_LIBRARIES, Target
-from hcma_fast.models.weights import ModelSource
+from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.specs import STEP_NAMES, GraphName
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}

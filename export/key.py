@@ -2,18 +2,45 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 from functools import cache
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
-from hcma_fast import specs
-from hcma_fast.export.onnx_graph import OPSET
+from hcma_fast.export.onnx.export import OPSET
 from hcma_fast.export.target import Target, backend_version, machine
-from hcma_fast.kernels import cosine_loss
 
-_PACKAGE = Path(specs.__file__).parent
+#: modules of hcma_fast that decide what a graph computes; tests/export/test_key.py compares it with
+#: what the export imports
+GRAPH_CODE = (
+    "config",
+    "losses",
+    "schedule",
+    "specs",
+    "kernels.cosine_loss",
+    "models.aligner",
+    "models.heads",
+    "models.regions",
+    "models.text",
+    "models.unet",
+    "models.vit",
+    "models.checkpoint.folder",
+    "sampling.exported",
+    "export.compile",
+    "export.precision",
+    "export.weights_file",
+    "export.onnx.export",
+    "export.onnx.merge_products",
+    "export.onnx.trace",
+    "export.onnx.translations",
+    "export.backends.aoti.build",
+    "export.backends.onnxruntime.session",
+    "export.backends.openvino.model",
+    "export.backends.trt.build",
+)
 #: whose code becomes part of the graphs
 _LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnx-ir", "onnxscript")
 
@@ -51,13 +78,38 @@ def key_of(parts: dict[str, str]) -> str:
 
 @cache
 def code_hash() -> str:
-    """Our own code decides what a graph computes: a changed line must not find an old engine."""
+    """Our own code decides what a graph computes: a changed line must not find an old engine.
+
+    Comments, docstrings and layout do not count, so that editing them keeps a user's engines.
+    """
     digest = hashlib.sha256()
-    files = [_PACKAGE / name for name in ("specs.py", "losses.py", "config.py")]
-    files.append(Path(cosine_loss.__file__))
-    folders = [Path(__file__).parent, _PACKAGE / "models"]
-    files += [path for folder in folders for path in folder.glob("*.py")]
-    # by content, not by place: the same in a checkout and where it is installed
-    for name, content in sorted((path.name.encode(), path.read_bytes()) for path in files):
-        digest.update(name + b"\0" + content)
+    for module in GRAPH_CODE:
+        digest.update(f"{module}\0{_syntax(_source(module))}\0".encode())
     return digest.hexdigest()
+
+
+def _source(module: str) -> str:
+    """Found by name: the folders lie elsewhere in a checkout than where it is installed."""
+    spec = find_spec(f"hcma_fast.{module}")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(module)
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _syntax(source: str) -> str:
+    """The syntax tree without docstrings, as text."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if isinstance(body, list):
+            # a docstring, or a string below an assignment that documents it
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return (
+        isinstance(line, ast.Expr)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    )

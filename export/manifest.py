@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import devices_of
 from hcma_fast.errors import EngineError, HcmaError
+from hcma_fast.export.backends.trt.build import TRTReport
 from hcma_fast.export.target import Target, backend_version, machine
-from hcma_fast.export.trt_engine import TRTReport
 from hcma_fast.export.weights_file import check_external_data
-from hcma_fast.models.checkpoint import CheckpointInfo, first_line
+from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
 from hcma_fast.specs import GraphName, IOSpec
 
 MANIFEST_FILE = "manifest.json"

@@ -10,11 +10,11 @@ from typing import Literal, get_args
 import torch
 
 from hcma_fast.errors import BackendError, UsageError
-from hcma_fast.export import aoti
-from hcma_fast.export.openvino_model import openvino_version
+from hcma_fast.export.backends.aoti import build as aoti
+from hcma_fast.export.backends.onnxruntime.session import onnxruntime_version
+from hcma_fast.export.backends.openvino.model import openvino_version
+from hcma_fast.export.backends.trt.build import TRTLibrary, TRTOptions, trt_version
 from hcma_fast.export.precision import PRECISIONS, Precision
-from hcma_fast.export.session import onnxruntime_version
-from hcma_fast.export.trt_engine import TRTLibrary, TRTOptions, trt_version
 from hcma_fast.specs import ANY_BATCH, GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName
 
 Backend = Literal[

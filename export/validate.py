@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import EngineError
-from hcma_fast.export.graphs import random_inputs
+from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.specs import BATCH, IOSpec
 
 TOLERANCES = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}

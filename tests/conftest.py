@@ -17,8 +17,8 @@ from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.export.build import build
 from hcma_fast.export.target import Target
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint import CheckpointInfo, write_info
-from hcma_fast.models.weights import Components, load_components
+from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.models.checkpoint.info import CheckpointInfo, write_info
 
 # a loaded machine is no fault of the code
 settings.register_profile("no-deadline", deadline=None)

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-LICENCE_OF_THE_ART = "hcma_fast/train/assets/LICENSE-noto-emoji.txt"
+LICENCE_OF_THE_ART = "hcma_fast/train/data/assets/LICENSE-noto-emoji.txt"
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_wheel_holds_every_module_and_asset(metadata: dict[str, Any], contents: 
         for path in (ROOT / folder / "assets").rglob("*"):
             if path.is_file():
                 expected.add(f"{base}/{path.relative_to(ROOT / folder).as_posix()}")
-    assert "hcma_fast/train/assets/sprites.png" in expected
+    assert "hcma_fast/train/data/assets/sprites.png" in expected
     assert expected - contents == set()
 
 
@@ -136,7 +136,7 @@ def test_wheel_works_outside_of_the_checkout(
         "import importlib, sys\n"
         f"for name in {metadata['packages']!r}:\n"
         "    print(importlib.import_module(name).__file__)\n"
-        "from hcma_fast.train.emoji_scenes import render_scene, sample_scene\n"
+        "from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene\n"
         "render_scene(sample_scene('test', 0), 'test', 0)\n"
         "import hcma_fast.layout\n"
         "print(hcma_fast.layout.__file__)\n"

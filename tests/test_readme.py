@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from hcma_fast.bench.report import read_results
-from hcma_fast.bench.soak_report import read_soak
+from hcma_fast.bench.soak.report import read_soak
+from hcma_fast.bench.speed.harness.report import read_results
 
 ROOT = Path(__file__).parents[1]
 PAGES = [

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import (
     BATCH,
     GRAPH_NAMES,

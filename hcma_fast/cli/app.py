@@ -10,15 +10,15 @@ from typing import Annotated
 import typer
 
 from hcma_fast import __version__
-from hcma_fast.cli.bench import bench_app
+from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.cli.build import build
 from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
-from hcma_fast.cli.eval import evaluate
-from hcma_fast.cli.generate import generate
+from hcma_fast.cli.eval.command import evaluate
+from hcma_fast.cli.generate.command import generate
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_error, print_note
-from hcma_fast.cli.train import train_app
+from hcma_fast.cli.train.command import train_app
 from hcma_fast.program import run_program
 
 app = typer.Typer(

@@ -18,7 +18,7 @@ from hcma_fast.errors import BackendError, EngineError, UsageError
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
     from hcma_fast.export.target import Target
-    from hcma_fast.models.weights import ModelSource
+    from hcma_fast.models.checkpoint.folder import ModelSource
     from hcma_fast.specs import TensorSpec
 
 _MIB = 2**20
@@ -139,7 +139,7 @@ def build(
 def _chosen(backend: str) -> str:
     if backend != "auto":
         return backend
-    from hcma_fast.runtime.open import choose_backend
+    from hcma_fast.export.open import choose_backend
 
     name, why = choose_backend()
     print_note(f"Backend {name}: {why}.")
@@ -148,7 +148,7 @@ def _chosen(backend: str) -> str:
 
 def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:
     if random_weights:
-        from hcma_fast.models.random_sd14 import RandomSD14
+        from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
         if model != "sd14" or aligner is not None:
             raise UsageError(
@@ -157,7 +157,7 @@ def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSour
                 remedy="Use --model sd14 --random-weights.",
             )
         return RandomSD14()
-    from hcma_fast.models.weights import load_components
+    from hcma_fast.models.checkpoint.folder import load_components
 
     return load_components(model, aligner=aligner)
 
@@ -197,7 +197,7 @@ def _build(
 
 
 def _verify(folder: Path, source: ModelSource) -> dict[str, Any]:
-    from hcma_fast.runtime.open import verify
+    from hcma_fast.export.open import verify
 
     table = Table("graph", box=box.SIMPLE)
     for column in ("parity now", "when built", "tolerance"):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from hcma_fast.config import GRAD_BACKENDS
+from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError
+from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.kernels.cosine_loss import cosine_loss_op
 from hcma_fast.kernels.region_pool import region_pool
 from hcma_fast.models.aligner import AlignStep
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import IOSpec
 
 
@@ -58,7 +58,7 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
         step.losses, step.pool = cosine_loss_op, region_pool
     if name == "eager":
         return EagerEngine(step, spec)
-    from hcma_fast.export.graphs import example_inputs, trace_gradient
+    from hcma_fast.export.onnx.trace import example_inputs, trace_gradient
 
     example = tuple(value.to(device) for value in example_inputs(spec))
     traced = trace_gradient(step, example)
@@ -69,8 +69,8 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
 def _onnx_engine(components: Components, device: str) -> Engine:
     from hcma_fast.export.cache import find_or_build
     from hcma_fast.export.manifest import load_manifest
+    from hcma_fast.export.open import open_engine
     from hcma_fast.export.target import Target
-    from hcma_fast.runtime.open import open_engine
 
     target = Target(backend="onnxruntime")
     folder = find_or_build(components.weights_hash, lambda: components, target)

@@ -14,20 +14,17 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
+from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
+from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import (
+from hcma_fast.models.checkpoint.folder import (
     CheckpointInfo,
     Components,
     load_components,
     load_tokenizer,
     locate,
 )
-from hcma_fast.runtime.capture import CaptureMode, check_capturable
-from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.cudagraph import ReplaySampler
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.engine import Engine
 from hcma_fast.runtime.images import OutputType, check_output_type, to_array, to_pil
 from hcma_fast.runtime.requests import (
     check_device,
@@ -38,8 +35,11 @@ from hcma_fast.runtime.requests import (
     spread_negatives,
     spread_seeds,
 )
-from hcma_fast.runtime.sampler import Schedule, StepLosses, fusable, sample, sample_fused
-from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.sampling.capture import CaptureMode, check_capturable
+from hcma_fast.sampling.conditioning import condition
+from hcma_fast.sampling.loop import Schedule, StepLosses, fusable, sample, sample_fused
+from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
 
 _log = logging.getLogger("hcma_fast")
@@ -178,7 +178,7 @@ class HCMAPipeline:
             chosen = None if backend == "auto" else backend
             return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
         if backend == "auto":
-            from hcma_fast.runtime.open import choose_backend
+            from hcma_fast.export.open import choose_backend
 
             backend, why = choose_backend(device, precision)
             _log.info("Backend %s: %s.", backend, why)
@@ -249,7 +249,7 @@ class HCMAPipeline:
                 installed, or does not run on ``device``.
         """
         from hcma_fast.export.manifest import load_manifest
-        from hcma_fast.runtime.open import open_engines
+        from hcma_fast.export.open import open_engines
 
         manifest = load_manifest(folder)
         if backend not in (None, manifest.backend):

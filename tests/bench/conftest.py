@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from hcma_fast.bench.eval_run import RunSettings
+from hcma_fast.bench.quality.generate import RunSettings
 from hcma_fast.config import AlignmentSettings
 
 

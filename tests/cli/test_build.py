@@ -17,8 +17,8 @@ from PIL import Image
 
 from hcma_fast.export.estimate import estimate
 from hcma_fast.export.target import Target
-from hcma_fast.models.random_sd14 import RandomSD14
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 from hcma_fast.specs import GRAPH_NAMES
 
 OPTIONS = ("--prompt", "a dog", "--box", "dog:0,0,0.5,1", "--steps", 2, "--seed", 0)
@@ -93,7 +93,7 @@ def test_no_gpu_is_said_before_any_work(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
-        "hcma_fast.models.weights.load_components", lambda *_, **__: pytest.fail("loaded")
+        "hcma_fast.models.checkpoint.folder.load_components", lambda *_, **__: pytest.fail("loaded")
     )
     build("--backend", "torch-compile", "--device", "cuda", *extra).failed(
         4, "torch finds no CUDA device", "hcma-fast doctor"

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
-from hcma_fast.bench.machine import Machine
+from hcma_fast.bench.shared.machine import Machine
 from hcma_fast.cli.app import app
 from hcma_fast.errors import InputError, OutputError, UsageError
 

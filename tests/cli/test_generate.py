@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hcma_fast.cli import render
+from hcma_fast.cli.generate import render
 
 BOXES = ("--box", "dog:0.05,0.3,0.45,0.9", "--box", "pizza:0.5,0.5,0.95,0.9")
 
@@ -293,7 +293,7 @@ def test_a_bad_line_stops_before_anything_is_loaded(
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr("hcma_fast.cli.generate.open_pipeline", load)
+    monkeypatch.setattr("hcma_fast.cli.generate.command.open_pipeline", load)
     Path("in.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "boxes": [[0, 0, 1, 1]]}\n')
     generate("--input", "in.jsonl").failed(3, "line 2: ")
     # a good file does get there

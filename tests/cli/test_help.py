@@ -79,8 +79,8 @@ def test_an_option_says_what_its_default_is(name: str) -> None:
 
 
 def test_defaults_of_training_are_those_of_the_settings() -> None:
-    from hcma_fast.train.aligner_settings import TINY, AlignerTraining
-    from hcma_fast.train.stage2_settings import DenoiserTraining
+    from hcma_fast.train.aligner.settings import TINY, AlignerTraining
+    from hcma_fast.train.denoiser.settings import DenoiserTraining
 
     def check(command: str, first: Any, tiny: Any) -> int:
         checked = 0

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hcma_fast.cli.jobs import (
+from hcma_fast.cli.generate.jobs import (
     MAX_SEED,
     STEM_BYTES,
     Job,

@@ -12,10 +12,10 @@ from rich.progress import Progress, TaskID
 from hcma_fast.cli.app import main
 from hcma_fast.cli.output import stderr
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.weights import load_components
-from hcma_fast.train.cache import shard_file
-from hcma_fast.train.emoji_scenes import write_coco
-from hcma_fast.train.encoders import Encoders
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.train.data.emoji_scenes import write_coco
+from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.latent_cache import shard_file
 
 
 @pytest.fixture(scope="module")

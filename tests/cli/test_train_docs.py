@@ -22,8 +22,8 @@ from typer.main import get_command
 
 from hcma_fast.cli.app import app, main
 from hcma_fast.config import PRESETS
-from hcma_fast.models.checkpoint import read_info
-from hcma_fast.train.emoji_scenes import write_coco
+from hcma_fast.models.checkpoint.info import read_info
+from hcma_fast.train.data.emoji_scenes import write_coco
 
 PAGE = Path(__file__).parents[2] / "docs" / "train.md"
 CARD = PRESETS["tiny"] / "README.md"
@@ -124,8 +124,8 @@ def test_the_page_has_what_it_is_for() -> None:
         "hcma-fast train aligner --cache x --out y --epoch-count 3",
         "hcma-fast train cache --out y",
         "hcma-fast train vae --step-count 3",
-        "python -m hcma_fast.train.denoiser --steps 0",
-        "python -m hcma_fast.train.pack --rate 30",
+        "python -m hcma_fast.train.tiny.unet --steps 0",
+        "python -m hcma_fast.train.tiny.pack --rate 30",
         "torchrun --node-count 2 -m hcma_fast.cli.app train aligner --cache x --out y",
         "torchrun --nnodes 2 -m hcma_fast.cli.app train aligner --cache x --output y",
         "accelerate launch --machines 2 -m hcma_fast.cli.app train aligner --cache x --out y",

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from hcma_fast.config import PRESETS
-from hcma_fast.models.checkpoint import CheckpointInfo, read_info, write_info
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.models.checkpoint.info import CheckpointInfo, read_info, write_info
 
 Start = Callable[..., "subprocess.Popen[str]"]
 

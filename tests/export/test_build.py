@@ -20,7 +20,7 @@ from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
 from hcma_fast.export.target import Target
 from hcma_fast.export.weights_file import WEIGHTS_FILE
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import GRAPH_NAMES
 
 ORT = Target(backend="onnxruntime")

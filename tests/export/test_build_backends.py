@@ -15,7 +15,7 @@ from hcma_fast.export.build import build
 from hcma_fast.export.manifest import load_manifest
 from hcma_fast.export.target import Target
 from hcma_fast.export.weights_file import WEIGHTS_FILE, check_external_data
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, BatchRange
 
 LAYOUT = Layout(["dog", "cat"], [[0.0, 0.1, 0.5, 0.6], [0.45, 0.3, 1.0, 1.0]])

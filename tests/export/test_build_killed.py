@@ -22,7 +22,7 @@ from hcma_fast.config import cache_root
 from hcma_fast.export.cache import cached_engine, find_or_build, list_cache, prune_cache
 from hcma_fast.export.manifest import load_manifest
 from hcma_fast.export.target import Target
-from hcma_fast.models.weights import load_components
+from hcma_fast.models.checkpoint.folder import load_components
 
 template, checkpoint, replacing = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "replacing"
 records = load_manifest(template).graphs

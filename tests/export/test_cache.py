@@ -30,7 +30,7 @@ from hcma_fast.export.cache import (
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
 from hcma_fast.export.target import Target
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BatchRange
 
 ORT = Target(backend="onnxruntime")
@@ -209,7 +209,7 @@ def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
         "import os, signal, sys\n"
         "from hcma_fast.export.cache import find_or_build\n"
         "from hcma_fast.export.target import Target\n"
-        "from hcma_fast.models.weights import load_components\n"
+        "from hcma_fast.models.checkpoint.folder import load_components\n"
         "def die(graph, stage):\n"
         "    if (graph, stage) == ('grounding', 'export'):\n"
         "        os.kill(os.getpid(), signal.SIGKILL)\n"

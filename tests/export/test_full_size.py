@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.bench.memory import peak_rss_mib
+from hcma_fast.bench.shared.memory import peak_rss_mib
+from hcma_fast.engine import Engine
+from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.export.manifest import load_manifest
-from hcma_fast.models.random_sd14 import RandomSD14
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.engine import Engine
+from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 from hcma_fast.specs import GRAPH_NAMES, GraphName
 
 _MOST_BYTES = 12e9

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import ast
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,30 +14,64 @@ from hcma_fast.export import key as key_module
 from hcma_fast.export.key import key_of, key_parts
 from hcma_fast.export.target import Target, device_for
 
+#: modules that the export imports and whose code no graph depends on
+NO_GRAPH_CODE = {
+    "errors": "what is said when something fails",
+    "files": "how files are written",
+    "kernels.launch": "how Triton kernels are launched",
+    "models.checkpoint.info": "hcma.json and the checks of a folder",
+    "export.target": "its fields are parts of the key",
+    "export.validate": "compares graphs that are made elsewhere",
+}
 
-def test_the_code_is_the_same_wherever_it_is_installed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In a checkout export/ lies beside hcma_fast/, and where it is installed in it."""
+
+def _closure(roots: tuple[str, ...]) -> set[str]:
+    """Modules of hcma_fast that ``roots`` import, directly or not; packages left out."""
+    seen: set[str] = set()
+    todo = list(roots)
+    while todo:
+        module = todo.pop()
+        spec = find_spec(f"hcma_fast.{module}") if module not in seen else None
+        if spec is None or spec.origin is None or spec.submodule_search_locations is not None:
+            continue
+        seen.add(module)
+        for node in ast.walk(ast.parse(Path(spec.origin).read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("hcma_fast"):
+                base = (node.module or "").removeprefix("hcma_fast").removeprefix(".")
+                names = [base, *(f"{base}.{alias.name}".strip(".") for alias in node.names)]
+                todo += [name for name in names if name and _is_module(name)]
+    return seen
+
+
+def _is_module(name: str) -> bool:
+    try:
+        return find_spec(f"hcma_fast.{name}") is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_every_module_that_shapes_a_graph_is_in_the_key() -> None:
+    found = _closure(("export.onnx.export", "export.compile", "sampling.exported"))
+    assert found - NO_GRAPH_CODE.keys() == set(key_module.GRAPH_CODE)
+    assert found >= NO_GRAPH_CODE.keys()
+
+
+def test_comments_and_docstrings_do_not_change_the_key() -> None:
+    plain = "X = 1\n\n\ndef f() -> int:\n    return X\n"
+    told = plain.replace("X = 1", '"""A."""\nX = 1\n"""B."""').replace(
+        "int:", 'int:  # why\n    """C."""'
+    )
+    assert key_module._syntax(plain) == key_module._syntax(told)
+    assert key_module._syntax(plain) != key_module._syntax(plain.replace("1", "2"))
+
+
+def test_changed_code_is_another_key(monkeypatch: pytest.MonkeyPatch) -> None:
     here = key_module.code_hash.__wrapped__()
-    package = tmp_path / "hcma_fast"
-    for folder in ("models", "export"):
-        (package / folder).mkdir(parents=True)
-    sources = [
-        (key_module._PACKAGE / n, package / n) for n in ("specs.py", "losses.py", "config.py")
-    ]
-    for folder, target in (
-        (key_module._PACKAGE / "models", "models"),
-        (Path(key_module.__file__).parent, "export"),
-    ):
-        sources += [(path, package / target / path.name) for path in folder.glob("*.py")]
-    for source, copy in sources:
-        shutil.copyfile(source, copy)
-    monkeypatch.setattr(key_module, "_PACKAGE", package)
-    monkeypatch.setattr(key_module, "__file__", str(package / "export" / "key.py"))
-    assert key_module.code_hash.__wrapped__() == here
-    (package / "config.py").write_text("changed")
-    assert key_module.code_hash.__wrapped__() != here
+    source = key_module._source
+    for module in key_module.GRAPH_CODE:
+        changed = partial(lambda name, m: source(m) + ("changed = 1" if m == name else ""), module)
+        monkeypatch.setattr(key_module, "_source", changed)
+        assert key_module.code_hash.__wrapped__() != here
 
 
 def test_code_for_a_gpu_has_a_key_for_each_architecture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,10 +12,10 @@ import torch
 
 from hcma_fast import HCMAPipeline
 from hcma_fast.errors import BackendError, EngineError
-from hcma_fast.export.aoti import target as here
+from hcma_fast.export.backends.aoti.build import target as here
 from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, check_usable, load_manifest
+from hcma_fast.export.open import open_engines
 from hcma_fast.export.target import Target
-from hcma_fast.runtime.open import open_engines
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_damaged_files_are_found_before_anything_is_read(
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("a graph was read before the hashes were checked")
 
-    monkeypatch.setattr("hcma_fast.runtime.ort.open_session", fail)
+    monkeypatch.setattr("hcma_fast.export.backends.onnxruntime.engine.open_session", fail)
     content = bytearray((engine / name).read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import BackendError, EngineError
-from hcma_fast.export import session as session_module
+from hcma_fast.export.backends.onnxruntime import session as session_module
+from hcma_fast.export.backends.onnxruntime.session import open_session
 from hcma_fast.export.compile import _check_names
-from hcma_fast.export.graphs import random_inputs
-from hcma_fast.export.session import open_session
+from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.validate import TOLERANCES, measure
-from hcma_fast.models.weights import Components
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import IOSpec, TensorSpec
 
 SPEC = IOSpec("vae_decoder", (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),))

@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from hcma_fast.bench import kernels
-from hcma_fast.bench.kernels import CASES, MAX_BYTES_RATIO, kernels_markdown, offline_table
+from hcma_fast.bench.estimates import kernel_resources as kernels
+from hcma_fast.bench.estimates.kernel_resources import (
+    CASES,
+    MAX_BYTES_RATIO,
+    kernels_markdown,
+    offline_table,
+)
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.kernels import launch
 

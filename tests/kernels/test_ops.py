@@ -38,7 +38,7 @@ from hcma_fast.kernels.region_pool import (
 )
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.heads import RegionHead
-from hcma_fast.runtime.sampler import Conditioning, Schedule, sample
+from hcma_fast.sampling.loop import Conditioning, Schedule, sample
 from hcma_fast.schedule import plms_table
 
 DOUBLE = torch.float64

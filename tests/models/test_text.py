@@ -9,8 +9,8 @@ import torch
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.errors import InputError
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.models.text import TextEncoder, tokenize
-from hcma_fast.models.weights import Components
 
 
 def test_ids(random_components: Components) -> None:

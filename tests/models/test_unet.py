@@ -7,9 +7,9 @@ from diffusers.models.embeddings import GLIGENTextBoundingboxProjection
 from torch import Tensor, nn
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
+from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.models.regions import cell_coverage
 from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet
-from hcma_fast.models.weights import Components
 
 
 def _inputs(components: Components, batch: int = 2) -> dict[str, Tensor]:

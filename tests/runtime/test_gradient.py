@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.bench.contestants import SD14, components_of
+from hcma_fast.bench.speed.harness.contestants import SD14, components_of
 from hcma_fast.errors import BackendError, UsageError
-from hcma_fast.export.graphs import example_inputs, random_inputs, trace_gradient
+from hcma_fast.export.onnx.trace import example_inputs, random_inputs, trace_gradient
 from hcma_fast.export.precision import at_precision
 from hcma_fast.kernels.cosine_loss import cosine_loss_op
 from hcma_fast.kernels.region_pool import region_pool
 from hcma_fast.losses import local_mean
 from hcma_fast.models.aligner import AlignStep
-from hcma_fast.models.weights import Components, load_components
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.runtime.gradient import gradient_engine
 
 LAYOUT = Layout(["dog", "pizza"], [(0.05, 0.3, 0.45, 0.9), (0.5, 0.5, 0.95, 0.9)])

@@ -14,8 +14,8 @@ from torch import Tensor
 import hcma_fast
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import BackendError, DeviceMemoryError, HcmaError, InputError, UsageError
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.eager import EagerEngine
+from hcma_fast.export.backends.eager import EagerEngine
+from hcma_fast.models.checkpoint.folder import Components
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
 CAT = Layout(["cat"], [[0.2, 0.1, 0.8, 0.7]])

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from hcma_fast.bench.machine import describe_machine
-from hcma_fast.bench.report import Report, Results, Row
+from hcma_fast.bench.shared.machine import describe_machine
+from hcma_fast.bench.speed.harness.report import Report, Results, Row
 
 MACHINE = describe_machine(clocks=False)
 

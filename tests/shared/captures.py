@@ -14,14 +14,15 @@ import torch
 from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
+from hcma_fast.engine import Engine
+from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
-from hcma_fast.models.weights import Components
-from hcma_fast.runtime.capture import no_capture
-from hcma_fast.runtime.conditioning import condition
-from hcma_fast.runtime.eager import EagerEngine
-from hcma_fast.runtime.engine import Engine
-from hcma_fast.runtime.sampler import Conditioning, Schedule
-from hcma_fast.runtime.savings import EXACT, Savings
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.capture import no_capture
+from hcma_fast.sampling.conditioning import condition
+from hcma_fast.sampling.exported import graph_of
+from hcma_fast.sampling.loop import Conditioning, Schedule
+from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.schedule import eta_table, plms_table
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
@@ -39,7 +40,7 @@ def make_engines(
 ) -> dict[GraphName, Engine]:
     """Graphs by torch eager; on another device than the CPU, copies of them."""
     specs = parts.specs()
-    modules = {name: parts.graph(name) for name in names}
+    modules = {name: graph_of(parts, name) for name in names}
     if device != "cpu":
         modules = {name: deepcopy(module).to(device) for name, module in modules.items()}
     return {name: EagerEngine(module, specs[name]) for name, module in modules.items()}

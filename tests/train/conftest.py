@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hcma_fast.train.emoji_scenes import write_coco
-from hcma_fast.train.encode import make_cache
-from hcma_fast.train.encoders import Encoders
+from hcma_fast.train.data.emoji_scenes import write_coco
+from hcma_fast.train.data.encode import make_cache
+from hcma_fast.train.data.encoders import Encoders
 
 SCENES = 60
 

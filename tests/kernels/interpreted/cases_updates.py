@@ -13,9 +13,9 @@ from interpreter_rules import DTYPES, EXAMPLES, check, double, rows_of
 from torch import Tensor
 from triton.runtime import interpreter
 
-from hcma_fast.bench.harness import relative_error
-from hcma_fast.bench.kernel_times import ERRORS, KERNELS, TORCH, TRITON, load_kernel
-from hcma_fast.bench.kernels import CASES
+from hcma_fast.bench.estimates.kernel_resources import CASES
+from hcma_fast.bench.speed.harness.rounds import relative_error
+from hcma_fast.bench.speed.suites.kernel_times import ERRORS, KERNELS, TORCH, TRITON, load_kernel
 from hcma_fast.kernels.align_update import (
     align_update_cuda,
     align_update_in_place_cuda,

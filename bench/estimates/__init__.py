@@ -1,0 +1,1 @@
+"""Estimates from counted operations and bytes; nothing here is timed."""

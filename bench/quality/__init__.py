@@ -1,0 +1,1 @@
+"""Evaluation of images: `hcma-fast eval` and `hcma-fast bench quality`."""

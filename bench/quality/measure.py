@@ -1,0 +1,295 @@
+"""Look at an evaluation's images: judge, features, CLIP and detector, a file per block."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from hcma_fast.bench.quality.generate import (
+    WHOLE,
+    Progress,
+    RunSettings,
+    Shard,
+    finished,
+    image_files,
+    write_whole,
+)
+from hcma_fast.bench.quality.items import EvalItem
+from hcma_fast.bench.quality.methods.table import Method
+from hcma_fast.bench.quality.metrics.detection import Detection, Detector
+from hcma_fast.bench.quality.metrics.fidelity import check_count, check_features
+from hcma_fast.bench.quality.metrics.judge.count import categories_match, is_clear, outside_windows
+from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.networks import ClipScorer, FeatureNetwork, cut
+from hcma_fast.errors import InputError, UsageError
+from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES
+
+METRICS = ("judge", "fid", "kid", "precision-recall", "clip", "detector")
+_ON_FEATURES = ("fid", "kid", "precision-recall")
+REAL = "real"
+"""Folder of the measurements of real images"""
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """The networks that look at the images; None for those that are not used."""
+
+    metrics: tuple[str, ...]
+    judge: Judge | None = None
+    features: FeatureNetwork | None = None
+    clip: ClipScorer | None = None
+    detector: Detector | None = None
+    resize_real: bool = False
+
+    def check(self, items: Sequence[EvalItem]) -> None:
+        """Refuse what could not be scored, before the first image.
+
+        Raises:
+            UsageError: a metric is unknown or lacks its network.
+            InputError: too few images for FID, no real images, or phrases without a category.
+        """
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise UsageError(
+                    "unknown metric", value=metric, remedy=f"Metrics: {', '.join(METRICS)}."
+                )
+        wanted = set(self.metrics)
+        for metric, network, remedy in (
+            ("clip", self.clip, "Name a CLIP model by --clip."),
+            ("detector", self.detector, "Name a detector by --detector."),
+            *((name, self.features, "Name a vision model by --features.") for name in _ON_FEATURES),
+            ("judge", self.judge, "The judge knows EmojiScenes only."),
+        ):
+            if metric in wanted and network is None:
+                raise UsageError(f"{metric} has no network", value=metric, remedy=remedy)
+        if wanted & set(_ON_FEATURES):
+            if not all(item.has_real for item in items):
+                raise InputError(
+                    "these metrics compare with real images, and there are none",
+                    value=", ".join(name for name in _ON_FEATURES if name in wanted),
+                    remedy='Give each line of the manifest an "image", or leave them out.',
+                )
+            if "fid" in wanted and self.features is not None:
+                check_count(len(items), self.features.width)
+        if "detector" in wanted and self.detector is not None:
+            self.detector.check([item.layout for item in items])
+        if "judge" in wanted:
+            unknown = {phrase for item in items for phrase in item.layout.phrases}
+            for phrase in sorted(unknown - set(CATEGORY_NAMES)):
+                raise InputError(
+                    "the judge has no category for a phrase",
+                    value=phrase,
+                    remedy="It knows EmojiScenes' categories only: leave judge out of --metric.",
+                )
+
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the networks are."""
+        named = {"features": self.features, "clip": self.clip, "detector": self.detector}
+        titles = {name: network.title for name, network in named.items() if network is not None}
+        if self.judge is not None:
+            titles["judge"] = f"EmojiScenes judge {self.judge.card.sha256[:12]}"
+        return titles
+
+    def digest(self, run: RunSettings) -> str:
+        """Tells measurements by these networks of this run from others."""
+        content = json.dumps([run.digest, self.titles, self.resize_real], sort_keys=True)
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One block of images; R is the number of its boxes."""
+
+    whole: NDArray[np.float32]
+    """(n, D) features, D = 0 without a feature network"""
+    crops: NDArray[np.float32]
+    """(R, D)"""
+    judged: NDArray[np.bool_]
+    """(R,) the judge sees the phrase; empty without a judge, as the next three"""
+    log_probability: NDArray[np.float32]
+    """(R,) of the phrase, by the judge"""
+    counted: NDArray[np.bool_]
+    """(n,) the boxes show each category as often as the layout has it"""
+    clear: NDArray[np.bool_]
+    """(n,) the judge sees no object outside of the boxes"""
+    clip: NDArray[np.float32]
+    """(n,) cosine with the prompt; empty without CLIP, as the next two"""
+    clip_label: NDArray[np.float32]
+    """(R,) of the box with its phrase"""
+    clip_photo: NDArray[np.float32]
+    """(R,) with "a photo of a PHRASE" """
+    detections: list[list[Detection]]
+    """per image; empty without a detector"""
+
+    def to_bytes(self) -> bytes:
+        """An npz file without pickles."""
+        buffer = io.BytesIO()
+        arrays = {name: value for name, value in vars(self).items() if name != "detections"}
+        found = json.dumps(self.detections).encode()
+        np.savez(buffer, detections=np.frombuffer(found, np.uint8), **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_file(cls, path: Path) -> Measured | None:
+        """None when there is none, or it cannot be read."""
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            found = json.loads(arrays.pop("detections").tobytes())
+            detections = [
+                [Detection(label, score, tuple(box)) for label, score, box in some]
+                for some in found
+            ]
+            return cls(**arrays, detections=detections)
+        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+            return None
+
+
+def block_file(out: Path, folder: str, digest: str, start: int) -> Path:
+    """Where the measurements of the block from item ``start`` lie."""
+    return out / "measured" / digest / folder / f"{start:06d}.npz"
+
+
+def measure(
+    instruments: Instruments,
+    methods: Sequence[Method],
+    items: Sequence[EvalItem],
+    run: RunSettings,
+    out: Path,
+    *,
+    shard: Shard = WHOLE,
+    progress: Progress | None = None,
+) -> None:
+    """Measure all blocks of the shard that are not measured yet, and the real images' once.
+
+    Raises:
+        InputError: an image is missing, damaged or of another size, or features are not finite.
+    """
+    digest = instruments.digest(run)
+    sets: list[tuple[str, Callable[[EvalItem], Image.Image]]] = []
+    if all(item.has_real for item in items):
+        resize = instruments.resize_real
+        sets.append((REAL, lambda item: item.real_image(run.width, run.height, resize=resize)))
+    for method in methods:
+        sets.append((method.folder, _opener(out, method, run)))
+    blocks = list(shard.blocks(items))
+    for folder, open_image in sets:
+        done = 0
+        for start, block in blocks:
+            path = block_file(out, folder, digest, start)
+            if Measured.from_file(path) is None:
+                measured = measure_block(
+                    instruments, block, [open_image(item) for item in block], folder
+                )
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_whole(path, measured.to_bytes())
+            done += len(block)
+            if progress is not None:
+                progress(folder, done, sum(len(block) for _, block in blocks))
+
+
+def _opener(out: Path, method: Method, run: RunSettings) -> Callable[[EvalItem], Image.Image]:
+    def open_image(item: EvalItem) -> Image.Image:
+        path, _ = image_files(out, method, item)
+        if finished(out, method, item, run.digest) is None:
+            raise InputError(
+                f"an image of {method.label} is missing, of another run, or damaged",
+                value=str(path),
+                remedy="Generate it first: hcma-fast eval --stage generate with the same options.",
+            )
+        with Image.open(path) as file:
+            picture = file.convert("RGB")
+        if picture.size != (run.width, run.height):
+            raise InputError(
+                f"an image of {method.label} is not {run.width} x {run.height}",
+                value=(str(path), picture.size),
+                remedy="Delete it and its .json, and generate again.",
+            )
+        return picture
+
+    return open_image
+
+
+def measure_block(
+    instruments: Instruments, items: Sequence[EvalItem], images: Sequence[Image.Image], what: str
+) -> Measured:
+    """Everything the instruments say of a block's images.
+
+    Raises:
+        InputError: features are not finite.
+    """
+    nothing = np.zeros(0, np.float32)
+    whole = crops = np.zeros((len(items), 0), np.float32)
+    judged = counted = clear = nothing.astype(np.bool_)
+    log_probability = clip = clip_label = clip_photo = nothing
+    layouts = [item.layout for item in items]
+    if instruments.features is not None:
+        whole = instruments.features.images(images)
+        crops = np.concatenate(
+            [
+                instruments.features.crops(image, layout.boxes)
+                for image, layout in zip(images, layouts, strict=True)
+            ]
+        )
+        check_features(whole, [item.id for item in items], what)
+        check_features(crops, [item.id for item in items for _ in item.layout.boxes], what)
+    if instruments.judge is not None:
+        judge = instruments.judge
+        values = judge.log_probabilities(
+            np.stack([np.asarray(image) for image in images]),
+            [[*layout.boxes, *outside_windows(layout.boxes)] for layout in layouts],
+        )
+        verdicts = judge.verdicts(values)
+        inside = [seen[: len(layout)] for layout, seen in zip(layouts, verdicts, strict=True)]
+        outside = [seen[len(layout) :] for layout, seen in zip(layouts, verdicts, strict=True)]
+        pairs = list(zip(layouts, inside, strict=True))
+        judged = np.array(
+            [
+                verdict.category == phrase
+                for layout, seen in pairs
+                for phrase, verdict in zip(layout.phrases, seen, strict=True)
+            ],
+            np.bool_,
+        )
+        own = [
+            judge.of_categories(some[: len(layout)], layout.phrases)
+            for layout, some in zip(layouts, values, strict=True)
+        ]
+        log_probability = np.concatenate(own).astype(np.float32)
+        counted = np.array([categories_match(layout, seen) for layout, seen in pairs], np.bool_)
+        clear = np.array([is_clear(seen) for seen in outside], np.bool_)
+    if instruments.clip is not None:
+        clip = instruments.clip.cosines(images, [item.prompt for item in items])
+        pieces = [
+            cut(image, box)
+            for image, layout in zip(images, layouts, strict=True)
+            for box in layout.boxes
+        ]
+        phrases = [phrase for layout in layouts for phrase in layout.phrases]
+        clip_label = instruments.clip.cosines(pieces, phrases)
+        clip_photo = instruments.clip.cosines(pieces, [f"a photo of a {p}" for p in phrases])
+    detections = []
+    if instruments.detector is not None:
+        detections = [instruments.detector.detect(image) for image in images]
+    return Measured(
+        whole=whole,
+        crops=crops,
+        judged=judged,
+        log_probability=log_probability,
+        counted=counted,
+        clear=clear,
+        clip=clip,
+        clip_label=clip_label,
+        clip_photo=clip_photo,
+        detections=detections,
+    )

@@ -1,0 +1,1 @@
+"""HCMA and the methods that it is compared with."""

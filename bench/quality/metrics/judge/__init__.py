@@ -1,0 +1,1 @@
+"""The judge: a classifier of EmojiScenes' objects."""

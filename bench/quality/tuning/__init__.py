@@ -1,0 +1,1 @@
+"""The search for eta0, window and lambdas."""

@@ -1,0 +1,1 @@
+"""Mixed requests with faults, for a long time."""

@@ -1,0 +1,1 @@
+"""Workers, rounds and reports of the speed suites."""

@@ -1,0 +1,1 @@
+"""The suites of `hcma-fast bench run`."""

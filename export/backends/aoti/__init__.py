@@ -1,0 +1,1 @@
+"""torch-compile engines by AOTInductor."""

@@ -1,0 +1,1 @@
+"""`hcma-fast eval`."""

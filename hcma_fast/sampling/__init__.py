@@ -1,0 +1,1 @@
+"""One step of the sampler, and the loops that call it."""

@@ -1,0 +1,1 @@
+"""Stage 2: GLIGEN's gated layers on aligned latents."""

@@ -1,8 +1,0 @@
-"""The editions of EmojiScenes by their numbers."""
-
-from __future__ import annotations
-
-from hcma_fast.train.emoji_scenes import FIRST, Edition
-from hcma_fast.train.emoji_scenes2 import SECOND
-
-EDITIONS: dict[int, Edition] = {edition.number: edition for edition in (FIRST, SECOND)}

@@ -1,0 +1,1 @@
+"""The training loop, its states and its run folder."""
