@@ -20,6 +20,7 @@ PACKAGE_DIR = {
 PACKAGE_DATA = {
     "hcma_fast": [f"assets/**/*.{suffix}" for suffix in ("safetensors", "json", "txt", "md")],
     "hcma_fast.bench.quality.metrics.judge": ["assets/*"],
+    "hcma_fast.bench.quality.metrics.likeness": ["assets/*"],
     "hcma_fast.train.data": ["assets/*"],
 }
 

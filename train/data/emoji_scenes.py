@@ -324,8 +324,9 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int, editio
 
 def main(arguments: Sequence[str] | None = None, edition: Edition = FIRST) -> None:
     """Write a split in COCO's format."""
+    suffix = "" if edition is FIRST else edition.number
     parser = argparse.ArgumentParser(
-        prog=f"python -m hcma_fast.train.data.emoji_scenes{'' if edition is FIRST else edition.number}",
+        prog=f"python -m hcma_fast.train.data.emoji_scenes{suffix}",
         description="Write EmojiScenes in COCO's annotation format.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
