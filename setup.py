@@ -64,6 +64,8 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
     ],
+    # draws EmojiScenes' art anew, for who changes it
+    "art": ["resvg-py>=0.5,<1"],
     # torchmetrics' FID needs scipy
     "eval": [
         "faster-coco-eval>=1.7,<2",
