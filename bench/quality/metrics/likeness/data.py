@@ -19,8 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from hcma_fast.layout import Box
-from hcma_fast.train import emoji_scenes2
-from hcma_fast.train.data import emoji_scenes
+from hcma_fast.train.data import emoji_scenes, emoji_scenes2
 from hcma_fast.train.data.editions import EDITIONS
 from hcma_fast.train.data.emoji_scenes2 import outlined
 
@@ -188,11 +187,12 @@ def chimera(rng: np.random.Generator, art: Rgba, other: Rgba) -> Rgba:
 
 @dataclass(frozen=True)
 class Pair:
-    """A crop, what it should show and whether it does; the damage that is done in batches."""
+    """A crop, what it should show and how much it does; the damage that is done in batches."""
 
     crop: NDArray[np.uint8]
     reference: NDArray[np.float32]
-    right: bool
+    right: float
+    """1 is right, 0 is wrong; half lies between"""
     bend: float = 0.0
     """largest displacement, as a share of the side"""
     blur: int = SIDE
@@ -203,7 +203,7 @@ class Pairs:
     """Pairs of both editions, drawn by step number.
 
     Args:
-        labelled: pairs of generated pictures that a person looked at; a fifth of each batch.
+        labelled: pairs of generated pictures that a person looked at; two fifths of each batch.
         decoded: pairs of pictures that went through a VAE, a tenth.
     """
 
@@ -223,7 +223,7 @@ class Pairs:
         }
 
     def batch(self, step: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Crops (B, 3, SIDE, SIDE) in [0, 1], references (B, 4, SIDE, SIDE), right (B,) float."""
+        """Crops (B, 3, SIDE, SIDE) in [0, 1], references (B, 4, SIDE, SIDE), right (B,)."""
         rng = np.random.default_rng([13, step])
         pairs = [self._draw(rng) for _ in range(size)]
         crops = torch.from_numpy(np.stack([p.crop for p in pairs])).permute(0, 3, 1, 2) / 255
@@ -235,13 +235,13 @@ class Pairs:
             generator,
         )
         references = torch.from_numpy(np.stack([p.reference for p in pairs]))
-        return crops, references, torch.tensor([float(p.right) for p in pairs])
+        return crops, references, torch.tensor([p.right for p in pairs])
 
     def _draw(self, rng: np.random.Generator) -> Pair:
         lot = rng.random()
-        if self._labelled and lot < 0.2:
+        if self._labelled and lot < 0.4:
             return self._labelled[int(rng.integers(len(self._labelled)))]
-        if self._decoded and lot < 0.35:
+        if self._decoded and lot < 0.5:
             return self._decoded[int(rng.integers(len(self._decoded)))]
         return self.synthetic(rng)
 
@@ -267,7 +267,7 @@ class Pairs:
         if facing is not art:
             # the judge tries both facings, and keeps the better
             wanted = np.ascontiguousarray(wanted[..., ::-1])
-        return Pair(crop, wanted, right, bend, blur)
+        return Pair(crop, wanted, float(right), bend, blur)
 
 
 def _spoil(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
@@ -51,7 +52,8 @@ class LikenessNet(nn.Module):
         crops, mask = crops * 2 - 1, references[:, 3:]
         both = torch.cat([crops, references, (crops - references[:, :3]) * mask], dim=1)
         cells = self.features(both)
-        logits: Tensor = self.head(torch.cat([cells.mean((2, 3)), cells.amax((2, 3))], dim=1))
+        pooled = torch.cat([cells.mean((2, 3)), cells.amax((2, 3))], dim=1)
+        logits: Tensor = self.head(F.dropout(pooled, 0.3, self.training))
         return logits[:, 0]
 
 

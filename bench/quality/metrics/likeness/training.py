@@ -55,7 +55,8 @@ from hcma_fast.train.loop.loop import LoopConfig, run
 from hcma_fast.train.tiny.vae import to_tensor
 
 _SEED = 0
-_VIEWS = 8
+_SHARES = {"right": 1.0, "half": 0.25, "wrong": 0.0}
+_VIEWS = 12
 """of each labelled box, its edges moved a little"""
 
 
@@ -66,7 +67,7 @@ def trains(item: LabelledBox) -> bool:
 
 
 def _pairs_of(
-    picture: NDArray[np.uint8], box: Box, phrase: str, *, right: bool, edition: int = 1
+    picture: NDArray[np.uint8], box: Box, phrase: str, *, right: float, edition: int = 1
 ) -> Iterator[Pair]:
     """A crop with its reference: in the facing that is more like it, or both of what is wrong."""
     crop = cut(picture, box)
@@ -74,7 +75,7 @@ def _pairs_of(
     facings = [wanted]
     if may_be_mirrored(edition, phrase):
         facings.append(np.ascontiguousarray(wanted[..., ::-1]))
-    if right:
+    if right > 0:
         colours = crop.transpose(2, 0, 1) / 127.5 - 1
         distances = [np.abs((colours - facing[:3]) * facing[3:]).mean() for facing in facings]
         facings = [facings[int(np.argmin(distances))]]
@@ -88,9 +89,9 @@ def labelled_pairs() -> list[Pair]:
     pairs: list[Pair] = []
     rng = np.random.default_rng(14)
     for item in filter(trains, found.boxes):
-        boxes = [item.box] + [jitter(rng, item.box, 0.06) for _ in range(_VIEWS - 1)]
+        boxes = [item.box] + [jitter(rng, item.box, 0.08) for _ in range(_VIEWS - 1)]
         for box in boxes:
-            right = item.label == "right"
+            right = _SHARES[item.label or "wrong"]
             pairs += _pairs_of(pictures[item.picture], box, item.phrase, right=right)
     return pairs
 
@@ -109,7 +110,7 @@ def decoded_pairs(count: int) -> list[Pair]:
     pairs: list[Pair] = []
     for index, picture in enumerate(decoded.permute(0, 2, 3, 1).numpy()):
         for item in edition.sample("judge", index, edition.image_size).objects:
-            pairs += _pairs_of(picture, item.box, item.phrase, right=index % 2 == 0)
+            pairs += _pairs_of(picture, item.box, item.phrase, right=float(index % 2 == 0))
     return pairs
 
 
@@ -220,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path(".runs/likeness"))
     parser.add_argument("--assets", type=Path, default=ASSETS)
-    parser.add_argument("--steps", type=int, nargs=2, default=(700, 300))
+    parser.add_argument("--steps", type=int, nargs=2, default=(700, 400))
     parser.add_argument("--batch", type=int, default=64)
     args = parser.parse_args(arguments)
     steps = (args.steps[0], args.steps[1])
