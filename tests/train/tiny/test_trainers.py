@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -41,15 +41,16 @@ COMMANDS = {
     "vae": ("train", "vae"),
     "vae_decoder": ("train", "vae", "--decoder-only"),
 }
+PROGRAMS = {"denoiser": "unet", "pack": "pack"}
 
 
 def start(name: str, *options: object) -> int:
-    """Run hcma-fast, or ``python -m hcma_fast.train.NAME``, in this process: its exit code."""
+    """Run hcma-fast, or a program of ``hcma_fast.train.tiny``, in this process: its exit code."""
     if name in COMMANDS:
         return main([*COMMANDS[name], *map(str, options)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, options)])
-        return run_program(importlib.import_module(f"hcma_fast.train.{name}").main)
+        return run_program(importlib.import_module(f"hcma_fast.train.tiny.{PROGRAMS[name]}").main)
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -110,6 +111,11 @@ def test_the_second_edition_is_trained_by_the_same_commands(tmp_path: Path) -> N
     data = SceneLatents(tmp_path, "val", 2, SECOND)
     batch = data.batch(0, 2)
     assert batch.z0.shape == (2, 4, 16, 16) and data.label_table.shape[0] == len(SECOND.phrases)
+    np.save(tmp_path / "scenes2-train-2-128.npy", np.stack(pictures))
+    assert start("denoiser", *small, "--scenes", 2) == 0
+    unet = load_part(UNet2DConditionModel, tmp_path / "unet")
+    assert set(unet.config.down_block_types) == {"CrossAttnDownBlock2D"}
+    assert 5 < sum(p.numel() for p in unet.parameters()) / 1e6 < 8
     # what was begun with one edition does not go on with another
     assert start("vae", "--out", tmp_path, "--steps", 1, "--batch", 2, "--scenes", 100000) == 3
 

@@ -81,9 +81,9 @@ class LikenessCard(BaseModel):
 class LikenessJudge:
     """Tells whether boxes show their phrases. Make one by :meth:`load`."""
 
-    def __init__(self, net: LikenessNet, threshold: float) -> None:
+    def __init__(self, net: LikenessNet, card: LikenessCard) -> None:
         self.net = net.eval().requires_grad_(False)
-        self.threshold = threshold
+        self.card, self.threshold = card, card.threshold
 
     @classmethod
     def load(cls, folder: Path = ASSETS) -> LikenessJudge:
@@ -110,7 +110,7 @@ class LikenessJudge:
                 value=str(folder),
                 remedy=_RESTORE,
             ) from error
-        return cls(net, card.threshold)
+        return cls(net, card)
 
     @torch.no_grad()
     def probabilities(

@@ -179,33 +179,34 @@ def store(net: LikenessNet, folder: Path, steps: tuple[int, int], batch: int) ->
     content = save({name: value.half().contiguous() for name, value in net.state_dict().items()})
     rounded = LikenessNet()
     rounded.load_state_dict({name: value.float() for name, value in load(content).items()})
-    judge = LikenessJudge(rounded, 0.5)
     found, pictures = read_labelled()
     parts = {half: [b for b in found.boxes if b.half == half] for half in ("train", "test")}
-    choosing = [b for b in parts["train"] if not trains(b)]
-    threshold = best_threshold(
-        probabilities(judge, choosing, pictures), np.array([b.label == "right" for b in choosing])
-    )
-    agreement = {
-        half: float(
-            np.mean(
-                (probabilities(judge, boxes, pictures) >= threshold)
-                == [b.label == "right" for b in boxes]
-            )
-        )
-        for half, boxes in parts.items()
-    }
-    card = LikenessCard(
+    draft = LikenessCard(
         sha256=hashlib.sha256(content).hexdigest(),
         seed=_SEED,
         steps=steps,
         batch=batch,
-        threshold=threshold,
+        threshold=0.5,
         labelled_train=len(parts["train"]),
         labelled_test=len(parts["test"]),
-        agreement_train=round(agreement["train"], 4),
-        agreement_test=round(agreement["test"], 4),
+        agreement_train=0,
+        agreement_test=0,
         old_agreement_test=round(old_agreement(parts["test"], pictures), 4),
+    )
+    judge = LikenessJudge(rounded, draft)
+    values = {half: probabilities(judge, boxes, pictures) for half, boxes in parts.items()}
+    right = {half: np.array([b.label == "right" for b in boxes]) for half, boxes in parts.items()}
+    chooses = np.array([not trains(b) for b in parts["train"]])
+    threshold = best_threshold(values["train"][chooses], right["train"][chooses])
+    agreement = {
+        half: round(float(np.mean((values[half] >= threshold) == right[half])), 4) for half in parts
+    }
+    card = draft.model_copy(
+        update={
+            "threshold": threshold,
+            "agreement_train": agreement["train"],
+            "agreement_test": agreement["test"],
+        }
     )
     make_folder(folder)
     text = (json.dumps(card.model_dump(), indent=2) + "\n").encode()
