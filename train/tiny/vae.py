@@ -123,7 +123,7 @@ def train_vae(
         WeightsError: the state is another model's, was begun with other settings, or is damaged.
     """
     check_batch(batch, scenes)
-    draws = {"batch": batch, "scenes": scenes}
+    draws: dict[str, int | float] = {"batch": batch, "scenes": scenes}
     config = LoopConfig(
         steps=steps,
         lr=lr,
@@ -136,7 +136,7 @@ def train_vae(
     torch.manual_seed(0)
     validation = rendered_scenes(out, "val", 500, edition=edition)[:200]
     # convolutions of these widths run a quarter faster so
-    model = _Autoencoder(make_vae(edition)).to(memory_format=torch.channels_last)
+    model = _Autoencoder(make_vae(edition).to(memory_format=torch.channels_last))
     loss_of = reconstruction_loss if edition is FIRST else SharpLoss()
 
     def batch_of_step(step: int) -> dict[str, Tensor]:

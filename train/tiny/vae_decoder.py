@@ -61,7 +61,7 @@ def train_decoder(
             settings, or is damaged.
     """
     check_batch(batch, scenes)
-    draws = {"batch": batch, "scenes": scenes}
+    draws: dict[str, int | float] = {"batch": batch, "scenes": scenes}
     config = LoopConfig(
         steps=steps,
         lr=lr,
@@ -74,7 +74,7 @@ def train_decoder(
     pictures = rendered_scenes(out, "train", scenes, edition=edition)
     posteriors = cached_posteriors(out, vae, "train", scenes, edition)
     validation = rendered_scenes(out, "val", 500, edition=edition)[:200]
-    model = _Decoder(vae).to(memory_format=torch.channels_last)
+    model = _Decoder(vae.to(memory_format=torch.channels_last))
     loss_of = reconstruction_loss if edition is FIRST else SharpLoss()
 
     def batch_of_step(step: int) -> dict[str, Tensor]:

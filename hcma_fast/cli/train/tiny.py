@@ -22,7 +22,7 @@ _Edition = Annotated[
     int, typer.Option(min=1, max=2, help="Of EmojiScenes: 1 has 64 pixels, 2 has 128.")
 ]
 #: of the whole VAE and of its decoder alone, by edition
-_STEPS = {1: (2000, 1000), 2: (24000, 4000)}
+_STEPS = {1: (2000, 1000), 2: (20000, 4000)}
 _SCENES = {1: (16000, 30000), 2: (100000, 30000)}
 _RATE = {1: (0.003, 0.001), 2: (0.001, 0.0005)}
 _BATCH = {1: (16, 16), 2: (8, 8)}
