@@ -47,7 +47,7 @@ from hcma_fast.bench.quality.metrics.likeness.model import (
 from hcma_fast.config import PRESETS
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.layout import Box
-from hcma_fast.models.checkpoint.folder import load_part
+from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.program import run_program
 from hcma_fast.train.data.editions import EDITIONS
 from hcma_fast.train.data.scenes_cache import draw_scenes
