@@ -197,7 +197,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(
     [
         ("vae_decoder", (), 3, ("no vae yet", "hcma-fast train vae first")),
         ("denoiser", (), 3, ("no tokenizer yet", "hcma-fast train text first")),
-        ("pack", ("--run", "nowhere"), 3, ("cannot load vae", "nowhere")),
+        ("pack", ("--run", "nowhere"), 3, ("cannot read this entry of the checkpoint", "nowhere")),
         ("pack", ("--eta0", "nan"), 2, ("eta0",)),
         ("vae", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
         ("vae_decoder", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
@@ -259,4 +259,4 @@ def test_as_a_process_of_its_own(tmp_path: Path) -> None:
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: cannot load vae")
+    assert done.stderr.splitlines()[-1].startswith("error: cannot read this entry of the checkpoint")
