@@ -259,4 +259,5 @@ def test_as_a_process_of_its_own(tmp_path: Path) -> None:
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: cannot read this entry of the checkpoint")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot read this entry of the checkpoint")
