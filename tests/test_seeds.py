@@ -8,7 +8,7 @@ import torch
 
 from hcma_fast.config import MAX_SEED
 from hcma_fast.errors import InputError
-from hcma_fast.runtime.requests import noise_from_seeds, spread_seeds
+from hcma_fast.runtime.arguments import noise_from_seeds, spread_seeds
 from hcma_fast.seeds import seed_torch, seeded_generator
 from hcma_fast.train.aligner.objective import draw_noised
 from hcma_fast.train.data.latent_cache import Batch

@@ -16,8 +16,8 @@ from hcma_fast.bench.quality.scene_images import generate_images, save_grid
 from hcma_fast.bench.shared.bootstrap import estimate, share_score
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import UsageError
+from hcma_fast.runtime.arguments import override_settings
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import override_settings
 from hcma_fast.train.data.emoji_scenes import (
     CATEGORY_NAMES,
     HELD_OUT_PAIRS,

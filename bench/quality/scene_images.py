@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from hcma_fast.bench.quality.metrics.judge.model import Verdict
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.layout import Layout
+from hcma_fast.runtime.arguments import call_arguments
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import call_arguments
 from hcma_fast.train.data.emoji_scenes import Scene, Split
 
 _GRID_COLUMNS, _GRID_CELLS, _GRID_SIDE = 8, 64, 192

@@ -39,8 +39,8 @@ def bad_requests(settings: AlignmentSettings) -> tuple[BadRequest, ...]:
         settings: the checkpoint's.
     """
     # torch is imported where a process generates, not where it is only told to
+    from hcma_fast.runtime.arguments import override_settings
     from hcma_fast.runtime.generator import Request
-    from hcma_fast.runtime.requests import override_settings
 
     def with_layout(phrases: Sequence[str], *boxes: Sequence[float]) -> Request:
         return Request("a dog", Layout(phrases, boxes))

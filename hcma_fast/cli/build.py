@@ -156,7 +156,7 @@ def build(
                 fuse=cast(Literal["none", "step"], fuse),
             )
             if device is not None:
-                from hcma_fast.runtime.requests import check_device
+                from hcma_fast.runtime.arguments import check_device
 
                 check_device(device, name)
             source = _source(model, aligner, random_weights)

@@ -21,16 +21,16 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
-from hcma_fast.runtime.cached_engine import CachedEngine
-from hcma_fast.runtime.hints import give_hints
-from hcma_fast.runtime.images import pixels_diverged, to_pil
-from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import (
+from hcma_fast.runtime.arguments import (
     check_layout,
     noise_from_seeds,
     override_settings,
     spread_seeds,
 )
+from hcma_fast.runtime.cached_engine import CachedEngine
+from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.images import pixels_diverged, to_pil
+from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.sampling.capture import memory_errors, no_capture
 from hcma_fast.sampling.conditioning import condition
 from hcma_fast.sampling.loop import Schedule, StepLosses

@@ -26,9 +26,7 @@ from hcma_fast.models.checkpoint.folder import (
 )
 from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.runtime import images as pixels
-from hcma_fast.runtime.hints import give_hints
-from hcma_fast.runtime.output import HCMAOutput
-from hcma_fast.runtime.requests import (
+from hcma_fast.runtime.arguments import (
     Seeds,
     check_callback,
     check_device,
@@ -41,6 +39,8 @@ from hcma_fast.runtime.requests import (
     spread_negatives,
     spread_seeds,
 )
+from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.sampling.capture import CaptureMode, check_capturable
 from hcma_fast.sampling.conditioning import condition
 from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused

@@ -25,8 +25,8 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.arguments import call_arguments, override_settings
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.runtime.requests import call_arguments, override_settings
 from hcma_fast.specs import GRAPH_NAMES, GraphName
 
 #: without the gated layers, on the caption alone: Stable Diffusion

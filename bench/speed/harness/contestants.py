@@ -219,9 +219,9 @@ def open_pipe(
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
     """
     from hcma_fast.export.backends.eager import EagerEngine
+    from hcma_fast.runtime.arguments import check_device
     from hcma_fast.runtime.gradient import gradient_engine
     from hcma_fast.runtime.pipeline import HCMAPipeline
-    from hcma_fast.runtime.requests import check_device
 
     check_device(device, ours.backend)
     target = ours.target(side, device)
@@ -264,7 +264,7 @@ def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cp
     from hcma_fast.export.open import open_engine
     from hcma_fast.models.checkpoint.folder import load_components
     from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
-    from hcma_fast.runtime.requests import check_device
+    from hcma_fast.runtime.arguments import check_device
 
     check_device(device, ours.backend)
     target = ours.target(None, device)
@@ -278,7 +278,7 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
     """The first evaluations of a run, as ``plain_generate`` makes them."""
     import torch
 
-    from hcma_fast.runtime.requests import noise_from_seeds
+    from hcma_fast.runtime.arguments import noise_from_seeds
     from hcma_fast.sampling.conditioning import condition
     from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
 

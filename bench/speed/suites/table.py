@@ -21,7 +21,7 @@ from hcma_fast.bench.speed.suites.scaling import fit_scaling, scaling
 from hcma_fast.bench.speed.suites.stages import align, build, unet
 from hcma_fast.bench.speed.suites.training import train
 from hcma_fast.errors import BackendError, UsageError
-from hcma_fast.runtime.requests import check_device
+from hcma_fast.runtime.arguments import check_device
 
 
 def latency(plan: Plan) -> list[Group]:

@@ -89,8 +89,8 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         WeightsError, BackendError, EngineError: the model does not load, or is not ``original``'s.
     """
     from hcma_fast.models.text import tokenize
+    from hcma_fast.runtime.arguments import override_settings
     from hcma_fast.runtime.pipeline import HCMAPipeline
-    from hcma_fast.runtime.requests import override_settings
     from hcma_fast.sampling.capture import check_capturable
 
     override_settings(AlignmentSettings(), **plan.overrides)
@@ -178,7 +178,7 @@ def render(
         UsageError: the latent diverged. DeviceMemoryError: the batch is too large.
         OutputError: a file cannot be written.
     """
-    from hcma_fast.runtime.requests import override_settings
+    from hcma_fast.runtime.arguments import override_settings
 
     settings = override_settings(pipe.settings, **plan.overrides)
     common: dict[str, Any] = {
@@ -281,7 +281,7 @@ def _make(
     common: dict[str, Any],
 ) -> list[Written]:
     """The images of a batch, written."""
-    from hcma_fast.runtime.requests import call_arguments
+    from hcma_fast.runtime.arguments import call_arguments
 
     jobs = batch.jobs
     output = pipe(

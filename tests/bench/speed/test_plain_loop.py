@@ -10,7 +10,7 @@ import pytest
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.bench.speed.harness.plain_loop import plain_generate
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.requests import override_settings
+from hcma_fast.runtime.arguments import override_settings
 
 LAYOUTS = [
     Layout(["dog", "pizza"], [(0.05, 0.3, 0.45, 0.9), (0.5, 0.5, 0.95, 0.9)]),
