@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast import HCMAPipeline, Layout, Request
+from hcma_fast.runtime.generator import BatchGenerator
 
 
 def main(backend: str = "onnxruntime", steps: int = 50, out: Path = Path("example-batch")) -> None:

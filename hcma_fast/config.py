@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -14,7 +15,9 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    SerializerFunctionWrapHandler,
     ValidationError,
+    model_serializer,
     model_validator,
 )
 
@@ -65,6 +68,20 @@ def cache_root() -> Path:
 
 RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
 
+
+@dataclass(frozen=True)
+class Asked:
+    """How a field is asked for where it has words of its own; metadata of ``Annotated``."""
+
+    option: str = ""
+    """command-line option; "" for the field's name with dashes"""
+    metavar: str | None = None
+    default: str | None = None
+    """what the help says of the default, where it is not the field's"""
+
+
+NO_OPTION = Asked(option="none")
+"""Of a field that no option asks for."""
 
 Whole = Annotated[int, BeforeValidator(plain)]
 Real = Annotated[FiniteFloat, BeforeValidator(plain)]
@@ -158,16 +175,57 @@ class AlignmentSettings(Settings):
     attention.
     """
 
-    eta0: Real = Field(1.0, ge=0)
-    window: Window = (0.0, 1.0)
-    lambda_global: Real = Field(1.0, ge=0)
-    lambda_local: Real = Field(1.0, ge=0)
-    normalized: bool = False
-    grounding_beta: Real = Field(1.0, ge=0, le=1)
-    guidance_scale: Real = Field(7.5, ge=1)
+    eta0: Real = Field(1.0, ge=0, description="Rate of the alignment; 0 switches it off.")
+    window: Annotated[Window, Asked("--align-window", metavar="START END")] = Field(
+        (0.0, 1.0), description="When the alignment acts, in shares of the steps: 0.4 0.7."
+    )
+    lambda_global: Real = Field(1.0, ge=0, description="Weight of the caption's alignment.")
+    lambda_local: Real = Field(1.0, ge=0, description="Weight of the boxes' alignment.")
+    normalized: Annotated[bool, NO_OPTION] = False
+    grounding_beta: Real = Field(
+        1.0, ge=0, le=1, description="Share of the steps that see the boxes."
+    )
+    guidance_scale: Real = Field(
+        7.5, ge=1, description="Weight of the guidance; 1 switches it off."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> AlignmentSettings:
         if not 0 <= self.window[0] <= self.window[1] <= 1:
             raise ValueError("window must hold two shares of the steps, 0 <= start <= end <= 1")
         return self
+
+
+class SettingsChange(AlignmentSettings):
+    """What a request changes of the checkpoint's settings: the fields that were given, no others.
+
+    Made from names and values, or from an :class:`AlignmentSettings`, which gives all fields.
+    """
+
+    @classmethod
+    def of(cls, **values: Any) -> Self:
+        """From values of which those that are None are left out."""
+        return cls(**{name: value for name, value in values.items() if value is not None})
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The changes by name."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    def over(self, defaults: AlignmentSettings) -> AlignmentSettings:
+        """``defaults`` with these changes; both have been checked, so nothing is checked again."""
+        return AlignmentSettings.model_construct(**{**dict(defaults), **self.given})
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with more changes, or others."""
+        return type(self)(**{**self.given, **(update or {})})
+
+    @model_serializer(mode="wrap")
+    def _only_given(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {k: v for k, v in serialize(self).items() if k in self.model_fields_set}
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, SettingsChange) and self.given == other.given
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self.given.items()))

@@ -17,7 +17,8 @@ from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.errors import HcmaError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator
+from hcma_fast.runtime.request import Request, Result
 from hcma_fast.sampling.savings import Savings
 
 CAT = Layout(["cat"], [[0.1, 0.1, 0.7, 0.9]])
@@ -201,8 +202,12 @@ FIELDS |= {"num_inference_steps": unit, "settings": junk, "savings": ARGUMENTS["
 @given(one_of_them(FIELDS), junk)
 def test_requests(pipe: HCMAPipeline, wrong: tuple[str, Any], several: Any) -> None:
     fine = {"prompt": "a cat", "layout": CAT, "num_inference_steps": 2}
-    request = Request(**few_steps({**fine, wrong[0]: wrong[1]}))
-    tried(lambda: list(BatchGenerator(pipe).generate([request])))
+
+    def one() -> list[Result]:
+        request = Request(**few_steps({**fine, wrong[0]: wrong[1]}))
+        return list(BatchGenerator(pipe).generate([request]))
+
+    tried(one)
     tried(lambda: list(BatchGenerator(pipe).generate(several)))
     tried(lambda: BatchGenerator(pipe, max_batch=several))
 

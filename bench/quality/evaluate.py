@@ -14,9 +14,8 @@ from pydantic import BaseModel, ConfigDict
 from hcma_fast.bench.quality.metrics.judge.model import Judge, Verdict
 from hcma_fast.bench.quality.scene_images import generate_images, save_grid
 from hcma_fast.bench.shared.bootstrap import estimate, share_score
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.config import AlignmentSettings, SettingsChange
 from hcma_fast.errors import UsageError
-from hcma_fast.runtime.arguments import override_settings
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.train.data.emoji_scenes import (
     CATEGORY_NAMES,
@@ -109,14 +108,13 @@ def evaluate(
             "count and batch size must be at least 1", value=(count, batch_size), remedy="Use 300."
         )
     judge = judge or Judge.load()
-    settings = override_settings(
-        pipe.settings,
+    settings = SettingsChange.of(
         eta0=eta0,
         guidance_scale=guidance_scale,
         lambda_global=lambda_global,
         lambda_local=lambda_local,
         window=align_window,
-    )
+    ).over(pipe.settings)
     scenes = [sample_scene(split, index) for index in range(count)]
     images = generate_images(
         pipe, scenes, split, seed, batch_size, settings, num_inference_steps, work, progress

@@ -16,8 +16,9 @@ from PIL import Image, ImageDraw
 from hcma_fast.bench.quality.metrics.judge.model import Verdict
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.layout import Layout
-from hcma_fast.runtime.arguments import call_arguments
+from hcma_fast.runtime.generator import BatchGenerator
 from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.runtime.request import Request
 from hcma_fast.train.data.emoji_scenes import Scene, Split
 
 _GRID_COLUMNS, _GRID_CELLS, _GRID_SIDE = 8, 64, 192
@@ -58,15 +59,19 @@ def generate_images(
         kept = work / digest / f"{place:06d}-{len(batch)}.npz" if work else None
         images = _read(kept, len(batch)) if kept else None
         if images is None:
-            output = pipe(
-                # all wordings take their turn
-                [s.captions[i % len(s.captions)] for i, s in enumerate(batch, place)],
-                [scene_layout(s) for s in batch],
-                seed=[seed + place + i for i in range(len(batch))],
-                num_inference_steps=num_inference_steps,
-                **call_arguments(settings),
-            )
-            images = np.stack([np.asarray(image) for image in output.images])
+            requests = [
+                Request(
+                    # all wordings take their turn
+                    s.captions[i % len(s.captions)],
+                    scene_layout(s),
+                    seed=seed + i,
+                    num_inference_steps=num_inference_steps,
+                    settings=settings,
+                )
+                for i, s in enumerate(batch, place)
+            ]
+            results = BatchGenerator(pipe, max_batch=len(batch), cached=False).run(requests)
+            images = np.stack([np.asarray(result.image) for result in results])
             if kept:
                 _write(kept, images)
         parts.append(images)

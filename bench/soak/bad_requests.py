@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
-from hcma_fast.config import MAX_OBJECTS, AlignmentSettings
+from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.errors import DivergenceError, HcmaError, InputError, SettingsError, UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.runtime.request import Request
 
 if TYPE_CHECKING:
-    from hcma_fast.runtime.generator import BatchGenerator, Request
+    from hcma_fast.runtime.generator import BatchGenerator
 
 _LONG = "many words " * 100
 _BOX = (0.1, 0.1, 0.5, 0.9)
@@ -25,29 +26,21 @@ class BadRequest:
 
     what: str
     make: Callable[[], Request]
-    """may itself raise the error: a layout is checked when it is made"""
+    """may itself raise the error: most are found when the request is made"""
     error: type[HcmaError]
     """of exactly this type"""
     alone: bool = False
     """found out only when it runs: the requests beside it get their images"""
 
 
-def bad_requests(settings: AlignmentSettings) -> tuple[BadRequest, ...]:
-    """One of each kind.
-
-    Args:
-        settings: the checkpoint's.
-    """
-    # torch is imported where a process generates, not where it is only told to
-    from hcma_fast.runtime.arguments import override_settings
-    from hcma_fast.runtime.generator import Request
+def bad_requests() -> tuple[BadRequest, ...]:
+    """One of each kind."""
 
     def with_layout(phrases: Sequence[str], *boxes: Sequence[float]) -> Request:
         return Request("a dog", Layout(phrases, boxes))
 
     def with_setting(**given: float) -> Request:
-        changed = override_settings(settings, **given)
-        return Request("a dog", num_inference_steps=4, settings=changed)
+        return Request("a dog", num_inference_steps=4, settings=given)
 
     many = MAX_OBJECTS + 1
     layouts: dict[str, tuple[list[str], list[Sequence[float]]]] = {
@@ -63,8 +56,8 @@ def bad_requests(settings: AlignmentSettings) -> tuple[BadRequest, ...]:
     wrong: dict[str, tuple[Callable[[], Request], type[HcmaError]]] = {
         "prompt too long": (partial(Request, _LONG), InputError),
         "negative prompt too long": (partial(Request, "a", negative_prompt=_LONG), InputError),
-        "prompt that is no text": (partial(Request, 7), InputError),  # type: ignore[arg-type]
-        "no layout": (partial(Request, "a", None), InputError),  # type: ignore[arg-type]
+        "prompt that is no text": (partial(Request, 7), InputError),
+        "no layout": (partial(Request, "a", None), InputError),
         "negative seed": (partial(Request, "a", seed=-1), InputError),
         "too few steps": (partial(Request, "a", num_inference_steps=1), UsageError),
         "too many steps": (partial(Request, "a", num_inference_steps=1000), UsageError),

@@ -1,11 +1,11 @@
 """Mixed requests for a long time, with faults on the way: does it stay as it was at the start?
 
-A worker process generates through ``runtime.batching``. After a share of the time it is killed, and
-another one takes its place; from time to time it is given a request that must be refused, of one
-kind after the other (``bench.bad_requests``), and its disk is full. Memory and latency are judged
-over the second process, without its beginning, where caches and allocators fill. A leak is what is
-allocated and not given back, of the C library's memory and of Python's objects: the resident
-memory also has steps, as an allocator asks the system for more and keeps what was freed.
+A worker process generates through ``runtime.generator``. After a share of the time it is killed,
+and another one takes its place; from time to time it is given a request that must be refused, of
+one kind after the other (``bench.soak.bad_requests``), and its disk is full. Memory and latency are
+judged over the second process, without its beginning, where caches and allocators fill. A leak is
+what is allocated and not given back, of the C library's memory and of Python's objects: the
+resident memory also has steps, as an allocator asks the system for more and keeps what was freed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,9 +36,7 @@ from hcma_fast.bench.speed.harness.workers import Contestant, Run, Worker, worke
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, HcmaError, OutputError, UsageError
 from hcma_fast.files import write_whole
-
-if TYPE_CHECKING:
-    from hcma_fast.runtime.generator import Request
+from hcma_fast.runtime.request import Request
 
 _KILL_AT, _SETTLED = 0.15, 0.3
 """Shares: of the time, until the kill; of the second process's rounds, that are not judged"""
@@ -193,7 +190,7 @@ def load_soak(model: str, backend: str, max_batch: int, folder: str) -> Contesta
     _grow_table_of_names()
     generator = BatchGenerator(pipe, max_batch=max_batch)
     rng = np.random.default_rng(SEED)
-    bad = bad_requests(pipe.settings)
+    bad = bad_requests()
     figures: dict[str, float] = {}
     number = 0
 
@@ -244,8 +241,6 @@ def _grow_table_of_names() -> None:
 def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Request:
     """Any prompt, layout, seed, number of steps, guidance (1 too), end of the gated attention and
     rate (0 too)."""
-    from hcma_fast.runtime.generator import Request
-
     scene = int(rng.integers(_SCENES))
     changes = {
         "guidance_scale": float(rng.choice([1.0, 3.0, 7.5])),
@@ -255,17 +250,15 @@ def mixed_request(rng: np.random.Generator, settings: AlignmentSettings) -> Requ
     return Request(
         f"scene {scene}",
         Work(boxes=scene).layout,
-        int(rng.integers(2**31)),
+        seed=int(rng.integers(2**31)),
         num_inference_steps=int(rng.choice([4, 8, 12])),
         settings=settings.model_copy(update=changes),
     )
 
 
 def _reference() -> list[Request]:
-    from hcma_fast.runtime.generator import Request
-
     return [
-        Request("a dog", Work(boxes=boxes).layout, SEED + boxes, num_inference_steps=8)
+        Request("a dog", Work(boxes=boxes).layout, seed=SEED + boxes, num_inference_steps=8)
         for boxes in (0, 2, 5)
     ]
 

@@ -10,10 +10,11 @@ from typing import Any, SupportsInt
 import torch
 from torch import Tensor
 
-from hcma_fast.config import MAX_SEED, AlignmentSettings, devices_of
+from hcma_fast.config import MAX_SEED, devices_of
 from hcma_fast.errors import BackendError, InputError, Remedy, UsageError, WeightsError
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.located import Checkpoint
+from hcma_fast.runtime.request import Request, as_layout
 from hcma_fast.scalars import plain, whole_number
 from hcma_fast.seeds import seeded_generator
 
@@ -33,7 +34,7 @@ def pair_prompts(
     given = Layout.empty() if layout is None else layout
     layouts = [given] if isinstance(given, Layout) else list(_items(given, "layout", Layout))
     for item in layouts:
-        check_layout(item)
+        as_layout(item)
     if not prompts or not layouts:
         raise InputError("there is no prompt or no layout", remedy="Give at least one of each.")
     if len(prompts) == 1:
@@ -46,18 +47,6 @@ def pair_prompts(
             remedy="Give one layout per prompt, or a single one of either.",
         )
     return prompts, layouts
-
-
-def check_layout(layout: object) -> None:
-    """Raises InputError for what is no layout, or was made without a check of its boxes."""
-    if not isinstance(layout, Layout):
-        raise InputError(
-            "a layout must be a hcma_fast.Layout",
-            value=layout,
-            remedy='Write Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]]).',
-        )
-    # pydantic's model_construct checks nothing
-    Layout(layout.phrases, layout.boxes)
 
 
 def _items(given: object, kind: str, item: type) -> Iterable[Any]:
@@ -127,6 +116,27 @@ def spread_seeds(seed: Seeds, count: int) -> list[int]:
     return seeds
 
 
+def spread_requests(
+    prompt: str | Sequence[str],
+    layout: Layout | Sequence[Layout] | None,
+    negative_prompt: str | Sequence[str] | None,
+    seed: Seeds,
+    **common: Any,
+) -> list[Request]:
+    """One request per image; ``common`` is the same for all.
+
+    Raises:
+        InputError: counts do not match. Else see :class:`.Request`.
+    """
+    prompts, layouts = pair_prompts(prompt, layout)
+    negatives = spread_negatives(negative_prompt, len(prompts))
+    seeds = spread_seeds(seed, len(prompts))
+    return [
+        Request(text, boxes, seed=number, negative_prompt=negative, **common)
+        for text, boxes, number, negative in zip(prompts, layouts, seeds, negatives, strict=True)
+    ]
+
+
 def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Unit-normal latents (B, *shape) float32, drawn on the host: the same on every device."""
     return torch.stack([torch.randn(shape, generator=seeded_generator(seed)) for seed in seeds])
@@ -194,22 +204,6 @@ def next_latents(changed: object, z: Tensor) -> Tensor:
         )
     # a copy, see check_latents
     return latents.detach().to(z.device, z.dtype, copy=True)
-
-
-def override_settings(defaults: AlignmentSettings, **overrides: Any) -> AlignmentSettings:
-    """``defaults`` with every override that is not None.
-
-    Raises:
-        SettingsError: a value is out of range or not finite.
-    """
-    given = {name: value for name, value in overrides.items() if value is not None}
-    return AlignmentSettings(**{**dict(defaults), **given})
-
-
-def call_arguments(settings: AlignmentSettings) -> dict[str, Any]:
-    """All of ``settings`` that a call of the pipeline takes, by its names there."""
-    fields = settings.model_dump(exclude={"normalized", "window"})
-    return {**fields, "align_window": settings.window}
 
 
 def check_device(device: str, backend: str) -> None:

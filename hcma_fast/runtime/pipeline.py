@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
+from hcma_fast.config import BACKENDS, AlignmentSettings, SettingsChange, devices_of
 from hcma_fast.engine import Engine
-from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
+from hcma_fast.errors import BackendError, DivergenceError, UsageError
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import (
@@ -33,19 +32,13 @@ from hcma_fast.runtime.arguments import (
     check_latents,
     check_names,
     next_latents,
-    noise_from_seeds,
-    override_settings,
-    pair_prompts,
-    spread_negatives,
-    spread_seeds,
+    spread_requests,
 )
-from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.engine_room import EngineRoom, ends_step
 from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.sampling.capture import CaptureMode, check_capturable
-from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.savings import EXACT, Savings, check_savings
+from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.specs import BatchRange, GraphName
 from hcma_fast.torch_state import neutral_torch
 
@@ -302,6 +295,7 @@ class HCMAPipeline:
         lambda_global: float | None = None,
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
+        sampler: str = "plms",
         savings: Savings = EXACT,
         seed: Seeds = None,
         latents: Tensor | None = None,
@@ -315,6 +309,7 @@ class HCMAPipeline:
             guidance_scale: weight of classifier-free guidance; 1 switches it off. This,
                 grounding_beta, eta0, the lambdas and the window default to the checkpoint's own.
             eta0: rate of the alignment (Eq. 8); 0 switches it off.
+            sampler: method that removes the noise.
             savings: what to leave out in order to be faster; by default what changes no image.
             seed: one for the batch (image i uses seed + i), or one per image. An image depends
                 on its own prompt, layout and seed only, never on its batch.
@@ -328,10 +323,8 @@ class HCMAPipeline:
             DivergenceError: the settings made the latent diverge, or an image is not finite.
         """
         pixels.check_output_type(output_type)
-        check_savings(savings)
         check_callback(callback_on_step_end)
-        settings = override_settings(
-            self.settings,
+        settings = SettingsChange.of(
             guidance_scale=guidance_scale,
             grounding_beta=grounding_beta,
             eta0=eta0,
@@ -339,71 +332,47 @@ class HCMAPipeline:
             lambda_local=lambda_local,
             window=align_window,
         )
-        prompts, layouts = pair_prompts(prompt, layout)
-        batch = len(prompts)
-        negatives = spread_negatives(negative_prompt, batch)
-        seeds = spread_seeds(seed, batch) if latents is None else []
-        guided = settings.guidance_scale > 1
-        schedule = Schedule.of(num_inference_steps, settings, savings)
-        table = schedule.table
-        self.check_batch(batch, schedule.guided_steps == schedule.steps)
-        shape = tuple(int(size) for size in self.engines["align"].spec.inputs[0].shape[1:])
-        noise = (
-            noise_from_seeds(seeds, shape)
-            if latents is None
-            else check_latents(latents, (batch, *shape))
+        requests = spread_requests(
+            prompt,
+            layout,
+            negative_prompt,
+            seed if latents is None else 0,
+            sampler=sampler,
+            num_inference_steps=num_inference_steps,
+            settings=settings,
+            savings=savings,
         )
-        give_hints(self.tokenizer, self.preset, prompts, layouts)
-        conditioning = condition(
-            self.engines,
-            self.tokenizer,
-            prompts,
-            negatives if guided else None,
-            layouts,
-            self.device,
-        )
+        batch = len(requests)
+        room = self.engine_room()
+        schedule = room.schedule(requests[0])
+        room.check_batch(batch, schedule.guided_steps == schedule.steps)
+        noise = None if latents is None else check_latents(latents, (batch, *room.latent_shape))
+        room.hint(requests)
 
         def on_evaluation(k: int, z: Tensor) -> Tensor:
-            # evaluation 0 predicts what evaluation 1 corrects: not the end of a step yet
-            if k == 0 or callback_on_step_end is None:
+            if callback_on_step_end is None or not ends_step(schedule, k):
                 return z
-            step = int(table.step_index[k])
-            time = int(table.timesteps[0 if step == 0 else k])
+            step = int(schedule.table.step_index[k])
+            time = int(schedule.table.timesteps[0 if step == 0 else k])
             return next_latents(callback_on_step_end(self, step, time, {"latents": z}), z)
 
-        fused = fusable(self.engines, [schedule])
-        run = self.replay or partial(sample_fused if fused else sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None
-        z, losses = run(noise.to(self.device), conditioning, schedule, watch)
+        z, losses = room.sample(requests, [schedule] * batch, noise, watch)
         if not bool(z.isfinite().all()):
             raise DivergenceError(
                 "the latent diverged",
-                value=settings.model_dump(),
+                value=settings.over(self.settings).model_dump(),
                 remedy="Lower eta0 or guidance_scale.",
             )
         images = z if output_type == "latent" else pixels.as_type(self.decode(z), output_type)
+        seeds = [] if latents is not None else [request.seed for request in requests]
         return HCMAOutput(images, losses, seeds, z)
 
-    def check_batch(self, batch: int, guided: bool) -> None:
-        """Whether the engines take this many images at once, with guidance or without.
-
-        Raises:
-            InputError: too few or too many. UsageError: none without guidance.
-        """
-        images = self.batch_range
-        if not images.min <= batch <= images.max:
-            raise InputError(
-                f"these engines were built for batches of {images}",
-                value=batch,
-                remedy="Generate as many images at once, or build for more with --batch.",
-            )
-        if images.static and not guided:
-            raise UsageError(
-                "engines of one batch size always compute both halves of the guidance",
-                value=images.min,
-                remedy="Use a guidance_scale above 1 to the end, or build with a range such as "
-                "--batch 1:1:4.",
-            )
+    def engine_room(self, *, cached: bool = False) -> EngineRoom:
+        """What runs requests on these engines; ``cached``: see :class:`.EngineRoom`."""
+        return EngineRoom(
+            self.engines, self.tokenizer, self.info, self.device, replay=self.replay, cached=cached
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device.

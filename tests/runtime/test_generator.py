@@ -28,7 +28,8 @@ from hcma_fast.errors import (
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.cached_engine import CachedEngine
-from hcma_fast.runtime.generator import BatchGenerator, Request, group_requests
+from hcma_fast.runtime.generator import BatchGenerator, group_requests
+from hcma_fast.runtime.request import Request
 from hcma_fast.sampling.loop import Schedule
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.trajectory import evaluation_kinds
@@ -43,14 +44,21 @@ def settings(**changes: Any) -> AlignmentSettings:
     return BASE.model_copy(update=changes)
 
 
+def made(prompt: str, layout: Layout, seed: int, steps: int, **changes: Any) -> Request:
+    own = settings(**changes)
+    return Request(prompt, layout, seed=seed, num_inference_steps=steps, settings=own)
+
+
 REQUESTS = [
-    Request("a dog beside a pizza", DOG_PIZZA, 1, num_inference_steps=5),
-    Request("a cat", CAT, 2, "rain", 4, settings(eta0=1.5, lambda_local=0.3)),
-    Request("nothing", Layout.empty(), 3, "", 3, settings(guidance_scale=7.5, lambda_global=0.2)),
-    Request("a cat", CAT, 4, "", 6, settings(eta0=0.0)),
-    Request("a dog", DOG_PIZZA, 5, "", 4, settings(guidance_scale=1.0)),
-    Request("a dog", DOG_PIZZA, 6, "", 4, settings(window=(0.3, 0.8), guidance_scale=2.0)),
-    Request("a pizza", CAT, 7, "", 4, settings(grounding_beta=0.5)),
+    Request("a dog beside a pizza", DOG_PIZZA, seed=1, num_inference_steps=5),
+    made("a cat", CAT, 2, 4, eta0=1.5, lambda_local=0.3).model_copy(
+        update={"negative_prompt": "rain"}
+    ),
+    made("nothing", Layout.empty(), 3, 3, guidance_scale=7.5, lambda_global=0.2),
+    made("a cat", CAT, 4, 6, eta0=0.0),
+    made("a dog", DOG_PIZZA, 5, 4, guidance_scale=1.0),
+    made("a dog", DOG_PIZZA, 6, 4, window=(0.3, 0.8), guidance_scale=2.0),
+    made("a pizza", CAT, 7, 4, grounding_beta=0.5),
 ]
 
 
@@ -60,7 +68,7 @@ def pipe(random_components: Components) -> HCMAPipeline:
 
 
 def alone(pipe: HCMAPipeline, request: Request) -> Any:
-    chosen = request.settings or pipe.settings
+    chosen = request.settings.over(pipe.settings)
     return pipe(
         request.prompt,
         request.layout,
@@ -129,31 +137,19 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
         assert len({schedules[i].guidance_scale > 1 for i in group}) == 1
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("grounding_beta", 1.5),
-        ("grounding_beta", math.nan),
-        ("grounding_beta", "x"),
-        ("guidance_scale", 0.5),
-        ("eta0", -1.0),
-        ("eta0", math.nan),
-        ("window", (0.9, 0.1)),
+def test_settings_that_were_copied_unchecked_are_refused(pipe: HCMAPipeline) -> None:
+    for name, value in (
+        *(("grounding_beta", 1.5), ("grounding_beta", math.nan), ("grounding_beta", "x")),
+        *(("guidance_scale", 0.5), ("eta0", -1.0), ("eta0", math.nan), ("window", (0.9, 0.1))),
         ("grounding_betta", 0.2),
-    ],
-)
-def test_settings_that_were_copied_unchecked_are_refused(
-    pipe: HCMAPipeline, name: str, value: object
-) -> None:
-    with pytest.raises(SettingsError, match=name):
-        pipe.settings.model_copy(update={name: value})
-    # what pydantic does not check
-    wrong = AlignmentSettings.model_construct(**{**dict(pipe.settings), name: value})
-    object.__setattr__(wrong, name, value)
-    requests = [Request("a cat"), Request("a cat", settings=wrong)]
-    with pytest.raises(UsageError, match=name) as caught:
-        next(iter(BatchGenerator(pipe).generate(requests)))
-    assert caught.value.request == 1
+    ):
+        with pytest.raises(SettingsError, match=name):
+            pipe.settings.model_copy(update={name: value})
+        # what pydantic does not check
+        wrong = AlignmentSettings.model_construct(**{**dict(pipe.settings), name: value})
+        object.__setattr__(wrong, name, value)
+        with pytest.raises(UsageError, match=name):
+            Request("a cat", settings=wrong)
 
 
 def test_images_with_the_same_end_of_gated_attention_are_neighbours() -> None:
@@ -179,7 +175,7 @@ def test_a_failed_allocation_halves_the_batch_and_loses_nothing(
     graph: Any,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    requests = [Request("a cat", CAT, seed, num_inference_steps=2) for seed in range(9)]
+    requests = [Request("a cat", CAT, seed=seed, num_inference_steps=2) for seed in range(9)]
     expected = [alone(pipe, request) for request in requests]
     spec = pipe.engines[graph].spec
     pipe.engines = {**pipe.engines, graph: Short(random_components.graph(graph), spec)}
@@ -207,7 +203,7 @@ def test_no_memory_for_one_image_is_an_error_after_what_was_done(
 
 
 def test_a_diverged_image_is_the_only_one_that_fails(pipe: HCMAPipeline) -> None:
-    requests = [REQUESTS[0], Request("a cat", CAT, 2, "", 5, settings(eta0=1e38)), REQUESTS[2]]
+    requests = [REQUESTS[0], made("a cat", CAT, 2, 5, eta0=1e38), REQUESTS[2]]
     results = {r.index: r for r in BatchGenerator(pipe).generate(requests)}
     assert results[0].batch_size == 3
     assert results[0].error is None and results[2].error is None
@@ -219,22 +215,59 @@ def test_a_diverged_image_is_the_only_one_that_fails(pipe: HCMAPipeline) -> None
     assert relative(results[0].latent, expected.latents[0]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    ("bad", "error", "problem"),
-    [
-        (Request("a " * 80, CAT), InputError, "this prompt has 82 tokens"),
-        (Request("a", CAT, negative_prompt="b " * 80), InputError, "negative prompt has 82"),
-        (Request("a", Layout(["zqxj" * 40], [[0, 0, 1, 1]])), InputError, "this phrase has"),
-        (Request(["a", "b"], CAT), InputError, "must be a string"),  # type: ignore[arg-type]
-        (Request("a", None), InputError, "must be a hcma_fast.Layout"),  # type: ignore[arg-type]
-        (Request("a", CAT, num_inference_steps=1), UsageError, "steps"),
-        (Request("a", CAT, seed=-1), InputError, "seed"),
-        (Request("a", CAT, settings=settings(normalized=True)), UsageError, "normalised"),
-    ],
-)
+BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"prompt": "a " * 80}, InputError, "this prompt has 82 tokens"),
+    ({"negative_prompt": "b " * 80}, InputError, "negative prompt has 82"),
+    ({"layout": Layout(["zqxj" * 40], [[0, 0, 1, 1]])}, InputError, "this phrase has"),
+    ({"settings": settings(normalized=True)}, UsageError, "normalised"),
+]
+
+
+def test_what_is_no_request_is_refused_when_it_is_made() -> None:
+    wrong: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"prompt": ["a", "b"]}, InputError, "must be a string"),
+        ({"negative_prompt": 3}, InputError, "must be a string"),
+        ({"layout": None}, InputError, "must be a hcma_fast.Layout"),
+        ({"layout": {"phrases": ["a"], "boxes": [[0, 0, 2, 1]]}}, InputError, "leaves the image"),
+        ({"num_inference_steps": 1}, UsageError, "from 2 to 999"),
+        ({"num_inference_steps": 4.5}, UsageError, "whole number"),
+        ({"seed": -1}, InputError, "seed"),
+        ({"seed": "1"}, InputError, "seed"),
+        ({"settings": 3}, UsageError, "AlignmentSettings"),
+        ({"settings": {"eta0": -1}}, SettingsError, "eta0"),
+        ({"settings": {"eta": 1}}, SettingsError, "eta"),
+        ({"savings": 3}, UsageError, "Savings"),
+        ({"savings": {"align_every": 0}}, SettingsError, "align_every"),
+        ({"sampler": "magic"}, SettingsError, "sampler"),
+        ({"stepps": 3}, SettingsError, "stepps"),
+    ]
+    for change, error, words in wrong:
+        with pytest.raises(error, match=words):
+            Request(**{"prompt": "a", "layout": CAT, **change})
+
+
+def test_a_request_changes_what_it_says_and_survives_json(pipe: HCMAPipeline) -> None:
+    request = Request("a cat", CAT, seed=3.0, settings={"eta0": 2, "window": [0.2, 0.4]})
+    assert request.settings.given == {"eta0": 2.0, "window": (0.2, 0.4)}
+    assert request.settings.over(BASE) == settings(eta0=2.0, window=(0.2, 0.4))
+    assert Request.model_validate_json(request.model_dump_json()) == request
+    assert request != request.model_copy(update={"settings": {"eta0": 2}})
+    full = request.resolved(BASE)
+    assert full.settings.given == dict(settings(eta0=2.0, window=(0.2, 0.4)))
+    assert full.resolved(AlignmentSettings()) == full
+    # an AlignmentSettings says everything, one that was left out nothing
+    assert Request("a", settings=BASE).settings.over(AlignmentSettings(eta0=9.0)) == BASE
+    assert Request("a").settings.over(BASE) == Request("a", settings=None).settings.over(BASE)
+    # of equal requests the plan is made once
+    room = pipe.engine_room()
+    assert len({id(schedule) for schedule in room.plan([Request("a"), Request("b")])}) == 1
+
+
+@pytest.mark.parametrize(("change", "error", "problem"), BAD)
 def test_an_impossible_request_is_refused_before_any_work(
-    pipe: HCMAPipeline, bad: Request, error: type[Exception], problem: str
+    pipe: HCMAPipeline, change: dict[str, Any], error: type[Exception], problem: str
 ) -> None:
+    bad = Request(**{"prompt": "a", "layout": CAT, **change})
     calls: list[str] = []
 
     class Watched:
@@ -339,19 +372,16 @@ class Deferred:
     def __init__(self, generator: BatchGenerator, fails_at: tuple[int, ...]) -> None:
         self.events: list[str] = []
         self.started, self.fails_at = 0, fails_at
-        self.sampler, self.pipe = generator._sampler, generator.pipe
+        self.sample, self.pipe = generator._room.sample, generator.pipe
         own: Any = generator
-        own._sampler, own._decode, own._decoder = self, self.wait_later, object()
+        own._room.sample, own._decode, own._decoder = self, self.wait_later, object()
 
-    def __call__(self, z: Tensor, *given: Any) -> Any:
+    def __call__(self, requests: Any, *given: Any, **more: Any) -> Any:
         self.started += 1
-        self.events.append(f"start {len(z)}")
+        self.events.append(f"start {len(requests)}")
         if self.started in self.fails_at:
             raise DeviceMemoryError("out of memory", remedy="Generate fewer images at once.")
-        return self.sampler(z, *given)
-
-    def clear(self) -> None:
-        self.sampler.clear()
+        return self.sample(requests, *given, **more)
 
     def wait_later(self, z: Tensor) -> Any:
         finite = z.isfinite().flatten(1).all(1)
@@ -364,7 +394,7 @@ def test_a_batch_is_waited_for_when_the_next_one_has_started(
     pipe: HCMAPipeline, fails_at: tuple[int, ...]
 ) -> None:
     """On a GPU; and where the next finds no memory, it is tried again once this one is done."""
-    requests = [Request("a cat", CAT, seed, num_inference_steps=3) for seed in range(4)]
+    requests = [Request("a cat", CAT, seed=seed, num_inference_steps=3) for seed in range(4)]
     generator = BatchGenerator(pipe, max_batch=2)
     deferred = Deferred(generator, fails_at)
     results = list(generator.generate(requests))

@@ -13,8 +13,9 @@ from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import PRESETS
 from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.runtime import hints
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator
 from hcma_fast.runtime.hints import give_hints, mentions, vocabulary
+from hcma_fast.runtime.request import Request
 from hcma_fast.train.data.emoji_scenes import BACKGROUNDS, CATEGORY_NAMES, sample_scene
 
 DOG = Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]])

@@ -24,7 +24,8 @@ from hcma_fast.errors import (
 )
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator
+from hcma_fast.runtime.request import Request
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
 CAT = Layout(["cat"], [[0.2, 0.1, 0.8, 0.7]])
@@ -37,7 +38,7 @@ def pipe(random_components: Components) -> HCMAPipeline:
 
 
 def test_public_names() -> None:
-    assert set(hcma_fast.__all__) == {"HCMAPipeline", "Layout", "__version__"}
+    assert set(hcma_fast.__all__) == {"HCMAPipeline", "Layout", "Request", "Result", "__version__"}
     assert hcma_fast.__version__.count(".") == 2
     with pytest.raises(AttributeError, match="nothing"):
         hcma_fast.nothing  # noqa: B018
@@ -255,7 +256,7 @@ def test_pixels_that_are_not_finite_are_an_error(random_checkpoint: Path, value:
     # nothing is decoded
     assert torch.equal(pipe(["a dog", "a cat"], CAT, seed=0, **FEW).latents, good)
     # of many requests the one alone
-    requests = [Request("a dog", CAT, seed, num_inference_steps=2) for seed in range(2)]
+    requests = [Request("a dog", CAT, seed=seed, num_inference_steps=2) for seed in range(2)]
     fine, faulty = BatchGenerator(pipe, max_batch=2).generate(requests)
     assert fine.error is None and fine.image is not None
     assert isinstance(faulty.error, DivergenceError) and faulty.image is None
@@ -312,6 +313,6 @@ def test_numbers_may_be_numpys(pipe: HCMAPipeline) -> None:
             output_type="latent",
         )
         assert torch.equal(found.images, plain) and found.seeds == [3]
-    request = Request("a dog", CAT, np.int64(3), num_inference_steps=np.int64(4))  # type: ignore[arg-type]
+    request = Request("a dog", CAT, seed=np.int64(3), num_inference_steps=np.int64(4))
     (result,) = BatchGenerator(pipe, max_batch=np.int64(2)).generate([request])  # type: ignore[arg-type]
     assert result.error is None

@@ -17,7 +17,8 @@ from hcma_fast.export.build import build
 from hcma_fast.export.manifest import load_manifest
 from hcma_fast.export.target import Target
 from hcma_fast.models.checkpoint.folder import load_components
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator
+from hcma_fast.runtime.request import Request
 
 CAT = Layout(["cat"], [[0.1, 0.1, 0.7, 0.9]])
 
@@ -63,7 +64,7 @@ def call(pipe: HCMAPipeline, **more: Any) -> list[torch.Tensor]:
 
 
 def batch(pipe: HCMAPipeline) -> list[torch.Tensor]:
-    requests = [Request("a cat", CAT, seed, num_inference_steps=3) for seed in (3, 4)]
+    requests = [Request("a cat", CAT, seed=seed, num_inference_steps=3) for seed in (3, 4)]
     return [result.latent for result in BatchGenerator(pipe, max_batch=1).generate(requests)]
 
 

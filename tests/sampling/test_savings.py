@@ -13,7 +13,8 @@ from hcma_fast.config import AlignmentSettings
 from hcma_fast.engine import Engine
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.generator import BatchGenerator, Request
+from hcma_fast.runtime.generator import BatchGenerator
+from hcma_fast.runtime.request import Request
 from hcma_fast.sampling.loop import Schedule
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings, parse_savings
@@ -227,7 +228,7 @@ def test_requests_with_savings_share_batches_and_equal_themselves_alone(
         Savings(skip_closed_gate=False),
     ]
     requests = [
-        Request("ab", LAYOUT, i, num_inference_steps=5, settings=settings, savings=some)
+        Request("ab", LAYOUT, seed=i, num_inference_steps=5, settings=settings, savings=some)
         for i, some in enumerate(savings)
     ]
     results = {r.index: r for r in BatchGenerator(pipe, max_batch=4).generate(requests)}

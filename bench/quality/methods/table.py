@@ -20,13 +20,14 @@ from hcma_fast.bench.quality.methods.boxdiff import BoxDiff
 from hcma_fast.bench.quality.methods.guidance import GuidanceEngine, Guide
 from hcma_fast.bench.quality.methods.layout_guidance import LayoutGuidance
 from hcma_fast.bench.quality.methods.targets import Target, find_targets
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.config import AlignmentSettings, SettingsChange
 from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.arguments import call_arguments, override_settings
+from hcma_fast.runtime.generator import BatchGenerator
 from hcma_fast.runtime.pipeline import HCMAPipeline
+from hcma_fast.runtime.request import Request
 from hcma_fast.specs import GRAPH_NAMES, GraphName
 
 #: without the gated layers, on the caption alone: Stable Diffusion
@@ -123,7 +124,7 @@ class Method:
         Raises:
             UsageError: a value is out of range.
         """
-        return override_settings(defaults, **self.overrides)
+        return SettingsChange(**self.overrides).over(defaults)
 
     def check(
         self, items: Sequence[EvalItem], tokenizer: CLIPTokenizer, defaults: AlignmentSettings
@@ -237,24 +238,31 @@ class Runner:
             device=self.pipe.device,
         )
         start = time.perf_counter()
-        output = pipe(
-            [item.prompt for item in items],
-            [item.layout if method.grounded else Layout.empty() for item in items],
-            num_inference_steps=steps,
-            seed=list(seeds),
-            negative_prompt=[item.negative_prompt for item in items],
-            **call_arguments(settings),
+        results = BatchGenerator(pipe, max_batch=len(items), cached=False).run(
+            [
+                Request(
+                    item.prompt,
+                    item.layout if method.grounded else Layout.empty(),
+                    seed=seed,
+                    negative_prompt=item.negative_prompt,
+                    num_inference_steps=steps,
+                    settings=settings,
+                )
+                for item, seed in zip(items, seeds, strict=True)
+            ]
         )
-        images = [np.asarray(image) for image in output.images]
+        images = [np.asarray(result.image) for result in results]
         seconds = time.perf_counter() - start
-        losses: list[list[float | None]] = [[] for _ in items]
-        for entry in output.losses:
-            for row, item in enumerate(items):
-                total = float(entry.loss_global[row]) * settings.lambda_global
+        losses: list[list[float | None]] = []
+        for result, item in zip(results, items, strict=True):
+            totals = []
+            for entry in result.losses:
+                total = float(entry.loss_global) * settings.lambda_global
                 if not method.guided and len(item.layout):
-                    local = float(entry.loss_local[row, : len(item.layout)].mean())
+                    local = float(entry.loss_local[: len(item.layout)].mean())
                     total += settings.lambda_local * local
-                losses[row].append(None if math.isnan(total) else total)
+                totals.append(None if math.isnan(total) else total)
+            losses.append(totals)
         passes = unet.passes if unet is not None else None
         return Generated(
             images,
@@ -262,5 +270,5 @@ class Runner:
             seconds,
             unet_forward=passes.forward / len(items) if passes else 0,
             unet_backward=passes.backward / len(items) if passes else 0,
-            aligner_passes=0 if method.guided else len(output.losses),
+            aligner_passes=0 if method.guided else len(results[0].losses),
         )

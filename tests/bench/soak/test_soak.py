@@ -21,10 +21,10 @@ from hcma_fast.bench.soak.report import SoakReport, drift, slope_per_hour
 from hcma_fast.bench.soak.soak import check_full_disk, load_soak, soak
 from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.cli.bench.suites import soak_text
-from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.generator import BatchGenerator, Request, Result
+from hcma_fast.runtime.generator import BatchGenerator
+from hcma_fast.runtime.request import Request, Result
 
 
 def test_a_leak_has_a_slope_whose_interval_leaves_out_nought() -> None:
@@ -188,8 +188,7 @@ def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
         check_full_disk(lambda file: file.write(b"x"), path)
 
 
-SETTINGS = AlignmentSettings()
-KINDS = {bad.what: bad for bad in bad_requests(SETTINGS)}
+KINDS = {bad.what: bad for bad in bad_requests()}
 
 
 @pytest.mark.parametrize("what", KINDS)
@@ -213,7 +212,7 @@ def test_a_bad_request_that_is_taken_is_found_out(
     good, generate = [Request("a", num_inference_steps=2)], generator.generate
     # an image of something else in place of each
     monkeypatch.setattr(generator, "generate", lambda given: generate(good * len(given)))
-    for what in ("prompt too long", "negative seed", "latent that diverges"):
+    for what in ("prompt too long", "negative prompt too long", "latent that diverges"):
         with pytest.raises(HcmaError, match=rf"not refused as it must be \({what}\)"):
             check_refused(generator, good, KINDS[what])
 
