@@ -10,7 +10,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hcma_fast.cli.options import precision_name
+from hcma_fast.cli.options import Aligner, Checkpoint, json_option, precision_option
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import check_backend
 from hcma_fast.errors import EngineError, UsageError
@@ -26,16 +26,9 @@ _MIB = 2**20
 
 def build(
     *,
-    model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
+    model: Checkpoint = "tiny",
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            callback=precision_name,
-            help="float32, float16 or bfloat16.",
-            show_default="float32, or what the backend has",
-        ),
-    ] = None,
+    precision: Annotated[str | None, precision_option("float32, or what the backend has")] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -83,12 +76,7 @@ def build(
     out: Annotated[
         Path | None, typer.Option(help="Engine folder.", show_default="one in the user's cache")
     ] = None,
-    aligner: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
-        ),
-    ] = None,
+    aligner: Aligner = None,
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
@@ -109,9 +97,7 @@ def build(
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine folder, or build a cached one again.")
     ] = False,
-    json_: Annotated[
-        bool, typer.Option("--json", help="Print a JSON report instead of the folder.")
-    ] = False,
+    json_: Annotated[bool, json_option("the folder")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be built; write nothing.")
     ] = False,

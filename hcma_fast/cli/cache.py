@@ -9,7 +9,7 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hcma_fast.cli.options import PLAIN_HELP
+from hcma_fast.cli.options import PLAIN_HELP, AsTable
 from hcma_fast.cli.output import print_json, print_note, stderr
 from hcma_fast.config import cache_root
 
@@ -24,7 +24,7 @@ cache_app = typer.Typer(
 
 @cache_app.command("list")
 def list_(
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_: AsTable = False,
 ) -> None:
     """Show every engine folder in the cache, and if it can still be used."""
     from hcma_fast.export.cache import list_cache

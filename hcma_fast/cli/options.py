@@ -1,6 +1,15 @@
-"""Words that several commands take, and how their help looks."""
+"""Options that several commands take, each defined once, and how their help looks."""
 
 from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hcma_fast.cli.request_options import field_option
+from hcma_fast.config import BACKENDS
+from hcma_fast.runtime.request import Request
 
 #: typer's rich_markup_mode. Its boxes leave a text 18 of 80 columns, and lose words in brackets
 PLAIN_HELP: None = None
@@ -21,3 +30,37 @@ def precision_name(given: str | None) -> str | None:
     A callback of typer's options.
     """
     return _PRECISIONS.get(given, given) if given else given
+
+
+def precision_option(default: str) -> typer.models.OptionInfo:
+    """An option for a precision, by either of its names; ``default`` in words."""
+    found: typer.models.OptionInfo = typer.Option(
+        callback=precision_name, help="float32, float16 or bfloat16.", show_default=default
+    )
+    return found
+
+
+def json_option(instead: str) -> typer.models.OptionInfo:
+    """The switch for JSON on stdout ``instead`` of what people read."""
+    found: typer.models.OptionInfo = typer.Option("--json", help=f"JSON instead of {instead}.")
+    return found
+
+
+DEFAULT_STEPS: int = Request.model_fields["num_inference_steps"].default
+Steps = Annotated[int, field_option("num_inference_steps")]
+FirstSeed = Annotated[int, field_option("seed")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images that are computed at once.")]
+Backend = Annotated[str, typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.")]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")]
+Checkpoint = Annotated[str, typer.Option(help="Preset, folder or hub id.")]
+Model = Annotated[str, typer.Option(help="Preset, folder, hub id or engine folder.")]
+Aligner = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of the aligner, for a model that has none.", show_default="the model's own"
+    ),
+]
+AsTable = Annotated[bool, json_option("a table")]
+AsTables = Annotated[bool, json_option("tables")]
+AsText = Annotated[bool, json_option("text")]
+AsMarkdown = Annotated[bool, json_option("Markdown")]

@@ -126,14 +126,14 @@ class Request(Settings):
     """
 
     prompt: Annotated[str, BeforeValidator(_text)] = Field(description="Caption of the image.")
+    negative_prompt: Annotated[str, BeforeValidator(_text), Asked(default="nothing")] = Field(
+        "", description="What the image should not show."
+    )
     layout: Annotated[Layout, BeforeValidator(as_layout), NO_OPTION] = Field(
         _NO_BOXES, description="Phrases and their boxes."
     )
     seed: Annotated[int, BeforeValidator(_seed), Asked(default="random")] = Field(
         0, ge=0, le=MAX_SEED, description="Seed of the first image; the others count up."
-    )
-    negative_prompt: Annotated[str, BeforeValidator(_text), Asked(default="nothing")] = Field(
-        "", description="What the image should not show."
     )
     sampler: Literal["plms"] = Field("plms", description="Method that removes the noise.")
     num_inference_steps: Annotated[int, BeforeValidator(_steps), Asked("--steps")] = Field(

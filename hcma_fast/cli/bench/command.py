@@ -14,7 +14,17 @@ from rich.progress import Progress, TaskID
 from hcma_fast.cli.bench.limits import roofline
 from hcma_fast.cli.bench.savings import savings
 from hcma_fast.cli.bench.suites import compare, run, show, soak
-from hcma_fast.cli.options import PLAIN_HELP
+from hcma_fast.cli.options import (
+    DEFAULT_STEPS,
+    PLAIN_HELP,
+    AsMarkdown,
+    AsTable,
+    Backend,
+    BatchSize,
+    FirstSeed,
+    Model,
+    Steps,
+)
 from hcma_fast.cli.output import (
     BuildProgress,
     counting_bar,
@@ -23,7 +33,7 @@ from hcma_fast.cli.output import (
     stderr,
     write_file,
 )
-from hcma_fast.config import BACKENDS, PRESETS
+from hcma_fast.config import PRESETS
 from hcma_fast.errors import HcmaError, UsageError
 
 if TYPE_CHECKING:
@@ -52,12 +62,12 @@ def speed(
             metavar="NAME", help="What to compare; repeat it.", show_default="eager, onnxruntime"
         ),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    steps: Steps = DEFAULT_STEPS,
+    batch: BatchSize = 1,
     rounds: Annotated[int, typer.Option(min=1, help="Timed runs of each.")] = 5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     memory: Annotated[bool, typer.Option(help="Also measure generate's peak memory.")] = True,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_: AsTable = False,
 ) -> None:
     """Time a plain diffusers loop and the pipeline in turns, on the same weights and seed.
 
@@ -90,13 +100,13 @@ def speed(
 
 @bench_app.command(short_help="Count the boxes in which the judge sees what was asked for.")
 def quality(
-    model: Annotated[str, typer.Option(help="Preset, folder or engine folder.")] = "tiny",
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    model: Model = "tiny",
+    backend: Backend = "onnxruntime",
     count: Annotated[int, typer.Option(min=1, help="Layouts, an image each.")] = 300,
     split: Annotated[str, typer.Option(help="Split of EmojiScenes: test or val.")] = "test",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 10,
+    seed: FirstSeed = 0,
+    steps: Steps = DEFAULT_STEPS,
+    batch_size: BatchSize = 10,
     min_side: Annotated[
         float, typer.Option(min=0, max=1, help="Smallest side of a large box, of the image's.")
     ] = 0.25,
@@ -126,7 +136,7 @@ def quality(
     grid: Annotated[
         Path | None, typer.Option(help="PNG for a contact sheet; one per setting.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_: AsTable = False,
 ) -> None:
     """Generate a split's layouts and count the boxes in which the judge sees what was asked for."""
     from hcma_fast.bench.quality.evaluate import evaluate
@@ -226,7 +236,7 @@ def kernels(
     markdown: Annotated[
         Path | None, typer.Option(help="Also write the report as a page of Markdown.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
+    json_: AsMarkdown = False,
 ) -> None:
     """Registers, spills, shared memory and bytes of the Triton kernels, per GPU architecture."""
     from hcma_fast.bench.estimates.kernel_resources import kernels_markdown, offline_table

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hcma_fast.cli.options import precision_name
+from hcma_fast.cli.options import DEFAULT_STEPS, AsTables, Steps, precision_option
 from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.config import MAX_OBJECTS
 
@@ -26,17 +26,13 @@ def roofline(
     batch: Annotated[str, typer.Option(help="Images at once, with commas.")] = "1,4,16",
     precision: Annotated[
         str | None,
-        typer.Option(
-            callback=precision_name,
-            help="float16, bfloat16 or float32.",
-            show_default="float16, or the engine folder's",
-        ),
+        precision_option("float16, or the engine folder's"),
     ] = None,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
+    steps: Steps = DEFAULT_STEPS,
     boxes: Annotated[
         int, typer.Option(min=0, max=MAX_OBJECTS, help="Boxes per image, a phrase each.")
     ] = 2,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    json_: AsTables = False,
 ) -> None:
     """Estimate the least time on a GPU, by counted operations and bytes and published peak rates.
 

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hcma_fast.cli.options import (
+    DEFAULT_STEPS,
+    AsTable,
+    Backend,
+    BatchSize,
+    FirstSeed,
+    Model,
+    Steps,
+)
 from hcma_fast.cli.output import BuildProgress, counting_bar, print_json
-from hcma_fast.config import BACKENDS
 from hcma_fast.sampling.savings import Savings, parse_savings
 
 if TYPE_CHECKING:
@@ -16,8 +24,8 @@ if TYPE_CHECKING:
 
 
 def savings(
-    model: Annotated[str, typer.Option(help="Preset, folder or engine folder.")] = "tiny",
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    model: Model = "tiny",
+    backend: Backend = "onnxruntime",
     saving: Annotated[
         list[str] | None,
         typer.Option(
@@ -28,10 +36,10 @@ def savings(
         ),
     ] = None,
     count: Annotated[int, typer.Option(min=1, help="Layouts, an image each and row.")] = 300,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 10,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    seed: FirstSeed = 0,
+    steps: Steps = DEFAULT_STEPS,
+    batch_size: BatchSize = 10,
+    json_: AsTable = False,
 ) -> None:
     """Draw the same images without and with each approximate saving, in turns.
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from hcma_fast.cli.options import AsTable, AsTables, AsText, BatchSize
 from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
 from hcma_fast.files import read_json
@@ -63,7 +64,7 @@ def run(
         bool,
         typer.Option("--resume", help="Go on after the last finished round in --out."),
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
+    json_: AsTables = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of tables.")] = False,
 ) -> None:
     """Run suites: cases side by side and in turns, each in a process of its own.
@@ -240,7 +241,7 @@ def compare(
     threshold: Annotated[
         float, typer.Option(help="Ratio of the medians, new over old, that is too slow.")
     ] = 1.1,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_: AsTable = False,
 ) -> None:
     """Compare two results row by row, with intervals; ends with an error if a row became slower.
 
@@ -268,9 +269,9 @@ def soak(
     minutes: Annotated[float, typer.Option(help="How long.")] = 20,
     model: Annotated[str, typer.Option(help="Preset or folder.")] = "tiny",
     backend: Annotated[str, typer.Option(help="What generates.")] = "onnxruntime",
-    max_batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 4,
+    max_batch: BatchSize = 4,
     out: Annotated[Path | None, typer.Option(help="JSON file for the report.")] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    json_: AsText = False,
 ) -> None:
     """Mixed requests for a long time, with bad ones, a full disk and a killed process among them.
 

@@ -17,6 +17,17 @@ from hcma_fast.cli.eval.inputs import (
     choose_items,
     leave_out_too_few,
 )
+from hcma_fast.cli.options import (
+    DEFAULT_STEPS,
+    Aligner,
+    AsMarkdown,
+    Backend,
+    BatchSize,
+    Checkpoint,
+    Device,
+    FirstSeed,
+    Steps,
+)
 from hcma_fast.cli.output import (
     BuildProgress,
     counting_bar,
@@ -25,7 +36,6 @@ from hcma_fast.cli.output import (
     print_note,
     write_file,
 )
-from hcma_fast.config import BACKENDS, PRESETS
 from hcma_fast.errors import BackendError, OutputError, UsageError
 
 if TYPE_CHECKING:
@@ -47,17 +57,10 @@ def evaluate(
             show_default="gligen, hcma",
         ),
     ] = None,
-    model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, a folder or hub id.")] = "tiny",
-    aligner: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
-        ),
-    ] = None,
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
-    device: Annotated[
-        str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")
-    ] = None,
+    model: Checkpoint = "tiny",
+    aligner: Aligner = None,
+    backend: Backend = "onnxruntime",
+    device: Device = None,
     data: Annotated[
         str,
         typer.Option(
@@ -83,9 +86,9 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a file all"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
+    seed: FirstSeed = 0,
+    steps: Steps = DEFAULT_STEPS,
+    batch_size: BatchSize = 1,
     attention_factor: Annotated[
         int | None,
         typer.Option(
@@ -152,7 +155,7 @@ def evaluate(
     force: Annotated[
         bool, typer.Option("--force", help="Replace reports, exports, and images of another run.")
     ] = False,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of Markdown.")] = False,
+    json_: AsMarkdown = False,
 ) -> None:
     """Compare methods on the same captions, layouts, seeds and steps.
 

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from hcma_fast.box_lists import SHARES, BoxNotation
-from hcma_fast.cli.generate.jobs import Job, check_outputs, parse_request, read_requests
+from hcma_fast.box_lists import BoxNotation
+from hcma_fast.cli.generate.jobs import Job, check_outputs
+from hcma_fast.cli.generate.lines import Line, read_lines
 from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline, render
-from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
-from hcma_fast.cli.options import precision_name
+from hcma_fast.cli.generate.sidecar import read_sidecar
+from hcma_fast.cli.options import Aligner, BatchSize, json_option, precision_option
 from hcma_fast.cli.output import output_folder, print_json, print_note
-from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED, check_backend
+from hcma_fast.cli.request_options import request_options, request_values, with_request_options
+from hcma_fast.config import BACKENDS, GRAD_BACKENDS, check_backend
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.sampling.savings import parse_savings
+from hcma_fast.runtime.request import Request
 
 _DEFAULT_BACKEND = "onnxruntime"
-_DEFAULT_STEPS = 50
-_OWN = "the model's own"
+_FIELDS = ", ".join(name for name in Request.model_fields if name not in ("prompt", "layout"))
 
 
-def generate(
+def _generate(
     *,
-    prompt: Annotated[str | None, typer.Option(help="Caption of the image.")] = None,
+    request_type: type[Request],
     box: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,14 +59,14 @@ def generate(
         typer.Option(
             "--input",
             help="JSONL file (a line per image) or JSON array: prompt, and if wanted phrases, "
-            "boxes, seed, negative_prompt, id, box_format, box_units, box_size.",
+            f"boxes, id, box_format, box_units, box_size, {_FIELDS}.",
         ),
     ] = None,
     from_sidecar: Annotated[
         Path | None,
         typer.Option(
-            help="Make the image of this sidecar (.json) again, into --out like any other; all "
-            "settings are the sidecar's."
+            help="Reproduce an image from its sidecar (.json), into --out; all settings are the "
+            "sidecar's."
         ),
     ] = None,
     allow_download: Annotated[
@@ -79,12 +80,7 @@ def generate(
         str | None,
         typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
     ] = None,
-    aligner: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the aligner, for a model that has none.", show_default="the model's own"
-        ),
-    ] = None,
+    aligner: Aligner = None,
     backend: Annotated[
         str | None,
         typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
@@ -102,12 +98,7 @@ def generate(
             help="cpu or cuda.", show_default="cuda for TensorRT and engines built for it, else cpu"
         ),
     ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option(
-            callback=precision_name, help="float32, float16 or bfloat16.", show_default="float32"
-        ),
-    ] = None,
+    precision: Annotated[str | None, precision_option("float32")] = None,
     grad_backend: Annotated[
         str | None,
         typer.Option(
@@ -123,67 +114,11 @@ def generate(
             show_default="no",
         ),
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            max=MAX_SEED,
-            help="Seed of the first image; the others count up.",
-            show_default="random",
-        ),
-    ] = None,
     num_images: Annotated[
         int | None,
         typer.Option(min=1, help="Images per prompt, seeds counting up.", show_default="1"),
     ] = None,
-    steps: Annotated[
-        int | None, typer.Option(min=2, max=999, help="Sampling steps.", show_default="50")
-    ] = None,
-    guidance_scale: Annotated[
-        float | None,
-        typer.Option(min=1, help="Weight of the guidance; 1 switches it off.", show_default=_OWN),
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What the image should not show.", show_default="nothing")
-    ] = None,
-    eta0: Annotated[
-        float | None,
-        typer.Option(min=0, help="Rate of the alignment; 0 switches it off.", show_default=_OWN),
-    ] = None,
-    align_window: Annotated[
-        tuple[float, float] | None,
-        typer.Option(
-            metavar="START END",
-            help="When the alignment acts, in shares of the steps: 0.4 0.7.",
-            show_default=_OWN,
-        ),
-    ] = None,
-    grounding_beta: Annotated[
-        float | None,
-        typer.Option(
-            min=0, max=1, help="Share of the steps that see the boxes.", show_default=_OWN
-        ),
-    ] = None,
-    lambda_global: Annotated[
-        float | None,
-        typer.Option(min=0, help="Weight of the caption's alignment.", show_default=_OWN),
-    ] = None,
-    lambda_local: Annotated[
-        float | None,
-        typer.Option(min=0, help="Weight of the boxes' alignment.", show_default=_OWN),
-    ] = None,
-    saving: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="NAME=VALUE",
-            help="Faster, for an approximate image: align_every=2, guidance_end=0.8, "
-            "latent_dtype=bfloat16; repeat it. Slower, for the same image, to check the exact "
-            "ones: skip_idle_alignment=false, contexts_once=false, skip_closed_gate=false (the "
-            "last changes nothing where --grounding-beta is 1).",
-            show_default="none, exact",
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that are computed at once.")] = 4,
+    batch_size: BatchSize = 4,
     overlay: Annotated[
         bool, typer.Option("--overlay", help="Also write a picture with the boxes drawn in.")
     ] = False,
@@ -199,40 +134,29 @@ def generate(
             "settings: to go on after an interruption.",
         ),
     ] = False,
-    json_: Annotated[
-        bool, typer.Option("--json", help="Print a JSON report instead of the paths.")
-    ] = False,
+    json_: Annotated[bool, json_option("the paths")] = False,
+    **arguments: Any,
 ) -> None:
     """Generate images; each gets a JSON sidecar with all that is needed to make it again.
 
     Prints one path per line. The model's own settings are those of its hcma.json.
     """
-    overrides: dict[str, Any] = {
-        "guidance_scale": guidance_scale,
-        "eta0": eta0,
-        "window": align_window,
-        "grounding_beta": grounding_beta,
-        "lambda_global": lambda_global,
-        "lambda_local": lambda_local,
+    options = request_values(arguments, request_type)
+    prompt = options.pop("prompt", None)
+    given = {
+        option.flag: arguments[option.name]
+        for option in request_options(request_type)
+        if option.name != "prompt"
     }
     _check_combination(
         {"--prompt": prompt, "--input": input_, "--from-sidecar": from_sidecar},
         boxes={"--box": box, "--layout": layout},
         others={
-            "--seed": seed,
             "--num-images": num_images,
-            "--steps": steps,
-            "--negative-prompt": negative_prompt,
             "--box-format": box_format,
             "--box-units": box_units,
             "--box-size": box_size,
-            "--eta0": eta0,
-            "--align-window": align_window,
-            "--guidance-scale": guidance_scale,
-            "--grounding-beta": grounding_beta,
-            "--lambda-global": lambda_global,
-            "--lambda-local": lambda_local,
-            "--saving": saving,
+            **given,
         },
     )
     if allow_download and from_sidecar is None:
@@ -240,57 +164,49 @@ def generate(
             "--allow-download goes with --from-sidecar",
             remedy="Leave it out: a hub id that you give as --model is fetched anyway.",
         )
-    savings = parse_savings(saving or ())
-    original = read_sidecar(from_sidecar) if from_sidecar else None
+    # checked once, before a file is read
+    checked = request_type("", **options)
+    options = {name: getattr(checked, name) for name in options}
+    original = read_sidecar(from_sidecar, request_type) if from_sidecar else None
     if original is not None:
-        jobs = [_job_of(original)]
+        origin = original.origin
+        jobs = [Job(Path(origin.image).stem, original.request)]
         plan = Plan(
-            model=model or original.model,
-            aligner=aligner or (Path(original.aligner) if original.aligner else None),
-            backend=backend or (None if is_engine_folder(model or "") else original.backend),
-            device=device or (original.device if backend in (None, original.backend) else None),
-            precision=precision or original.precision,
-            steps=original.num_inference_steps,
-            overrides=original.settings.model_dump(exclude={"normalized"}),
-            grad_backend=grad_backend or original.grad_backend,
-            cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
-            savings=original.savings,
+            model=model or origin.model,
+            aligner=aligner or (Path(origin.aligner) if origin.aligner else None),
+            backend=backend or (None if is_engine_folder(model or "") else origin.backend),
+            device=device or (origin.device if backend in (None, origin.backend) else None),
+            precision=precision or origin.precision,
+            grad_backend=grad_backend or origin.grad_backend,
+            cuda_graphs=origin.cuda_graphs if cuda_graphs is None else cuda_graphs,
             verify_key=verify_key,
             offline=model is None and not allow_download,
         )
     else:
         notation = BoxNotation(box_format or "xyxy", box_units or "share", box_size)
         if input_ is not None:
-            requests = read_requests(input_)
+            lines = read_lines(input_)
         else:
-            given = _read_layout(box or [], layout, notation)
-            notation = SHARES
-            fields = {"phrases": list(given.phrases), "boxes": [list(b) for b in given.boxes]}
-            requests = [("", parse_request({"prompt": prompt, **fields}))]
+            lines = [Line({"prompt": prompt, "layout": _read_layout(box or [], layout, notation)})]
         jobs = [
             job
-            for where, request in requests
-            for job in request.jobs(
+            for line in lines
+            for job in line.jobs(
+                options,
                 num_images=num_images or 1,
-                seed=seed,
-                negative=negative_prompt or "",
-                where=where,
                 notation=notation,
+                request_type=request_type,
             )
         ]
         name = model or "tiny"
-        fallback = None if is_engine_folder(name) else _DEFAULT_BACKEND
         plan = Plan(
             name,
             aligner,
-            backend or fallback,
+            backend or (None if is_engine_folder(name) else _DEFAULT_BACKEND),
             device,
             precision,
-            steps or _DEFAULT_STEPS,
-            overrides,
             grad_backend,
             bool(cuda_graphs),
-            savings,
             verify_key,
         )
     if plan.backend is not None:
@@ -299,7 +215,7 @@ def generate(
     other = "another --out" + ("" if original is not None else " or --seed")
     check_outputs(jobs, out, force=force or skip_existing, other=other)
     with output_folder(out):
-        pipe = open_pipeline(plan, jobs, original)
+        pipe = open_pipeline(plan, original)
         written = render(
             pipe,
             plan,
@@ -310,10 +226,10 @@ def generate(
             skip_existing=skip_existing,
             force=force,
         )
-    if original is not None and written[0].record.image_sha256 != original.image_sha256:
+    if original is not None and written[0].record.origin.image_sha256 != origin.image_sha256:
         print_note(
             "note: the file differs from the sidecar's image_sha256. Another backend, version or "
-            f"batch size (it was {original.batch_size}) can change the last bits of pixels."
+            f"batch size (it was {origin.batch_size}) can change the last bits of pixels."
         )
     if json_:
         print_json({"images": [entry.as_json() for entry in written]})
@@ -359,11 +275,9 @@ def _read_layout(boxes: Sequence[str], path: Path | None, notation: BoxNotation)
     return Layout([phrase for phrase, _ in parsed], [box for _, box in parsed])
 
 
-def _job_of(sidecar: Sidecar) -> Job:
-    return Job(
-        stem=Path(sidecar.image).stem,
-        prompt=sidecar.prompt,
-        negative_prompt=sidecar.negative_prompt,
-        layout=sidecar.layout,
-        seed=sidecar.seed,
-    )
+def generate_command(request_type: type[Request] = Request) -> Callable[..., None]:
+    """The command, with an option for every field of ``request_type``."""
+    return with_request_options(_generate, request_type)
+
+
+generate = generate_command()

@@ -4,34 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from hcma_fast.cli.generate.jobs import Job, at
+from hcma_fast.cli.generate.jobs import Job
 from hcma_fast.cli.generate.resume import Finished, find_finished
-from hcma_fast.cli.generate.sidecar import FinalLosses, Sidecar, current_versions
+from hcma_fast.cli.generate.sidecar import FinalLosses, Origin, Sidecar, current_versions
 from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
-from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
-from hcma_fast.errors import InputError, OutputError, WeightsError
+from hcma_fast.config import PRESETS, devices_of
+from hcma_fast.errors import HcmaError, InputError, OutputError, WeightsError
 from hcma_fast.files import is_file
-from hcma_fast.sampling.savings import EXACT, Savings
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from hcma_fast.models.checkpoint.located import Checkpoint
-    from hcma_fast.runtime.output import HCMAOutput
     from hcma_fast.runtime.pipeline import HCMAPipeline
+    from hcma_fast.runtime.request import Result
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Which model makes the images, and with which settings."""
+    """Which model makes the images, and how it is run."""
 
     model: str
     aligner: Path | None
@@ -39,12 +38,8 @@ class Plan:
     """None leaves it to the engine folder that ``model`` names"""
     device: str | None
     precision: str | None
-    steps: int
-    overrides: dict[str, Any]
-    """of the checkpoint's AlignmentSettings, by their names there; None keeps the default"""
     grad_backend: str | None = None
     cuda_graphs: bool = False
-    savings: Savings = EXACT
     verify_key: Path | None = None
     """must have signed the engine folder that ``model`` names"""
     offline: bool = False
@@ -69,7 +64,7 @@ class Written:
             "sidecar": str(self.sidecar),
             "overlay": str(self.overlay) if self.overlay else None,
             "skipped": self.skipped,
-            "record": self.record.model_dump(mode="json"),
+            "record": self.record.as_json(),
         }
 
 
@@ -78,22 +73,18 @@ def is_engine_folder(model: str) -> bool:
     return is_file(Path(model) / "manifest.json")
 
 
-def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> HCMAPipeline:
-    """Load the model (building its engines on first use) and check every text of ``jobs``.
+def open_pipeline(plan: Plan, original: Sidecar | None) -> HCMAPipeline:
+    """Load the model, and build its engines on first use.
 
     Args:
         original: the sidecar whose weights must be the same, if any.
 
     Raises:
-        UsageError: a setting is out of range. InputError: a text is too long.
         WeightsError, BackendError, EngineError: the model does not load, or is not ``original``'s.
     """
-    from hcma_fast.models.text import tokenize
-    from hcma_fast.runtime.arguments import override_settings
     from hcma_fast.runtime.pipeline import HCMAPipeline
     from hcma_fast.sampling.capture import check_capturable
 
-    override_settings(AlignmentSettings(), **plan.overrides)
     if plan.cuda_graphs and plan.backend not in (None, "auto") and not is_engine_folder(plan.model):
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
@@ -118,15 +109,6 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         pipe.enable_cuda_graphs()
     if original is not None:
         original.check_weights(pipe.weights_hash)
-    # before the first image, not in the middle of the batches; each text once
-    texts: dict[tuple[str, str], str] = {}
-    for job in jobs:
-        texts.setdefault((job.prompt, "prompt"), job.where)
-        texts.setdefault((job.negative_prompt, "negative prompt"), job.where)
-        for phrase in job.layout.phrases:
-            texts.setdefault((phrase, "phrase"), job.where)
-    for (text, kind), where in texts.items():
-        at(where, tokenize, pipe.tokenizer, [text], kind)
     return pipe
 
 
@@ -175,16 +157,11 @@ def render(
         skip_existing: leave out images that are there, see :func:`.resume.find_finished`.
 
     Raises:
-        UsageError: the latent diverged. DeviceMemoryError: the batch is too large.
-        OutputError: a file cannot be written.
+        InputError: a text is too long. UsageError: an image diverged; the others are written.
+        DeviceMemoryError: not even one image fits. OutputError: a file cannot be written.
     """
-    from hcma_fast.runtime.arguments import override_settings
-
-    settings = override_settings(pipe.settings, **plan.overrides)
+    jobs = [replace(job, request=job.request.resolved(pipe.settings)) for job in jobs]
     common: dict[str, Any] = {
-        "num_inference_steps": plan.steps,
-        "settings": settings,
-        "savings": plan.savings,
         "model": plan.model if plan.model in PRESETS else _anywhere(Path(plan.model)),
         "aligner": _anywhere(plan.aligner) if plan.aligner else None,
         "preset": pipe.preset,
@@ -204,20 +181,39 @@ def render(
         find_finished(jobs, out, common, force=force) if skip_existing else [None] * len(jobs)
     )
     todo = [job for job, match in zip(jobs, finished, strict=True) if match is None]
-    made: list[Written] = []
+    made: dict[int, Written] = {}
+    failed: HcmaError | None = None
     if len(todo) < len(jobs):
         print_note(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already.")
     try:
-        for batch in _batches(pipe, plan, todo, batch_size):
-            made.extend(_make(pipe, plan, batch, out, overlay, common))
+        for result in _results(pipe, todo, batch_size):
+            if result.image is None:
+                failed = failed or result.error
+            else:
+                job = todo[result.index]
+                made[result.index] = _write(job, result, result.image, out, overlay, common)
     except (KeyboardInterrupt, SystemExit):
         with suppress(OSError):  # the terminal may be gone
             done = len(jobs) - len(todo) + len(made)
             go_on = " To go on, run the same command with --skip-existing." if done else ""
             print_note(f"Stopped: {done} of {len(jobs)} images are done, in {out}.{go_on}")
         raise
-    rest = iter(made)
+    except HcmaError as error:
+        raise _in_their_words(error, todo) from error
+    if failed is not None:
+        raise _in_their_words(failed, todo) from failed
+    rest = iter(made[index] for index in range(len(todo)))
     return [next(rest) if match is None else _kept(match, out, overlay) for match in finished]
+
+
+def _in_their_words(error: HcmaError, jobs: Sequence[Job]) -> HcmaError:
+    """An error of one request: it says the line of its file, and no number."""
+    if error.request is None:
+        return error
+    where = jobs[error.request].where
+    what = error.what.removeprefix(f"request {error.request}: ")
+    found = type(error)(what, value=error.value, remedy=error.remedies)
+    return found.at(where) if where else found
 
 
 def _kept(match: Finished, out: Path, overlay: bool) -> Written:
@@ -228,26 +224,20 @@ def _kept(match: Finished, out: Path, overlay: bool) -> Written:
         from hcma_fast.overlay import draw_layout
 
         with Image.open(image) as picture:
-            write_file(overlay_path, _png(draw_layout(picture, match.job.layout)))
+            write_file(overlay_path, _png(draw_layout(picture, match.job.request.layout)))
     return Written(image, sidecar, overlay_path if overlay else None, match.record, skipped=True)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    jobs: Sequence[Job]
-    on_step: Callable[..., None]
-
-
-def _batches(
-    pipe: HCMAPipeline, plan: Plan, jobs: Sequence[Job], batch_size: int
-) -> Iterator[_Batch]:
-    """``jobs`` in batches that the engines can make, with a bar of their steps on stderr.
+def _results(pipe: HCMAPipeline, jobs: Sequence[Job], batch_size: int) -> Iterator[Result]:
+    """Results of the engine room, with a bar of the images' steps on stderr.
 
     Raises:
-        InputError: the last batch is too small.
+        InputError: the last batch is too small for the engines.
     """
     if not jobs:
         return
+    from hcma_fast.runtime.generator import BatchGenerator
+
     batch_size = min(batch_size, pipe.batch_range.max)
     least = len(jobs) % batch_size or batch_size
     if least < pipe.batch_range.min:
@@ -258,6 +248,8 @@ def _batches(
             remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
             f"{batch_size}.",
         )
+    generator = BatchGenerator(pipe, max_batch=batch_size, cached=False)
+    requests = [job.request for job in jobs]
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -266,53 +258,18 @@ def _batches(
         console=stderr,
         redirect_stdout=False,
     ) as progress:
-        starts = range(0, len(jobs), batch_size)
-        task = progress.add_task("steps", total=plan.steps * len(starts))
-        for start in starts:
-            yield _Batch(jobs[start : start + batch_size], lambda *_: progress.advance(task))
-
-
-def _make(
-    pipe: HCMAPipeline,
-    plan: Plan,
-    batch: _Batch,
-    out: Path,
-    overlay: bool,
-    common: dict[str, Any],
-) -> list[Written]:
-    """The images of a batch, written."""
-    from hcma_fast.runtime.arguments import call_arguments
-
-    jobs = batch.jobs
-    output = pipe(
-        [job.prompt for job in jobs],
-        [job.layout for job in jobs],
-        num_inference_steps=plan.steps,
-        negative_prompt=[job.negative_prompt for job in jobs],
-        seed=[job.seed for job in jobs],
-        callback_on_step_end=batch.on_step,
-        savings=plan.savings,
-        **call_arguments(common["settings"]),
-    )
-    written = []
-    for row, job in enumerate(jobs):
-        losses = _final_losses(output, row, len(job.layout))
-        record = {**common, "batch_size": len(jobs), "losses": losses}
-        written.append(_write(job, output.images[row], out, overlay, record))
-    return written
-
-
-def _final_losses(output: HCMAOutput, row: int, boxes: int) -> FinalLosses | None:
-    if not output.losses:
-        return None
-    last = output.losses[-1]
-    return FinalLosses(
-        loss_global=float(last.loss_global[row]), loss_local=last.loss_local[row, :boxes].tolist()
-    )
+        total = sum(request.num_inference_steps for request in requests)
+        task = progress.add_task("steps", total=total)
+        yield from generator.generate(requests, lambda images: progress.advance(task, images))
 
 
 def _write(
-    job: Job, image: Image.Image, out: Path, overlay: bool, record: dict[str, Any]
+    job: Job,
+    result: Result,
+    image: Image.Image,
+    out: Path,
+    overlay: bool,
+    common: dict[str, Any],
 ) -> Written:
     """The image first and the sidecar last: a sidecar always speaks of the image beside it."""
     image_path, sidecar_path, overlay_path = job.files(out)
@@ -322,22 +279,31 @@ def _write(
     except OSError as error:
         raise OutputError.from_os(error, out) from error
     content = _png(image)
-    sidecar = Sidecar(
+    layout = job.request.layout
+    origin = Origin(
         image=image_path.name,
         image_sha256=hashlib.sha256(content).hexdigest(),
-        prompt=job.prompt,
-        negative_prompt=job.negative_prompt,
-        layout=job.layout,
-        seed=job.seed,
-        **record,
+        batch_size=result.batch_size,
+        losses=_final_losses(result, len(layout)),
+        **common,
     )
+    sidecar = Sidecar(job.request, origin)
     write_file(image_path, content)
     if overlay:
         from hcma_fast.overlay import draw_layout
 
-        write_file(overlay_path, _png(draw_layout(image, job.layout)))
+        write_file(overlay_path, _png(draw_layout(image, layout)))
     write_file(sidecar_path, sidecar.to_bytes())
     return Written(image_path, sidecar_path, overlay_path if overlay else None, sidecar)
+
+
+def _final_losses(result: Result, boxes: int) -> FinalLosses | None:
+    if not result.losses:
+        return None
+    last = result.losses[-1]
+    return FinalLosses(
+        loss_global=float(last.loss_global), loss_local=last.loss_local[:boxes].tolist()
+    )
 
 
 def _png(image: Image.Image) -> bytes:

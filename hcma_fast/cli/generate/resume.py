@@ -7,7 +7,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,7 @@ from hcma_fast.files import is_file, read_file
 _STEM = re.compile(r"(?P<name>.+)-(?P<seed>\d{1,20})\.json")
 _IMAGE_BYTES = 2**30
 #: what an earlier image must share besides its request; devices and versions may differ
-SAME_SETTINGS = (
-    *("num_inference_steps", "settings", "savings", "weights_hash", "height", "width"),
-    *("precision", "backend", "grad_backend"),
-)
+SAME_ORIGIN = ("weights_hash", "height", "width", "precision", "backend", "grad_backend")
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Finished:
 
 
 def find_finished(
-    jobs: Sequence[Job], folder: Path, settings: Mapping[str, Any], *, force: bool = False
+    jobs: Sequence[Job], folder: Path, origin: Mapping[str, Any], *, force: bool = False
 ) -> list[Finished | None]:
     """For each job the image in ``folder`` that it asks for, or None if it must be made.
 
@@ -43,7 +40,8 @@ def find_finished(
     sidecar's hash. A job with a drawn seed takes an image of any seed that no other job has.
 
     Args:
-        settings: of the run, with all of ``SAME_SETTINGS``, by the sidecar's names.
+        jobs: with all settings in their requests.
+        origin: of the run, with all of ``SAME_ORIGIN``, by the sidecar's names.
         force: an image of other settings is made again, instead of refused.
 
     Raises:
@@ -54,12 +52,10 @@ def find_finished(
     found: list[Finished | None] = []
     for job in jobs:
         if not job.drawn:
-            found.append(_of_seed(job, folder, settings, force))
+            found.append(_of_seed(job, folder, origin, force))
             continue
-        candidates = (
-            replace(job, seed=seed, stem=f"{job.name}-{seed}") for seed in seeds.get(job.name, ())
-        )
-        match = next(_matching(candidates, taken, folder, settings), None)
+        candidates = (job.with_seed(seed) for seed in seeds.get(job.name, ()))
+        match = next(_matching(candidates, taken, folder, origin), None)
         if match is not None:
             taken.add(match.job.stem)
         found.append(match)
@@ -67,26 +63,26 @@ def find_finished(
 
 
 def _matching(
-    candidates: Iterator[Job], taken: set[str], folder: Path, settings: Mapping[str, Any]
+    candidates: Iterator[Job], taken: set[str], folder: Path, origin: Mapping[str, Any]
 ) -> Iterator[Finished]:
     for job in candidates:
         if job.stem in taken:
             continue
         try:
-            match = _of_seed(job, folder, settings, force=False)
+            match = _of_seed(job, folder, origin, force=False)
         except OutputError:
             continue  # of another run: its name does not stand in the way of a drawn seed
         if match is not None:
             yield match
 
 
-def _of_seed(job: Job, folder: Path, settings: Mapping[str, Any], force: bool) -> Finished | None:
+def _of_seed(job: Job, folder: Path, origin: Mapping[str, Any], force: bool) -> Finished | None:
     image, sidecar, _ = job.files(folder)
     # the sidecar is written last: without it the image is of an interrupted run
     if not os.path.lexists(sidecar):
         return None
     try:
-        record = read_sidecar(sidecar)
+        record = read_sidecar(sidecar, type(job.request))
     except HcmaError as error:
         if force:
             return None
@@ -95,7 +91,7 @@ def _of_seed(job: Job, folder: Path, settings: Mapping[str, Any], force: bool) -
             value=str(sidecar),
             remedy="Move it away, use --force to replace it, or use another --out.",
         ) from error
-    different = _difference(job, record, settings)
+    different = _difference(job, record, origin)
     if different and not force:
         raise OutputError(
             f"the image exists already, with another {different}",
@@ -107,26 +103,23 @@ def _of_seed(job: Job, folder: Path, settings: Mapping[str, Any], force: bool) -
     return Finished(job, record)
 
 
-def _difference(job: Job, record: Sidecar, settings: Mapping[str, Any]) -> str | None:
+def _difference(job: Job, record: Sidecar, origin: Mapping[str, Any]) -> str | None:
     """The first field in which the earlier image differs from what is asked for."""
-    wanted = {
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "layout": job.layout,
-        "seed": job.seed,
-        **{name: settings[name] for name in SAME_SETTINGS},
-    }
-    return next((name for name, value in wanted.items() if getattr(record, name) != value), None)
+    pairs = [
+        *((name, getattr(record.request, name), value) for name, value in job.request),
+        *((name, getattr(record.origin, name), origin[name]) for name in SAME_ORIGIN),
+    ]
+    return next((name for name, found, wanted in pairs if found != wanted), None)
 
 
 def _is_whole(image: Path, record: Sidecar) -> bool:
-    if image.name != record.image or not is_file(image):
+    if image.name != record.origin.image or not is_file(image):
         return False
     try:
         content = read_file(image, "the image", limit=_IMAGE_BYTES)
     except InputError:
         return False
-    return hashlib.sha256(content).hexdigest() == record.image_sha256
+    return hashlib.sha256(content).hexdigest() == record.origin.image_sha256
 
 
 def _seeds_by_name(folder: Path) -> dict[str, list[int]]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hcma_fast.cli.options import PLAIN_HELP
+from hcma_fast.cli.options import PLAIN_HELP, AsText
 from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.cli.train.denoiser import denoiser
 from hcma_fast.cli.train.run import (
@@ -95,7 +95,7 @@ def cache(
     precision: Annotated[
         Literal["float32", "bfloat16", "float16"], typer.Option(help="What the VAE computes in.")
     ] = "float32",
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of text.")] = False,
+    json_: AsText = False,
 ) -> None:
     """Encode images to VAE posteriors, captions and labels to text embeddings, once."""
     part = _share(share)

@@ -20,6 +20,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from hcma_fast.cli.options import DEFAULT_STEPS, AsTable, Backend, BatchSize, Steps
 from hcma_fast.cli.output import (
     BuildProgress,
     output_folder,
@@ -28,7 +29,7 @@ from hcma_fast.cli.output import (
     stderr,
     write_file,
 )
-from hcma_fast.config import BACKENDS, PRESETS, cache_root
+from hcma_fast.config import PRESETS, cache_root
 from hcma_fast.errors import HcmaError, OutputError, UsageError
 from hcma_fast.files import new_folder
 
@@ -47,7 +48,7 @@ def _shown_ranges() -> str:
 
 def tune_alignment(
     model: Annotated[str, typer.Option(help=f"{', '.join(PRESETS)}, or a folder.")] = "tiny",
-    backend: Annotated[str, typer.Option(help=f"One of {', '.join(BACKENDS)}.")] = "onnxruntime",
+    backend: Backend = "onnxruntime",
     score: Annotated[
         Literal["recognised", "confidence"],
         typer.Option(
@@ -70,8 +71,8 @@ def tune_alignment(
         typer.Option(min=0, help="Start no trial after so many seconds.", show_default="no limit"),
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of search and first image.")] = 0,
-    steps: Annotated[int, typer.Option(min=2, max=999, help="Sampling steps.")] = 50,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images at once.")] = 10,
+    steps: Steps = DEFAULT_STEPS,
+    batch_size: BatchSize = 10,
     chunk: Annotated[
         int, typer.Option(min=1, help="Layouts after which a hopeless trial may stop.")
     ] = 40,
@@ -109,7 +110,7 @@ def tune_alignment(
             show_default="the user's cache",
         ),
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="JSON instead of a table.")] = False,
+    json_: AsTable = False,
 ) -> None:
     """Search eta0, window and lambdas on held-out scenes, by what the judge sees.
 
