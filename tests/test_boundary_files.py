@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from hcma_fast.bench.quality.items import read_items
 from hcma_fast.bench.speed.harness.report import read_results
-from hcma_fast.cli.generate.jobs import read_requests
-from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
+from hcma_fast.cli.generate.lines import read_lines
+from hcma_fast.cli.generate.sidecar import Origin, read_sidecar
 from hcma_fast.errors import HcmaError
 from hcma_fast.export.manifest import open_folder
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.info import read_info
+from hcma_fast.runtime.request import Request
 from hcma_fast.train.data.coco import read_coco
 from hcma_fast.train.data.latent_cache import read_header
 
@@ -32,7 +33,8 @@ WORDS = (
     *("y", "width", "height", "conditioning_to", "xywh", "pixel", "mentions", "image", "layout"),
     *("images", "annotations", "categories", "image_id", "category_id", "bbox", "caption"),
     *("file_name", "iscrowd", "reports", "rows", "format", "target", "graphs", "files", "preset"),
-    *Sidecar.model_fields,
+    *Origin.model_fields,
+    *Request.model_fields,
 )
 SCALARS = st.one_of(
     st.none(),
@@ -79,8 +81,8 @@ FILES = st.one_of(
 
 
 def requests(path: Path) -> None:
-    for where, request in read_requests(path):
-        request.jobs(num_images=1, seed=None, negative="", where=where)
+    for line in read_lines(path):
+        line.jobs({})
 
 
 def instances(path: Path) -> None:

@@ -123,7 +123,13 @@ def read_sidecar(path: Path, request_type: type[Request] = Request) -> Sidecar:
 
 def _check_format(data: object, path: Path) -> None:
     found = data.get("format", FORMAT) if isinstance(data, dict) else FORMAT
-    if isinstance(found, int) and found != FORMAT:
+    if found != FORMAT and not isinstance(found, int):
+        raise InputError(
+            "not a sidecar of hcma-fast: its format is no number",
+            value=found,
+            remedy="Give the .json file that lies beside a generated image.",
+        )
+    if found != FORMAT:
         age = "an older" if found < FORMAT else "a newer"
         raise InputError(
             f"this sidecar was built by {age} version of hcma-fast: its format is {found}, not "

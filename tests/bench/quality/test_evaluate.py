@@ -8,43 +8,26 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from watched_pipeline import WatchedPipeline
 
-from hcma_fast import HCMAPipeline
 from hcma_fast.bench.quality.evaluate import QualityReport, evaluate, measure
 from hcma_fast.bench.quality.metrics.judge.model import Judge
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, render_scene, sample_scene
 
 FEW: dict[str, Any] = {"count": 4, "batch_size": 2, "num_inference_steps": 2}
 
 
-class Counting(HCMAPipeline):
-    """A pipeline that remembers what it was asked for."""
-
-    calls: list[dict[str, Any]]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> HCMAOutput:
-        self.calls.append({"prompts": args[0], "layouts": args[1], **kwargs})
-        return super().__call__(*args, **kwargs)
-
-
-class Renderer(HCMAPipeline):
-    """Draws the test scenes themselves: a generator without a fault."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> HCMAOutput:
-        output = super().__call__(*args, **kwargs)
-        images = [render_scene(sample_scene("test", i), "test", i) for i in output.seeds]
-        return HCMAOutput(images, output.losses, output.seeds, output.latents)
-
-
 @pytest.fixture
-def pipe(random_components: Components) -> Counting:
-    made = Counting.from_components(random_components)
-    assert isinstance(made, Counting)
-    made.calls = []
+def pipe(random_components: Components) -> WatchedPipeline:
+    made = WatchedPipeline.from_components(random_components)
+    assert isinstance(made, WatchedPipeline)
     return made
+
+
+def seeds(pipe: WatchedPipeline) -> list[list[int]]:
+    return [[request.seed for request in batch] for batch in pipe.batches]
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +36,17 @@ def judge() -> Judge:
 
 
 def test_end_to_end_and_resumes_without_generating_again(
-    pipe: Counting, judge: Judge, tmp_path: Path
+    pipe: WatchedPipeline, judge: Judge, tmp_path: Path
 ) -> None:
     seen: list[tuple[int, int]] = []
     arguments = {**FEW, "work": tmp_path, "judge": judge}
     report = evaluate(pipe, **arguments, progress=lambda *done: seen.append(done))
-    assert seen == [(2, 4), (4, 4)] and len(pipe.calls) == 2
+    assert seen == [(2, 4), (4, 4)] and len(pipe.batches) == 2
     scene = sample_scene("test", 3)
-    assert pipe.calls[1]["seed"] == [2, 3]
-    assert pipe.calls[1]["prompts"][1] in scene.captions
-    assert pipe.calls[1]["layouts"][1].boxes == tuple(item.box for item in scene.objects)
+    assert seeds(pipe)[1] == [2, 3]
+    request = pipe.batches[1][1]
+    assert request.prompt in scene.captions
+    assert request.layout.boxes == tuple(item.box for item in scene.objects)
     for share in (report.large_boxes, report.all_boxes):
         assert share.accuracy is not None and share.interval is not None
         assert 0 <= share.interval[0] <= share.accuracy <= share.interval[1] <= 1
@@ -70,37 +54,44 @@ def test_end_to_end_and_resumes_without_generating_again(
     assert QualityReport.model_validate_json(report.model_dump_json()) == report
 
     again = evaluate(pipe, **arguments)
-    assert len(pipe.calls) == 2
+    assert len(pipe.batches) == 2
     assert again.model_copy(update={"date": report.date}) == report
     # what is there serves a longer run as well
     evaluate(pipe, **{**arguments, "count": 6})
-    assert [call["seed"] for call in pipe.calls[2:]] == [[4, 5]]
+    assert seeds(pipe)[2:] == [[4, 5]]
 
 
-def test_other_settings_are_other_images(pipe: Counting, judge: Judge, tmp_path: Path) -> None:
+def test_other_settings_are_other_images(
+    pipe: WatchedPipeline, judge: Judge, tmp_path: Path
+) -> None:
     for changes in ({}, {"eta0": 0.0}, {"guidance_scale": 2.0}, {"seed": 9}, {"split": "val"}):
         evaluate(pipe, **{**FEW, "count": 2, "work": tmp_path, "judge": judge, **changes})
-    assert len(pipe.calls) == 5
-    assert pipe.calls[1]["eta0"] == 0 and pipe.calls[0]["eta0"] == pipe.settings.eta0
-    assert pipe.calls[2]["guidance_scale"] == 2
+    assert len(pipe.batches) == 5
+    asked = [batch[0].settings for batch in pipe.batches]
+    assert asked[1].eta0 == 0 and asked[0].eta0 == pipe.settings.eta0
+    assert asked[2].guidance_scale == 2
 
 
-def test_a_damaged_batch_is_generated_again(pipe: Counting, judge: Judge, tmp_path: Path) -> None:
+def test_a_damaged_batch_is_generated_again(
+    pipe: WatchedPipeline, judge: Judge, tmp_path: Path
+) -> None:
     report = evaluate(pipe, **FEW, work=tmp_path, judge=judge)
     first = sorted(tmp_path.rglob("*.npz"))[0]
     first.write_bytes(first.read_bytes()[:-40])
     again = evaluate(pipe, **FEW, work=tmp_path, judge=judge)
-    assert [call["seed"] for call in pipe.calls] == [[0, 1], [2, 3], [0, 1]]
+    assert seeds(pipe) == [[0, 1], [2, 3], [0, 1]]
     assert again.all_boxes == report.all_boxes
     assert not list(tmp_path.rglob("*.part"))
 
 
 def test_a_faultless_generator_reaches_the_ceiling(
-    random_components: Components, judge: Judge, tmp_path: Path
+    pipe: WatchedPipeline, judge: Judge, tmp_path: Path
 ) -> None:
-    perfect = Renderer.from_components(random_components)
+    pipe.draw = lambda request: render_scene(
+        sample_scene("test", request.seed), "test", request.seed
+    )
     grid = tmp_path / "grid.png"
-    report = evaluate(perfect, **{**FEW, "count": 12}, judge=judge, grid=grid)
+    report = evaluate(pipe, **{**FEW, "count": 12}, judge=judge, grid=grid)
     assert report.all_boxes.accuracy is not None and report.all_boxes.accuracy > 0.9
     counted = [
         item
@@ -146,7 +137,9 @@ def test_interval_is_close_to_the_binomial_one() -> None:
 @pytest.mark.parametrize(
     "changes", [{"count": 0}, {"batch_size": 0}, {"eta0": -1.0}, {"guidance_scale": 0.5}]
 )
-def test_bad_settings_are_refused(pipe: Counting, judge: Judge, changes: dict[str, Any]) -> None:
+def test_bad_settings_are_refused(
+    pipe: WatchedPipeline, judge: Judge, changes: dict[str, Any]
+) -> None:
     with pytest.raises(UsageError):
         evaluate(pipe, **{**FEW, "judge": judge, **changes})
     assert pipe.calls == []

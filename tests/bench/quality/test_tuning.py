@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from watched_pipeline import WatchedPipeline
 
-from hcma_fast import HCMAPipeline
+from hcma_fast import Request
 from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR, Judge
 from hcma_fast.bench.quality.tuning import search as tune_alignment
 from hcma_fast.bench.quality.tuning.files import plot_png, trials_csv, tuning_table
@@ -26,7 +27,6 @@ from hcma_fast.bench.quality.tuning.search import search
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
 
 PLAN = Plan(
@@ -284,22 +284,20 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         search(Peak(), PLAN, tmp_path)
 
 
-class Renderer(HCMAPipeline):
-    """Draws the val scenes when aligned with the expected settings, else nothing."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> HCMAOutput:
-        output = super().__call__(*args, **kwargs)
-        good = (kwargs["eta0"], kwargs["align_window"]) == (2.0, (0.1, 0.9))
-        good = good and (kwargs["lambda_global"], kwargs["lambda_local"]) == (0.5, 1.5)
-        scenes = [render_scene(sample_scene("val", i - 7), "val", i - 7) for i in output.seeds]
-        blank = [Image.new("RGB", scene.size) for scene in scenes]
-        return HCMAOutput(scenes if good else blank, output.losses, output.seeds, output.latents)
+def draw_if_aligned_well(request: Request) -> Image.Image:
+    """The val scene when aligned with the expected settings, else nothing."""
+    scene = render_scene(sample_scene("val", request.seed - 7), "val", request.seed - 7)
+    changes = {"eta0": 2.0, "window": (0.1, 0.9), "lambda_global": 0.5, "lambda_local": 1.5}
+    good = changes.items() <= request.settings.given.items()
+    return scene if good else Image.new("RGB", scene.size)
 
 
 def test_judge_score_passes_the_settings_on_and_keeps_images_until_forgotten(
     random_components: Components, tmp_path: Path
 ) -> None:
-    pipe = Renderer.from_components(random_components)
+    pipe = WatchedPipeline.from_components(random_components)
+    assert isinstance(pipe, WatchedPipeline)
+    pipe.draw = draw_if_aligned_well
     arguments: dict[str, Any] = {"seed": 7, "batch_size": 3, "num_inference_steps": 2}
     with pytest.raises(UsageError, match="EmojiScenes"):
         JudgeScore(pipe, Judge.load(), **arguments, work=tmp_path)
