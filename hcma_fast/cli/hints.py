@@ -27,7 +27,7 @@ _HINTS = {
     ("--batch",): "Use --batch-size.",
     ("--resume", "--continue"): "Use --skip-existing.",
     ("--overwrite",): "Use --force.",
-    ("--sampler", "--scheduler"): "There is no such option: the sampler is PLMS.",
+    ("--scheduler", "--solver"): "Use --sampler.",
     ("--lora", "--loras"): "There is no such option: LoRA is not supported.",
     ("--init-image", "--image", "--strength", "--mask", "--controlnet"): (
         "There is no such option: images are made from text and boxes alone."

@@ -52,12 +52,12 @@ class FieldOption:
 
     def option(self, *, default: bool = False) -> Any:
         """typer's option; ``default``: the command has a default of its own, which it shows."""
-        limits = {name: _bound(self.field, mark) for name, mark in (("min", "ge"), ("max", "le"))}
         return typer.Option(
             metavar=self.asked.metavar,
             help=self.field.description,
             show_default=True if default else self.default,
-            **{name: value for name, value in limits.items() if value is not None},
+            min=_bound(self.field, "ge"),
+            max=_bound(self.field, "le"),
         )
 
     def parameter(self) -> inspect.Parameter:

@@ -51,12 +51,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "hcma-local": {"lambda_global": 0.0},
 }
 METHOD_NAMES: tuple[str, ...] = tuple(_SETTINGS)
-_OVERRIDABLE = (
-    "eta0",
-    "lambda_global",
-    "lambda_local",
-    "grounding_beta",
-    "guidance_scale",
+_OVERRIDABLE = tuple(
+    name for name, field in AlignmentSettings.model_fields.items() if field.annotation is float
 )
 
 

@@ -90,8 +90,10 @@ class Line:
         for name, value in self.values.items():
             said = values.get(name)
             # of settings and savings the line replaces those that it names
-            both = isinstance(said, Settings) and isinstance(value, Mapping)
-            values[name] = {**said.model_dump(exclude_unset=True), **value} if both else value
+            if isinstance(said, Settings) and isinstance(value, Mapping):
+                values[name] = {**said.model_dump(exclude_unset=True), **value}
+            else:
+                values[name] = value
         drawn = "seed" not in values
         if drawn:
             values["seed"] = secrets.randbelow(2**31)

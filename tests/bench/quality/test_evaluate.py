@@ -142,4 +142,4 @@ def test_bad_settings_are_refused(
 ) -> None:
     with pytest.raises(UsageError):
         evaluate(pipe, **{**FEW, "judge": judge, **changes})
-    assert pipe.calls == []
+    assert pipe.batches == []
