@@ -18,7 +18,13 @@ from hcma_fast.export.target import Target, device_for
 NO_GRAPH_CODE = {
     "errors": "what is said when something fails",
     "files": "how files are written",
+    "engine": "the protocol of what runs a graph",
     "kernels.launch": "how Triton kernels are launched",
+    "kernels.step_table": "how a kernel finds its row of a table",
+    "sampling.savings": "settings of the sampler",
+    "sampling.schedule": "makes plans, which step graphs take as an input",
+    "sampling.solvers": "makes plans, which step graphs take as an input",
+    "schedule": "makes plans, which step graphs take as an input",
     "models.checkpoint.info": "hcma.json and the checks of a folder",
     "export.target": "its fields are parts of the key",
     "export.validate": "compares graphs that are made elsewhere",

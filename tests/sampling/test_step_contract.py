@@ -111,10 +111,10 @@ def operator(schedules: Sequence[Schedule], z: Tensor) -> Tensor:
 
 EXECUTORS: dict[str, tuple[Executor, float]] = {
     "op": (operator, 1e-9),
-    "eager": (eager, 2e-5),
-    "captured-step": (captured("step"), 2e-5),
-    "captured-trajectory": (captured("trajectory"), 2e-5),
-    "exported": (captured("step", step_graphs=True), 2e-5),
+    "eager": (eager, 1e-4),
+    "captured-step": (captured("step"), 1e-4),
+    "captured-trajectory": (captured("trajectory"), 1e-4),
+    "exported": (captured("step", step_graphs=True), 1e-4),
 }
 
 
@@ -177,4 +177,4 @@ def test_images_of_a_step_graph_may_stand_at_different_evaluations() -> None:
     assert state["index"].tolist() == [8, 10]
     for i, (name, schedule) in enumerate(zip(("plms", "dpmpp_2m"), schedules, strict=True)):
         truth = expected(name, schedule, i)[-1]
-        assert float((state["z"][i].double() - truth).norm() / truth.norm()) < 2e-5
+        assert float((state["z"][i].double() - truth).norm() / truth.norm()) < 1e-4

@@ -31,7 +31,7 @@ def align(z: Tensor, eta: Tensor) -> Tensor:
 def predict(z: Tensor, timestep: Tensor, half: Tensor | float) -> Tensor:
     """A noise prediction that is not linear; ``half`` is 0 for the unconditional one."""
     time = timestep.view(-1, 1, 1, 1).to(z.dtype) / 1000
-    return torch.sin(2 * z + half) + 0.3 * time * z
+    return 0.5 * torch.sin(z + half) + 0.3 * time * z
 
 
 def start(image: int) -> Tensor:

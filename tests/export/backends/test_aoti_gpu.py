@@ -22,7 +22,7 @@ from hcma_fast.export.precision import Precision
 from hcma_fast.export.target import Target
 from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.sampling.capture import CaptureMode
-from hcma_fast.sampling.loop import sample, sample_fused
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
 from hcma_fast.specs import STEP_NAMES, GraphName
@@ -107,8 +107,7 @@ def test_cuda_graphs_hold_compiled_engines(
     for images in ([0, 1], [2], [1, 0]):
         given = conditioned(random_components, engines, images, device="cuda")
         for schedule in schedules:
-            plain = sample_fused if fused else sample
-            expected, _ = plain(engines, noise(images).cuda(), given, schedule)
+            expected, _ = sample(engines, noise(images).cuda(), given, schedule)
             found, _ = sampler(noise(images).cuda(), given, schedule)
             assert relative(found, expected) < 1e-4
 
