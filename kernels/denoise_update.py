@@ -8,7 +8,7 @@ CUDA tensors the kernel. The exported step graph computes the reference, too.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -24,18 +24,20 @@ from hcma_fast.kernels.launch import (
     working_dtype,
 )
 from hcma_fast.kernels.step_table import rows_at, strides
-from hcma_fast.specs import HISTORY, Column
+from hcma_fast.specs import HISTORY, PLAN_COLUMNS, Column
 
-NEUTRAL: dict[Column, float] = dict.fromkeys(Column, 0.0) | {
-    Column.ACTIVE: 1.0,
-    Column.PREDICTION_EPS: 1.0,
-    Column.NEXT_Z: 1.0,
-    Column.NEXT_SCALE: 1.0,
-    Column.NEXT_0: 1.0,
-    Column.STORED_Z: 1.0,
-}
-"""The value with which a column of the update has no effect."""
-EVERY: frozenset[Column] = frozenset(Column)
+_ONE = (
+    Column.ACTIVE,
+    Column.PREDICTION_EPS,
+    Column.NEXT_Z,
+    Column.NEXT_SCALE,
+    Column.NEXT_0,
+    Column.STORED_Z,
+    Column.PUSHES,
+)
+NEUTRAL = tuple(float(column in _ONE) for column in range(PLAN_COLUMNS))
+"""For each column the value with which it can be left out of the update."""
+EVERY = (True,) * PLAN_COLUMNS
 
 _BLOCK = 1024
 
@@ -55,28 +57,28 @@ def denoise_update_rows(
     move: Tensor | None,
     noise: Tensor | None,
     columns: Sequence[Tensor],
-    used: Collection[Column] = EVERY,
+    used: Sequence[bool] = EVERY,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The update by the columns of each image's row; ``specs.Column`` has the formula.
 
     Args:
         z, stored: (B, ...); history: (B, HISTORY, ...), the newest first; eps_uncond, eps_cond:
         (B, ...) predictions, the first None without guidance; move, noise: (B, ...), None is 0;
-        columns: see :func:`columns_of`; used: those that differ from ``NEUTRAL`` somewhere. The
-        others are left out, which changes no result. float64 in gives float64 out.
+        columns: see :func:`columns_of`; used: for each whether it differs from ``NEUTRAL``
+        somewhere. The others are left out, which changes no result. float64 in gives float64 out.
 
     Returns:
-        z, stored and history of the next evaluation; the last two may be inputs themselves.
+        z, stored and history of the next evaluation; stored may be an input itself.
     """
     dtype = working_dtype(z.dtype)
     wide, kept = z.to(dtype), stored.to(dtype)
     past = history.to(dtype)
 
-    def times(column: Column, value: Tensor) -> Tensor:
-        return columns[column] * value if column in used else value
+    def times(column: int, value: Tensor) -> Tensor:
+        return columns[column] * value if used[column] else value
 
-    def plus(total: Tensor, column: Column, value: Tensor | None) -> Tensor:
-        if value is None or column not in used:
+    def plus(total: Tensor, column: int, value: Tensor | None) -> Tensor:
+        if value is None or not used[column]:
             return total
         return torch.addcmul(total, columns[column], value)
 
@@ -87,8 +89,9 @@ def denoise_update_rows(
     prediction = plus(times(Column.PREDICTION_EPS, eps), Column.PREDICTION_Z, wide)
 
     combined = times(Column.NEXT_0, prediction)
+    earlier = past.unbind(1)
     for back in range(HISTORY):
-        combined = plus(combined, Column(Column.NEXT_1 + back), past[:, back])
+        combined = plus(combined, Column.NEXT_1 + back, earlier[back])
     moved = plus(times(Column.NEXT_Z, wide), Column.NEXT_STORED, kept)
     moved = plus(moved, Column.NEXT_MOVE, move)
     moved = plus(moved, Column.NEXT_NOISE, noise)
@@ -99,16 +102,16 @@ def denoise_update_rows(
     held = plus(held, Column.STORED_NOISE, noise)
     held = plus(held, Column.STORED_0, prediction)
     for back in range(HISTORY):
-        held = plus(held, Column(Column.STORED_1 + back), past[:, back])
+        held = plus(held, Column.STORED_1 + back, earlier[back])
 
-    if Column.PUSHES in used:
-        recent = torch.cat([prediction.unsqueeze(1), past[:, :-1]], 1)
-        past = torch.where(columns[Column.PUSHES].unsqueeze(1) != 0, recent, past)
-    if Column.ACTIVE in used:
+    recent = torch.stack([prediction, *earlier[:-1]], 1)
+    if used[Column.PUSHES]:
+        recent = torch.where(columns[Column.PUSHES].unsqueeze(1) != 0, recent, past)
+    if used[Column.ACTIVE]:
         # a factor of 0 would not keep a prediction that is not finite out
         active = columns[Column.ACTIVE] != 0
         moved, held = torch.where(active, moved, wide), torch.where(active, held, kept)
-    return moved.to(z.dtype), held.to(stored.dtype), past.to(history.dtype)
+    return moved.to(z.dtype), held.to(stored.dtype), recent.to(history.dtype)
 
 
 def denoise_update_reference(
@@ -240,7 +243,7 @@ def denoise_update_launch(
         "GUIDED": eps_uncond is not None,
         "MOVES": move is not None,
         "NOISY": noise is not None,
-        "COLUMNS": len(Column),
+        "COLUMNS": PLAN_COLUMNS,
         "HISTORY": HISTORY,
         "BLOCK": _BLOCK,
     }

@@ -161,15 +161,13 @@ def dpmpp_2m_table(timesteps: Tensor, abar: Tensor) -> SolverTable:
     share = torch.zeros(count, dtype=torch.float64)
     share[1:-1] = 0.5 * step[1:-1] / step[:-2]
     columns[:, Column.NEXT_0], columns[:, Column.NEXT_1] = 1 + share, -share
-    columns[:, Column.PUSHES] = 1
     every = torch.ones(count, dtype=torch.bool)
     return SolverTable(timesteps, torch.arange(count), every, columns)
 
 
 def _neutral(count: int) -> Tensor:
     """(count, COLUMNS): rows that step to the prediction-free latent; solvers fill in theirs."""
-    row = torch.tensor([NEUTRAL[column] for column in Column], dtype=torch.float64)
-    return row.repeat(count, 1)
+    return torch.tensor(NEUTRAL, dtype=torch.float64).repeat(count, 1)
 
 
 def _check_steps(steps: int) -> None:

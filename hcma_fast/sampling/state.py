@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,6 @@ from hcma_fast.engine import Engine, Stateful
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.kernels.align_update import align_update_, align_update_reference
 from hcma_fast.kernels.denoise_update import (
-    EVERY,
     NEUTRAL,
     columns_of,
     denoise_update_,
@@ -30,28 +30,27 @@ from hcma_fast.kernels.denoise_update import (
 from hcma_fast.kernels.launch import triton
 from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses
+from hcma_fast.sampling.solvers import SolverTable
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column, GraphName
 
-_MOVES = (Column.NEXT_MOVE, Column.STORED_MOVE)
-_NOISE = (Column.NEXT_NOISE, Column.STORED_NOISE)
+_MOVES = [Column.NEXT_MOVE, Column.STORED_MOVE]
+_NOISE = [Column.NEXT_NOISE, Column.STORED_NOISE]
 
 
-def used_columns(schedules: Sequence[Schedule]) -> frozenset[Column]:
-    """Columns of the update that have an effect in some evaluation of some image."""
-    used = {
-        column
-        for schedule in schedules
-        for column, differs in zip(
-            Column, (schedule.table.columns != _NEUTRAL).any(0).tolist(), strict=True
-        )
-        if differs
-    }
-    if len({len(schedule.table) for schedule in schedules}) > 1:
-        used.add(Column.ACTIVE)
-    return frozenset(used)
+def used_columns(schedules: Sequence[Schedule]) -> list[tuple[bool, ...]]:
+    """For each evaluation and column of the update: whether it has an effect for some image."""
+    used = torch.zeros(max(len(s.table) for s in schedules), PLAN_COLUMNS, dtype=torch.bool)
+    for schedule in schedules:
+        count = len(schedule.table)
+        used[:count] |= _differs(schedule.table)
+        # behind its end an image waits for the others
+        used[count:, [Column.ACTIVE, Column.PUSHES]] = True
+    return [tuple(row) for row in used.tolist()]
 
 
-_NEUTRAL = torch.tensor([NEUTRAL[column] for column in Column], dtype=torch.float64)
+@lru_cache(maxsize=64)
+def _differs(table: SolverTable) -> Tensor:
+    return table.columns != torch.tensor(NEUTRAL, dtype=torch.float64)
 
 
 class Kind(NamedTuple):
@@ -85,7 +84,7 @@ class Kind(NamedTuple):
             dtype=getattr(torch, dtypes[0]),
             repeats=any(saving.align_every > 1 for saving in savings),
             recomputes=any(not saving.contexts_once for saving in savings),
-            moves=not used_columns(schedules).isdisjoint(_MOVES),
+            moves=any(row[column] for row in used_columns(schedules) for column in _MOVES),
         )
 
 
@@ -122,6 +121,7 @@ class State(ABC):
         # an entry per image and evaluation; those behind the last evaluation stay unused
         self.loss_global = torch.zeros(batch, PLAN_ROWS, device=device)
         self.loss_local = torch.zeros(batch, PLAN_ROWS, MAX_OBJECTS, device=device)
+        self._losses = (self.loss_global.view(-1), self.loss_local.view(-1, MAX_OBJECTS))
         # where each image is in its plan, all plans being one table
         self._first = torch.arange(batch, device=device) * PLAN_ROWS
         self._at = torch.zeros_like(self.step)
@@ -144,11 +144,9 @@ class State(ABC):
         Raises:
             UsageError: a solver that adds noise.
         """
-        used = used_columns(schedules)
-        if used.intersection(_NOISE):
+        if any(bool(_differs(schedule.table)[:, _NOISE].any()) for schedule in schedules):
             raise UsageError(
                 "this solver adds noise in its steps, which the sampler does not draw yet",
-                value=", ".join(column.name for column in _NOISE if column in used),
                 remedy="Use a deterministic solver.",
             )
         self.z.copy_(z)
@@ -193,8 +191,8 @@ class State(ABC):
         torch.add(self._first, self.step, out=self._at)
 
     def _keep_losses(self, found: Mapping[str, Tensor]) -> None:
-        self.loss_global.view(-1).index_copy_(0, self._at, found["loss_global"])
-        self.loss_local.view(-1, MAX_OBJECTS).index_copy_(0, self._at, found["loss_local"])
+        for kept, name in zip(self._losses, ("loss_global", "loss_local"), strict=True):
+            kept.index_copy_(0, self._at, found[name])
 
     def _engine(self, name: GraphName, guided: bool) -> Engine:
         """An engine that is captured for one shape must not be set to another."""
@@ -225,7 +223,8 @@ class SeparateGraphs(State):
         halves = len(like.text_context) // batch
         # without a capture and a GPU the op would only run its reference
         self._by_kernel = bool(captured) or (device.type == "cuda" and triton is not None)
-        self._used = EVERY
+        # without a capture the host knows the evaluation, and what its update can leave out
+        self._used, self._evaluation = list[tuple[bool, ...]](), 0
         # what the engines read; the latent itself where that is as wide
         self.wide = self.z if self.z.dtype == torch.float32 else self.z.float()
         self.gradient = torch.zeros(self.z.shape, device=device)
@@ -237,7 +236,10 @@ class SeparateGraphs(State):
         # this evaluation's row of each plan, and what the engines take of it
         self.row = torch.zeros(batch, PLAN_COLUMNS, device=device)
         self._columns = columns_of(self.row, z.dim())
-        self.time = torch.zeros(batch, dtype=torch.int64, device=device)
+        self._plans = self.plan.view(-1, PLAN_COLUMNS)
+        self._row_time = self.row[:, Column.TIMESTEP]
+        self._row_eta = self.row[:, Column.ETA]
+        self._row_gate = self.row[:, Column.GATE]
         self.eta = torch.zeros(batch, device=device)
         self.aligns = torch.zeros(batch, dtype=torch.bool, device=device)
         images = (batch, *[1] * (z.dim() - 1))
@@ -246,6 +248,7 @@ class SeparateGraphs(State):
         # for each half of the guidance
         self.doubled = torch.zeros(halves, *self.z.shape, device=device)
         self.times = torch.zeros(halves, batch, dtype=torch.int64, device=device)
+        self.time = self.times[0]
         self.gate = torch.zeros(halves, batch, device=device)
         fixed = self.conditioning.tensors()
         self.align_inputs = {
@@ -281,8 +284,8 @@ class SeparateGraphs(State):
     def advance(self, networks: Networks) -> None:
         """See :meth:`State.advance`."""
         self._find_rows()
-        torch.index_select(self.plan.view(-1, PLAN_COLUMNS), 0, self._at, out=self.row)
-        self.time.copy_(self.row[:, Column.TIMESTEP])
+        torch.index_select(self._plans, 0, self._at, out=self.row)
+        self.times.copy_(self._row_time)
         # align, before the copy for guidance (Eq. 8)
         if self.move is not None:
             self.move.copy_(self.z)
@@ -295,21 +298,20 @@ class SeparateGraphs(State):
         # denoise (Eq. 9): both halves of the guidance in one batch
         if networks.guided:
             self.doubled.copy_(self.z)
-            self.times.copy_(self.time)
         elif self.wide is not self.z:
             self.wide.copy_(self.z)
         if self.kind.recomputes:
             self._recompute(networks.guided)
         if networks.grounded:
-            self.gate.copy_(self.row[:, Column.GATE])
+            self.gate.copy_(self._row_gate)
         unet = self._engine("unet_grounded" if networks.grounded else "unet_plain", networks.guided)
         eps = unet(self.unet_inputs[networks.guided])["noise_pred"]
         # combine and step
         self._denoise(*(eps.chunk(2) if networks.guided else (None, eps)))
-        self.step.add_(1).clamp_(max=PLAN_ROWS - 1)
+        self.step.add_(1)
 
     def _align(self) -> None:
-        self.eta.copy_(self.row[:, Column.ETA])
+        self.eta.copy_(self._row_eta)
         if self.wide is not self.z:
             self.wide.copy_(self.z)
         aligned = self._engine("align", False)(self.align_inputs)
@@ -346,7 +348,9 @@ class SeparateGraphs(State):
         if self._by_kernel:
             denoise_update_(*state, *eps, self.plan, self.step)
             return
-        moved, held, past = denoise_update_rows(*state, *eps, self._columns, self._used)
+        used = self._used[self._evaluation]
+        self._evaluation += 1
+        moved, held, past = denoise_update_rows(*state, *eps, self._columns, used)
         # the latent last: it may be what is stored
         self.stored.copy_(held)
         self.history.copy_(past)
@@ -355,7 +359,7 @@ class SeparateGraphs(State):
     def load(self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]) -> None:
         """See :meth:`State.load`."""
         super().load(z, conditioning, schedules)
-        self._used = used_columns(schedules)
+        self._used, self._evaluation = used_columns(schedules), 0
         self.gradient.zero_()
         if self.kind.repeats:
             self.rates.copy_(self.plan[:, :, Column.REPEAT])

@@ -161,7 +161,7 @@ def test_columns_that_are_neutral_everywhere_may_be_left_out() -> None:
         for k in range(len(schedule.table)):
             columns = columns_of(schedule.plan[k : k + 1], z.dim())
             state = (z, stored, history, *eps)
-            found = denoise_update_rows(*state, move, noise, columns, used)
+            found = denoise_update_rows(*state, move, noise, columns, used[k])
             every = denoise_update_rows(*state, None, None, columns)
             for one, other in zip(found, every, strict=True):
                 assert torch.equal(one, other)
