@@ -204,7 +204,7 @@ def soak(
     Ends with an error if memory grows, latency drifts, or an image changes. Too short a soak says
     that memory and latency were not judged, or not shown to stay.
     """
-    from hcma_fast.bench.soak import soak as run_soak
+    from hcma_fast.bench.soak.soak import soak as run_soak
 
     report = run_soak(
         model, backend=backend, minutes=minutes, max_batch=max_batch, progress=print_note
