@@ -58,8 +58,8 @@ class SolverTable:
     def __len__(self) -> int:
         return len(self.timesteps)
 
-    def first(self, count: int) -> SolverTable:
-        """The first evaluations alone."""
+    def first(self, count: int | None) -> SolverTable:
+        """The first evaluations alone; None for all."""
         parts = (self.timesteps, self.step_index, self.aligns, self.columns)
         return SolverTable(*(part[:count] for part in parts))
 

@@ -343,14 +343,15 @@ class SeparateGraphs(State):
                 context.copy_(found[name])
 
     def _denoise(self, unconditional: Tensor | None, conditional: Tensor) -> None:
-        state = (self.z, self.stored, self.history)
-        eps = (unconditional, conditional, self.move, None)
+        z, stored, history, eps = self.z, self.stored, self.history, (unconditional, conditional)
         if self._by_kernel:
-            denoise_update_(*state, *eps, self.plan, self.step)
+            denoise_update_(z, stored, history, *eps, self.move, None, self.plan, self.step)
             return
         used = self._used[self._evaluation]
         self._evaluation += 1
-        moved, held, past = denoise_update_rows(*state, *eps, self._columns, used)
+        moved, held, past = denoise_update_rows(
+            z, stored, history, *eps, self.move, None, self._columns, used
+        )
         # the latent last: it may be what is stored
         self.stored.copy_(held)
         self.history.copy_(past)

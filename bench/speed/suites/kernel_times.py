@@ -48,7 +48,7 @@ class Kernel:
     """Both implementations, and which of the launch's tensors they take, in order."""
 
     inputs: tuple[str, ...]
-    reference: Callable[..., Tensor | Sequence[Tensor]]
+    reference: Callable[..., Tensor | Sequence[Tensor] | None]
     launch: Callable[..., Tensor | Sequence[Tensor] | None]
     """None where it writes over the first input"""
     last: tuple[bool, ...] = ()
