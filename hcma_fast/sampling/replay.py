@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hcma_fast.engine import Engine
 from hcma_fast.errors import UsageError
+from hcma_fast.sampling.batch_kind import Kind
 from hcma_fast.sampling.capture import (
     Capture,
     CaptureMode,
@@ -29,7 +30,7 @@ from hcma_fast.sampling.schedule import (
     evaluation_networks,
     fusable,
 )
-from hcma_fast.sampling.state import Kind, SeparateGraphs, State, StepGraphs
+from hcma_fast.sampling.state import SeparateGraphs, State, StepGraphs
 from hcma_fast.specs import GraphName
 
 

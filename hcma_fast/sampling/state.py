@@ -11,81 +11,26 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.engine import Engine, Stateful
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import UsageError
 from hcma_fast.kernels.align_update import align_update_, align_update_reference
 from hcma_fast.kernels.denoise_update import (
-    NEUTRAL,
     columns_of,
     denoise_update_,
     denoise_update_rows,
 )
 from hcma_fast.kernels.launch import triton
+from hcma_fast.sampling.batch_kind import Kind, differing_columns, used_columns
 from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses
-from hcma_fast.sampling.solvers import SolverTable
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column, GraphName
 
-_MOVES = [Column.NEXT_MOVE, Column.STORED_MOVE]
 _NOISE = [Column.NEXT_NOISE, Column.STORED_NOISE]
-
-
-def used_columns(schedules: Sequence[Schedule]) -> list[tuple[bool, ...]]:
-    """For each evaluation and column of the update: whether it has an effect for some image."""
-    used = torch.zeros(max(len(s.table) for s in schedules), PLAN_COLUMNS, dtype=torch.bool)
-    for schedule in schedules:
-        count = len(schedule.table)
-        used[:count] |= _differs(schedule.table)
-        # behind its end an image waits for the others
-        used[count:, [Column.ACTIVE, Column.PUSHES]] = True
-    return [tuple(row) for row in used.tolist()]
-
-
-@lru_cache(maxsize=64)
-def _differs(table: SolverTable) -> Tensor:
-    return table.columns != torch.tensor(NEUTRAL, dtype=torch.float64)
-
-
-class Kind(NamedTuple):
-    """What all evaluations of a batch have in common, and its launches and memory depend on."""
-
-    dtype: torch.dtype
-    """of latent and history"""
-    repeats: bool
-    """some image follows gradients of earlier steps"""
-    recomputes: bool
-    """the contexts are computed in every evaluation"""
-    moves: bool
-    """some image's solver uses the move of the alignment"""
-
-    @classmethod
-    def of(cls, schedules: Sequence[Schedule]) -> Kind:
-        """That of a batch.
-
-        Raises:
-            InputError: its images keep their latents in different dtypes.
-        """
-        savings = [schedule.savings for schedule in schedules]
-        dtypes = sorted({saving.latent_dtype for saving in savings})
-        if len(dtypes) > 1:
-            raise InputError(
-                "images of one batch must keep their latents in the same dtype",
-                value=dtypes,
-                remedy="Give them the same latent_dtype.",
-            )
-        return cls(
-            dtype=getattr(torch, dtypes[0]),
-            repeats=any(saving.align_every > 1 for saving in savings),
-            recomputes=any(not saving.contexts_once for saving in savings),
-            moves=any(row[column] for row in used_columns(schedules) for column in _MOVES),
-        )
 
 
 class State(ABC):
@@ -144,7 +89,7 @@ class State(ABC):
         Raises:
             UsageError: a solver that adds noise.
         """
-        if any(bool(_differs(schedule.table)[:, _NOISE].any()) for schedule in schedules):
+        if any(bool(differing_columns(schedule.table)[:, _NOISE].any()) for schedule in schedules):
             raise UsageError(
                 "this solver adds noise in its steps, which the sampler does not draw yet",
                 remedy="Use a deterministic solver.",

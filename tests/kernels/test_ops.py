@@ -37,9 +37,9 @@ from hcma_fast.kernels.region_pool import (
 )
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.heads import RegionHead
+from hcma_fast.sampling.batch_kind import used_columns
 from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.sampling.solvers import ddim, dpmpp_2m, plms
-from hcma_fast.sampling.state import used_columns
 from hcma_fast.specs import HISTORY
 
 DOUBLE = torch.float64

@@ -23,7 +23,7 @@ FILE = Path(__file__).with_name("reference_latents.npz")
 TINY = ("whole-window", "gate", "unguided", "align-every", "guidance-end")
 WRITE = "HCMA_FAST_WRITE_LATENTS" in os.environ
 TOLERANCE = {"narrow": 5e-2}
-"""Relative; else 5e-3. A float32 bit may tip a rounding to bfloat16."""
+"""Relative; else 2e-3. A float32 bit may tip a rounding to bfloat16."""
 
 
 Latents = dict[str, NDArray[np.float32]]
@@ -56,7 +56,7 @@ def errors(found: Latents) -> dict[str, float]:
         name: float(np.linalg.norm(z - known[name]) / np.linalg.norm(known[name]))
         for name, z in found.items()
     }
-    return {n: e for n, e in distances.items() if e > TOLERANCE.get(n.split("/")[1], 5e-3)}
+    return {n: e for n, e in distances.items() if e > TOLERANCE.get(n.split("/")[1], 2e-3)}
 
 
 def test_eager_latents_are_the_committed_ones(random_components: Components) -> None:
@@ -65,7 +65,7 @@ def test_eager_latents_are_the_committed_ones(random_components: Components) -> 
     assert not errors(found)
     # the requests differ by far more than the tolerance
     for name in ("gate", "unguided", "align-every", "guidance-end"):
-        assert errors({"random/whole-window": found[f"random/{name}"]}), name
+        assert errors({"tiny/whole-window": found[f"tiny/{name}"]}), name
 
 
 def test_compiled_latents_are_the_committed_ones(random_engine: Path) -> None:
