@@ -56,6 +56,8 @@ EXTRAS_REQUIRE = {
     "gpu": ["onnxruntime-gpu>=1.24,<2", "triton>=3.7,<4"],
     "tensorrt": ["tensorrt>=11,<12"],
     "rtx": ["tensorrt-rtx-cu13>=1.7,<2"],
+    # `build --sign-key`, `generate --verify-key`
+    "sign": ["cryptography>=45,<51"],
     # optuna and matplotlib: `hcma-fast train tune-alignment`
     "train": [
         "matplotlib>=3.11,<4",
@@ -72,6 +74,7 @@ EXTRAS_REQUIRE = {
         "torchmetrics>=1.8,<2",
     ],
     "dev": [
+        "cryptography>=45,<51",
         "hypothesis>=6.130,<7",
         "mypy>=2.1,<3",
         # the reference for the COCO reader

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from hcma_fast.errors import EngineError, InputError
+from hcma_fast.errors import EngineError, HcmaError, InputError
 from hcma_fast.export.compile import compile_engine, export_graph, open_graph
 from hcma_fast.export.estimate import check_resources, graph_weights
 from hcma_fast.export.key import key_of, key_parts
@@ -29,6 +30,8 @@ from hcma_fast.export.manifest import (
 )
 from hcma_fast.export.onnx.export import OPSET
 from hcma_fast.export.precision import Precision, at_precision, graph_precision
+from hcma_fast.export.removal import RETIRED, engine_files, remove_engine
+from hcma_fast.export.signing import Signer
 from hcma_fast.export.target import TRT_LIBRARIES, Target, backend_version, check_buildable
 from hcma_fast.export.validate import MANY_WEIGHTS, TOLERANCES, cases_for, compare, references
 from hcma_fast.export.weights_file import WEIGHTS_FILE, WeightsFile
@@ -36,10 +39,13 @@ from hcma_fast.files import sync_folder
 from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GraphName, IOSpec
+from hcma_fast.torch_state import neutral_torch
 
 Progress = Callable[[str, str], None]
+_log = logging.getLogger("hcma_fast")
 
 
+@neutral_torch()
 def build(
     source: ModelSource,
     folder: Path,
@@ -47,25 +53,30 @@ def build(
     *,
     progress: Progress | None = None,
     force: bool = False,
+    sign_key: Path | None = None,
 ) -> Manifest:
     """Export, compile and validate all graphs of ``target`` into ``folder``.
 
     Args:
         progress: called with (graph, stage), by two threads; stages are "export", "validate",
             "compile" (TensorRT; torch-compile instead of "export"), "done".
-        force: replace an engine folder that is there already; anything else is never replaced.
+        force: replace an engine folder that is there already. Anything else is never replaced, nor
+            an engine folder that holds files which its manifest does not list.
+        sign_key: file of the private key to sign the folder with, see ``export.signing``.
 
     Raises:
         BackendError: the backend is not installed.
         InputError: ``folder`` holds something else, or cannot be written, or the image size is
-            not one that the model can have.
+            not one that the model can have, or the key cannot be read.
         EngineError: a graph does not agree with torch.
         DeviceMemoryError: out of memory.
     """
     version = backend_version(target.backend)
     check_buildable(target)
     specs = source.specs(target.height, target.width, target.batch_range)
-    folder = Path(os.path.abspath(folder))
+    sign = Signer(sign_key) if sign_key is not None else None
+    # of a link what it points to is replaced, not the link
+    folder = Path(os.path.realpath(folder))
     _check_target(folder, force)
     check_resources(source, target, folder)
     parts = key_parts(source.weights_hash, target)
@@ -92,17 +103,11 @@ def build(
             key_parts=parts,
             graphs=graphs,
             files=hash_folder(partial, {g.file: g.sha256 for g in graphs.values()}),
-        )
+        ).sealed(sign)
         (partial / MANIFEST_FILE).write_text(manifest.model_dump_json(indent=2) + "\n")
         partial.chmod(0o755)  # mkdtemp makes it private
         sync_folder(partial)
-        if folder.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
-            folder.rename(retired / "engine")
-            partial.rename(folder)
-            shutil.rmtree(retired)
-        else:
-            partial.rename(folder)
+        _put_in_place(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return manifest
@@ -234,20 +239,30 @@ def _free_memory() -> None:
 
 
 def _check_target(folder: Path, force: bool) -> None:
-    if not folder.exists():
+    if not os.path.lexists(folder) or (folder.is_dir() and not any(folder.iterdir())):
         return
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST_FILE).is_file()):
-        raise InputError(
-            "this is not an engine folder, so it is not replaced",
-            value=str(folder),
-            remedy="Choose another folder with --out.",
-        )
-    if not force and any(folder.iterdir()):
+    engine_files(folder)
+    if not force:
         raise InputError(
             "there is an engine in this folder already",
             value=str(folder),
             remedy="Add --force to replace it.",
         )
+
+
+def _put_in_place(partial: Path, folder: Path) -> None:
+    """Give ``partial`` the name ``folder``; of what has it, only an engine's files are deleted."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old-", dir=folder.parent))
+    folder.rename(retired / RETIRED)
+    partial.rename(folder)
+    try:
+        remove_engine(retired)
+    except HcmaError as error:
+        # something was put into the folder while the engine was built
+        _log.warning("The engine that was replaced is left in %s: %s", retired, error)
 
 
 def _no_progress(graph: str, stage: str) -> None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import os
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,14 +18,24 @@ from pydantic import BaseModel, ConfigDict
 from hcma_fast.config import cache_root
 from hcma_fast.errors import EngineError, HcmaError, InputError
 from hcma_fast.export.build import Progress, build
-from hcma_fast.export.kernel_cache import kernel_folders
+from hcma_fast.export.kernel_cache import kernel_folders, remove_kernels
 from hcma_fast.export.key import key_of, key_parts
-from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, load_manifest
+from hcma_fast.export.manifest import (
+    MANIFEST_FILE,
+    FormatError,
+    Manifest,
+    VerifiedFolder,
+    manifest_values,
+    open_folder,
+    read_manifest,
+)
+from hcma_fast.export.removal import has_listing, remove_engine
 from hcma_fast.export.target import COMPILED_BACKENDS, Target
 from hcma_fast.models.checkpoint.folder import Checkpoint, ModelSource, load_components
 
 _log = logging.getLogger("hcma_fast")
 _KEY_LETTERS = 24
+_SHOWN = 5
 #: engine folders, and what a build leaves when it is killed; nothing else there is ours to remove
 _OURS = re.compile(
     rf"\.?(?P<name>({'|'.join(COMPILED_BACKENDS)})-[0-9a-f]{{{_KEY_LETTERS}}})(\.(part|old)-\w+)?"
@@ -39,23 +49,46 @@ def cached_folder(weights_hash: str, target: Target) -> Path:
     return cache_root() / f"{target.backend}-{key[:_KEY_LETTERS]}"
 
 
-def cached_engine(weights_hash: str, target: Target) -> Path | None:
-    """The engine folder in the user's cache, checked; None when it is missing or damaged.
+def cached_engine(weights_hash: str, target: Target) -> VerifiedFolder | None:
+    """The engine folder in the user's cache, opened; None when it is missing, or not usable.
 
-    The log says why: what is damaged, or what the nearest engine in the cache differs in.
+    The log says why: what is damaged, what an engine under this name is of instead, or what the
+    nearest engine in the cache differs in.
     """
-    folder = cached_folder(weights_hash, target)
-    if not (folder / MANIFEST_FILE).is_file():
-        differs = _nearest_difference(key_parts(weights_hash, target))
+    folder, parts = cached_folder(weights_hash, target), key_parts(weights_hash, target)
+    if not os.path.lexists(folder / MANIFEST_FILE):
+        differs = _nearest_difference(parts)
         if differs:
             _log.info("The engines in the cache differ in: %s.", ", ".join(differs))
         return None
     try:
-        load_manifest(folder)
+        opened = open_folder(folder)
     except EngineError as error:
         _log.warning("The cached engine is built again. %s", error)
         return None
-    return folder
+    differs = _differences(opened.manifest, parts, target)
+    if differs:
+        _log.warning(
+            "The cached engine is built again: %s is an engine of another %s.",
+            folder,
+            ", ".join(differs),
+        )
+        return None
+    return opened
+
+
+def _differences(manifest: Manifest, parts: dict[str, str], target: Target) -> list[str]:
+    """In what an engine is not the one that was asked for."""
+    differs = [name for name, value in parts.items() if manifest.key_parts.get(name) != value]
+    if manifest.weights_hash != parts["weights"] and "weights" not in differs:
+        differs.append("weights")
+    # no batch sizes, and the default ones, are one target
+    built_for = replace(manifest.target, batch=manifest.target.batch_range)
+    if not differs and built_for != replace(target, batch=target.batch_range):
+        differs.append("target")
+    if not differs and manifest.key != key_of(parts):
+        differs.append("key")
+    return differs
 
 
 def find_or_build(
@@ -65,8 +98,10 @@ def find_or_build(
     *,
     progress: Progress | None = None,
     force: bool = False,
-) -> Path:
-    """The engine folder in the user's cache, built when it is missing or damaged, or by ``force``.
+) -> VerifiedFolder:
+    """The engine folder in the user's cache, opened.
+
+    It is built when it is missing or damaged, or by ``force``.
 
     Two processes that want the same engine build it once: the second waits for the first.
 
@@ -74,11 +109,13 @@ def find_or_build(
         load: gives the model, when there is something to build.
 
     Raises:
-        InputError: the cache cannot be written.
+        InputError, OutputError: the cache cannot be written; or there is something else where the
+            engine would be, which is not deleted.
         BackendError, EngineError, DeviceMemoryError: see :func:`hcma_fast.export.build.build`.
     """
     folder = cached_folder(weights_hash, target)
-    if not force and (found := cached_engine(weights_hash, target)) is not None:
+    found = None if force else cached_engine(weights_hash, target)
+    if found is not None:
         return found
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,21 +127,22 @@ def find_or_build(
             remedy="Set HCMA_FAST_CACHE to a folder that you may write to.",
         ) from error
     with held:
-        missing = not (folder / MANIFEST_FILE).is_file()  # and why, has been said above
-        if force or missing or cached_engine(weights_hash, target) is None:
+        missing = not os.path.lexists(folder / MANIFEST_FILE)  # and why, has been said above
+        if force or missing or (found := cached_engine(weights_hash, target)) is None:
             # what a killed build left; the lock says that nobody is at work on it
             for leftover in folder.parent.glob(f".{folder.name}.*-*"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            if missing:
-                # half an engine, after somebody's clean-up
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_or_say(leftover)
+            if folder.is_dir() and not has_listing(folder):
+                # half an engine, after somebody's clean-up, or one whose manifest is damaged
+                remove_engine(folder)
             build(load(), folder, target, progress=progress, force=True)
-    return folder
+            found = open_folder(folder)
+    return found
 
 
 def engine_folder(
     checkpoint: Checkpoint, target: Target, *, progress: Progress | None = None
-) -> Path:
+) -> VerifiedFolder:
     """:func:`find_or_build` for a checkpoint, whose weights are read only to build."""
     return find_or_build(
         checkpoint.weights_hash, lambda: load_components(checkpoint), target, progress=progress
@@ -148,10 +186,8 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
     """Remove what can no longer be used, and what is older than asked; returns what was removed.
 
     A folder that somebody builds at this moment is left alone, and so is what another environment
-    or machine with the same cache may use.
-
-    Raises:
-        InputError: a folder cannot be removed.
+    or machine with the same cache may use. What holds files that are not of an engine, or cannot be
+    removed, is left with a warning.
     """
 
     def unwanted(entry: CacheEntry) -> bool:
@@ -165,17 +201,17 @@ def prune_cache(*, older_than_days: float | None = None, everything: bool = Fals
             continue
         try:
             with _lock(entry.folder.parent, match["name"]).acquire(blocking=False):
-                if not entry.folder.exists():
-                    continue  # of a build that has ended since
-                _remove(entry.folder)
+                # or of a build that has ended since
+                if entry.folder.exists() and _remove_or_say(entry.folder):
+                    removed.append(entry.folder)
         except TimeoutError:
             _log.warning("%s is left: it is being built.", entry.folder)
-            continue
-        removed.append(entry.folder)
     # after the engines: their kernels go with them
-    for entry in filter(unwanted, _kernel_entries()):
-        _remove(entry.folder)
-        removed.append(entry.folder)
+    removed += [
+        entry.folder
+        for entry in filter(unwanted, _kernel_entries())
+        if _remove_or_say(entry.folder, remove_kernels)
+    ]
     return removed
 
 
@@ -200,18 +236,17 @@ def _is_building(folder: Path, name: str) -> bool:
         return False
 
 
-def _remove(path: Path) -> None:
+def _remove_or_say(path: Path, remove: Callable[[Path], None] = remove_engine) -> bool:
+    """Remove a folder of the cache, if it holds nothing but what we wrote."""
+    if path.is_symlink():
+        _log.warning("%s is left: it is a link.", path)
+        return False
     try:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        raise InputError(
-            f"this cannot be removed from the cache: {error.strerror}",
-            value=str(path),
-            remedy="Remove it by hand.",
-        ) from error
+        remove(path)
+    except HcmaError as error:
+        _log.warning("%s is left: %s", path, error)
+        return False
+    return True
 
 
 def _kernel_entries() -> list[CacheEntry]:
@@ -261,18 +296,21 @@ def _judge(folder: Path) -> tuple[Manifest | None, State, str]:
             return None, "building", "by a process that runs"
         return None, "leftover", "of a build that did not end"
     try:
-        manifest = Manifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
-    except (OSError, ValueError, HcmaError) as error:
-        return None, "damaged", f"manifest: {type(error).__name__}"
+        manifest = read_manifest(folder)
+    except EngineError as error:
+        state: State = "stale" if isinstance(error, FormatError) else "damaged"
+        return None, state, error.what.split(": ")[1]
     try:
         parts = key_parts(manifest.weights_hash, manifest.target)
     except HcmaError as error:  # the backend is gone
         return manifest, "elsewhere", str(error.what)
-    differs = [name for name, value in parts.items() if manifest.key_parts.get(name) != value]
+    differs = _differences(manifest, parts, manifest.target)
     if "machine" in differs:
         return manifest, "elsewhere", "for another machine"
     if differs:
         return manifest, "stale", f"another {' and '.join(differs)}"
+    if folder != cached_folder(manifest.weights_hash, manifest.target):
+        return manifest, "stale", "an engine under another one's name"
     return manifest, "current", ""
 
 
@@ -288,11 +326,20 @@ def _nearest_difference(parts: dict[str, str]) -> list[str]:
     return min(found, key=lambda names: ("weights" in names, len(names)), default=[])
 
 
-def _all_key_parts() -> Iterator[dict[str, Any]]:
-    for path in cache_root().glob(f"*/{MANIFEST_FILE}"):
-        try:
-            parts = json.loads(path.read_bytes())["key_parts"]
-        except (OSError, ValueError, KeyError):
+def _all_key_parts() -> list[dict[str, Any]]:
+    """Of every engine in the cache; one note names the manifests that cannot be read."""
+    found, unread = [], []
+    for path in sorted(cache_root().glob(f"*/{MANIFEST_FILE}")):
+        if path.parent.name.startswith("."):
             continue
+        try:
+            parts = manifest_values(path.parent)["key_parts"]
+        except (OSError, InputError, KeyError, TypeError, IndexError):
+            parts = None
         if isinstance(parts, dict):
-            yield parts
+            found.append(parts)
+        else:
+            unread.append(str(path))
+    if unread:
+        _log.warning("Not of engines, and skipped in the cache: %s.", ", ".join(unread[:_SHOWN]))
+    return found

@@ -6,12 +6,13 @@ from pathlib import Path
 
 from torch import nn
 
-from hcma_fast.errors import EngineError
 from hcma_fast.export.backends.aoti import build as aoti
 from hcma_fast.export.backends.onnxruntime import session as ort
 from hcma_fast.export.backends.openvino import model as openvino_model
 from hcma_fast.export.backends.trt.build import TRTReport, build_trt
 from hcma_fast.export.onnx.export import export_onnx
+from hcma_fast.export.onnx.file import OnnxFile
+from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.target import TRT_LIBRARIES, Target
 from hcma_fast.export.validate import Runner, on_device
 from hcma_fast.export.weights_file import WeightsFile, check_external_data
@@ -30,7 +31,8 @@ def export_graph(
     """Write the graph to ``folder``: as ONNX, or as native code for torch-compile.
 
     Raises:
-        BackendError, EngineError: as the exporter.
+        BackendError, EngineError: as the exporter; the graph has other inputs or outputs than
+            ``spec``, such as one that was dropped, as it does not reach an output.
     """
     if target.backend == "torch-compile":
         file = folder / f"{spec.graph}.pt2"
@@ -38,7 +40,7 @@ def export_graph(
         return file
     file = folder / f"{spec.graph}.onnx"
     export_onnx(spec, module, file, weights, vocabulary=vocabulary)
-    check_external_data(file)
+    check_onnx_signature(spec, check_external_data(file))
     return file
 
 
@@ -49,17 +51,16 @@ def open_graph(file: Path, spec: IOSpec, target: Target) -> Runner:
     ONNX Runtime on the CPU.
 
     Raises:
-        BackendError, DeviceMemoryError, EngineError: it cannot be opened, or has other inputs or
-            outputs than ``spec``.
+        BackendError, DeviceMemoryError, EngineError: it cannot be opened.
     """
     if target.backend == "torch-compile":
         return on_device(aoti.runner(file, spec), target.device)
     if target.backend == "openvino":
         precision = openvino_model.precision_of(spec.graph, target.precision)
-        return openvino_model.runner(openvino_model.open_model(file, precision=precision), spec)
-    session = ort.open_session(file)
-    _check_names(spec, session)
-    return ort.runner(session, spec)
+        opened = OnnxFile.open(file)
+        compiled = openvino_model.open_model(opened, precision=precision)
+        return openvino_model.runner(compiled, spec, opened)
+    return ort.runner(ort.open_session(OnnxFile.open(file)), spec)
 
 
 def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTReport | None]:
@@ -72,15 +73,3 @@ def compile_engine(file: Path, spec: IOSpec, target: Target) -> tuple[Path, TRTR
         return file, None
     engine = file.with_suffix(".engine")
     return engine, build_trt(file, spec, engine, target.trt_options())
-
-
-def _check_names(spec: IOSpec, session: object) -> None:
-    """A graph may drop an input that does not reach an output; then its caller would fail."""
-    inputs = tuple(entry.name for entry in session.get_inputs())  # type: ignore[attr-defined]
-    outputs = tuple(entry.name for entry in session.get_outputs())  # type: ignore[attr-defined]
-    if (inputs, outputs) != (spec.input_names, spec.output_names):
-        raise EngineError(
-            f"the exported graph {spec.graph} has other inputs or outputs than its signature",
-            value=f"{inputs} -> {outputs}",
-            remedy="This is a fault of the export: report it, with hcma-fast doctor.",
-        )

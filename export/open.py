@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,9 +15,15 @@ from hcma_fast.export.backends.aoti.engine import CompiledEngine
 from hcma_fast.export.backends.onnxruntime.engine import OrtEngine
 from hcma_fast.export.backends.openvino.engine import OpenVINOEngine
 from hcma_fast.export.backends.openvino.model import precision_of
+from hcma_fast.export.backends.trt.build import TRTLibrary
 from hcma_fast.export.backends.trt.engine import TRTEngine
 from hcma_fast.export.kernel_cache import kernel_folder
-from hcma_fast.export.manifest import GraphRecord, Manifest, check_usable, load_manifest
+from hcma_fast.export.manifest import (
+    GraphRecord,
+    VerifiedFolder,
+    check_usable,
+    open_folder,
+)
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
 from hcma_fast.export.validate import cases_for, measure, on_device
 from hcma_fast.models.checkpoint.folder import ModelSource
@@ -62,8 +69,8 @@ def choose_backend(device: str | None = None, precision: str | None = None) -> t
     )
 
 
-def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphName, Engine]:
-    """All engines of a folder whose hashes :func:`load_manifest` has checked.
+def open_engines(opened: VerifiedFolder, device: str) -> dict[GraphName, Engine]:
+    """All engines of a folder, from its opened files.
 
     Raises:
         BackendError: the backend is not installed, or does not run on ``device``.
@@ -71,6 +78,7 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
         DeviceMemoryError: out of memory.
         UsageError: TensorRT or torch-compile, and not torch's current GPU.
     """
+    manifest = opened.manifest
     built_for = manifest.target.device
     if manifest.backend == "torch-compile" and torch.device(device).type != built_for:
         raise BackendError(
@@ -88,33 +96,44 @@ def open_engines(folder: Path, manifest: Manifest, device: str) -> dict[GraphNam
             value=device,
             remedy=f"Set CUDA_VISIBLE_DEVICES={card} and use cuda.",
         )
-    return {name: open_engine(folder, manifest, name, device) for name in manifest.graphs}
+    return {name: open_engine(opened, name, device) for name in manifest.graphs}
 
 
-def open_engine(folder: Path, manifest: Manifest, name: GraphName, device: str) -> Engine:
+def open_engine(opened: VerifiedFolder, name: GraphName, device: str) -> Engine:
     """One of :func:`open_engines`, which checks that the folder fits what is installed."""
+    manifest = opened.manifest
     record, backend = manifest.graphs[name], manifest.backend
-    file = folder / record.file
     if backend in TRT_LIBRARIES:
-        onnx = file.with_suffix(".onnx") if manifest.target.strip_weights else None
-        kernels = runtime_cache(file, record.sha256) if backend == "tensorrt-rtx" else None
+        return _open_trt(opened, record, backend)
+    if backend == "onnxruntime":
+        return OrtEngine(opened.onnx(record.file), record.spec, device=device)
+    if backend == "onnxruntime-tensorrt":
+        kept = kernel_folder(opened.path / record.file, record.sha256)
+        # TensorRT's parser reads weights beside the graph's path
+        with opened.onnx(record.file).plain() as path:
+            return OrtEngine(path, record.spec, device=device, tensorrt=kept)
+    if backend == "openvino":
+        precision = precision_of(name, manifest.precision)
+        return OpenVINOEngine(opened.onnx(record.file), record.spec, precision=precision)
+    return CompiledEngine(opened.files[record.file], record.spec)
+
+
+def _open_trt(opened: VerifiedFolder, record: GraphRecord, library: TRTLibrary) -> TRTEngine:
+    file = opened.path / record.file
+    kernels = runtime_cache(file, record.sha256) if library == "tensorrt-rtx" else None
+    with ExitStack() as stack:
+        onnx = None
+        if opened.manifest.target.strip_weights:
+            graph = opened.onnx(Path(record.file).with_suffix(".onnx").as_posix())
+            onnx = stack.enter_context(graph.plain())
         return TRTEngine(
-            file,
+            opened.files[record.file],
             record.spec,
-            backend,
+            library,
             weights_onnx=onnx,
             runtime_cache=kernels,
             user_allocation=record.engine is not None and record.engine.user_allocation,
         )
-    if backend == "onnxruntime":
-        return OrtEngine(file, record.spec, device=device)
-    if backend == "onnxruntime-tensorrt":
-        kept = kernel_folder(file, record.sha256)
-        return OrtEngine(file, record.spec, device=device, tensorrt=kept)
-    if backend == "openvino":
-        precision = precision_of(name, manifest.precision)
-        return OpenVINOEngine(file, record.spec, precision=precision)
-    return CompiledEngine(file, record.spec)
 
 
 def runtime_cache(engine: Path, sha256: str) -> Path:
@@ -123,13 +142,20 @@ def runtime_cache(engine: Path, sha256: str) -> Path:
     return kernel_folder(engine, sha256) / f"sm{gpu}"
 
 
-def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, GraphRecord, float]]:
+def verify(
+    folder: Path, source: ModelSource, verify_key: Path | None = None
+) -> Iterator[tuple[GraphName, GraphRecord, float]]:
     """Compare every engine of a folder with torch again: graph, its record, relative error now.
 
+    Args:
+        verify_key: public key that must have signed the folder, if any.
+
     Raises:
-        EngineError: the folder is damaged, of another version, or of other weights.
+        EngineError: the folder is damaged, of another version, of other weights, or not signed.
+        InputError, UsageError: the key cannot be read.
     """
-    manifest = load_manifest(folder)
+    opened = open_folder(folder, verify_key)
+    manifest = opened.manifest
     if manifest.weights_hash != source.weights_hash:
         raise EngineError(
             "these engines were built from other weights than those of the model",
@@ -137,7 +163,7 @@ def verify(folder: Path, source: ModelSource) -> Iterator[tuple[GraphName, Graph
             remedy="Name the model that they were built from with --model.",
         )
     target = manifest.target
-    engines = open_engines(folder, manifest, manifest.device)
+    engines = open_engines(opened, manifest.device)
     for name, engine in engines.items():
         module = graph_of(source, name, target.height, target.width)
         error = measure(

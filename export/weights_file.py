@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
 
@@ -70,37 +73,98 @@ class WeightsFile:
         return self._places[digest]
 
 
-def check_external_data(path: Path) -> None:
+@dataclass(frozen=True)
+class Place:
+    """Where a graph's tensor lies: a file beside the graph, and the bytes in it."""
+
+    file: str
+    offset: int
+    length: int
+
+
+def check_external_data(path: Path) -> onnx.ModelProto:
     """Refuse a graph that reads its weights from anywhere but plain files of its own folder.
+
+    Returns:
+        the graph, without these weights.
 
     Raises:
         EngineError: it is no ONNX file, or names a file that is absolute, outside of the folder,
             missing, a symbolic or hard link, or shorter than what the graph wants from it.
     """
+
+    def size_of(name: str) -> int | None:
+        file = path.parent / name
+        if file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1:
+            return None
+        return file.stat().st_size
+
     try:
-        model = onnx.load(path, load_external_data=False)
+        content = path.read_bytes()
+    except OSError as error:
+        raise unusable("this file is not an ONNX graph", path) from error
+    model = graph_of(content, path)
+    weight_places(model, size_of)
+    return model
+
+
+def graph_of(content: bytes, path: Path) -> onnx.ModelProto:
+    """The graph in ``content``, without the weights that lie in other files.
+
+    Args:
+        path: for the message.
+
+    Raises:
+        EngineError: it is no ONNX graph.
+    """
+    try:
+        return onnx.load_model_from_string(content)
     except Exception as error:  # protobuf and onnx raise kinds of their own
-        raise _refuse("this file is not an ONNX graph", path) from error
-    for tensor in _tensors(model):
+        raise unusable("this file is not an ONNX graph", path) from error
+
+
+def weight_places(model: onnx.ModelProto, size_of: Callable[[str], int | None]) -> dict[str, Place]:
+    """Where the tensors lie that are not in the graph itself, by name.
+
+    Args:
+        size_of: bytes of the file by that name beside the graph; None where there is none.
+
+    Raises:
+        EngineError: the graph names a file that is absolute, outside of its folder, missing or too
+            short, or has such weights elsewhere than among its own initializers.
+    """
+    places: dict[str, Place] = {}
+    own = len(model.graph.initializer)
+    for number, tensor in enumerate(_tensors(model)):
         if not uses_external_data(tensor):
             continue
         entries = {entry.key: entry.value for entry in tensor.external_data}
         location = PurePosixPath(entries.get("location", ""))
-        file = path.parent / location
         if location.is_absolute() or len(location.parts) != 1 or location.parts[0] == "..":
-            raise _refuse("a graph reads weights outside of its folder", str(location))
-        if file.is_symlink() or not file.is_file() or file.stat().st_nlink != 1:
-            raise _refuse("a graph's weights are missing, or a link", str(file))
+            raise unusable("a graph reads weights outside of its folder", location)
+        size = size_of(location.name)
+        if size is None:
+            raise unusable("a graph's weights are missing, or a link", location)
         numbers = [entries.get(key) or "0" for key in ("offset", "length")]
         if not all(number.isdecimal() for number in numbers):
-            raise _refuse("a graph's weights have no place in their file", str(numbers))
-        end = sum(map(int, numbers))
-        if end > file.stat().st_size:
-            raise _refuse("a graph's weights are cut off", str(file))
+            raise unusable("a graph's weights have no place in their file", numbers)
+        offset, length = map(int, numbers)
+        if offset + length > size:
+            raise unusable("a graph's weights are cut off", location)
+        if number >= own or length != _bytes_of(tensor):
+            raise unusable("a graph's weights do not fit it", tensor.name)
+        places[tensor.name] = Place(location.name, offset, length)
+    return places
+
+
+def _bytes_of(tensor: onnx.TensorProto) -> int:
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    return int(math.prod(tensor.dims) * dtype.itemsize)
 
 
 def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    """Every tensor of the model, those of attributes and of graphs inside of nodes included."""
+    """Every tensor of the model, its own initializers first: those of attributes and of graphs
+    inside of nodes too."""
     found: list[onnx.TensorProto] = []
 
     def visit(nodes: object) -> None:
@@ -118,7 +182,8 @@ def _tensors(model: onnx.ModelProto) -> list[onnx.TensorProto]:
     return found
 
 
-def _refuse(problem: str, value: object) -> EngineError:
+def unusable(problem: str, value: object) -> EngineError:
+    """The error for an engine folder that is damaged."""
     return EngineError(
         f"this engine folder cannot be used: {problem}",
         value=str(value),

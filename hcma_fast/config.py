@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    model_validator,
+)
+
+from hcma_fast.errors import SettingsError
+from hcma_fast.scalars import plain, plain_pair
 
 MAX_OBJECTS = 30
 """Boxes an image may have; layouts are padded to this many (GLIGEN's limit)."""
+
+MAX_SEED = 2**64 - 1
+"""Seeds are whole numbers from 0 to this."""
 
 TOKEN_LENGTH = 77
 """Tokens of CLIP's text encoder, start and end token included."""
@@ -51,23 +66,73 @@ def cache_root() -> Path:
 RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
 
 
-class _Frozen(BaseModel):
+Whole = Annotated[int, BeforeValidator(plain)]
+Real = Annotated[FiniteFloat, BeforeValidator(plain)]
+Window = Annotated[tuple[FiniteFloat, FiniteFloat], BeforeValidator(plain_pair)]
+
+
+class Settings(BaseModel):
+    """Immutable settings; numpy's numbers are taken like Python's.
+
+    Raises:
+        SettingsError: an unknown name, or a value of a wrong type or out of its range; from
+            ``model_validate`` pydantic's ValidationError, as of any model.
+    """
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise settings_error(error) from error
 
-class AlignerConfig(_Frozen):
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with some values replaced, which are checked like those of a new one."""
+        if update is None:
+            return super().model_copy(deep=deep)
+        try:
+            return type(self)(**{**dict(self), **update})
+        except TypeError as error:
+            raise SettingsError(
+                "update must map names to values", value=update, remedy='Write {"eta0": 1.0}.'
+            ) from error
+
+
+def settings_error(error: ValidationError) -> SettingsError:
+    """The first problem that pydantic found."""
+    first = error.errors(include_url=False)[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        fault, remedy = f"{where} is no setting of {error.title}", "Check its name."
+    elif where:
+        fault = f"{where} cannot have this value: {first['msg']}"
+        remedy = "Leave it out for the default."
+    else:
+        # of a check over several values, whose message names them
+        fault, remedy = first["msg"].removeprefix("Value error, "), "Change one of them."
+    return SettingsError(fault, value=first["input"], remedy=remedy)
+
+
+_WIDEST, _DEEPEST = 2**14, 128
+"""Bounds of an aligner's shape: a damaged config must not fill the memory"""
+
+
+class AlignerConfig(Settings):
     """Shape of the aligner: ViT and the two heads (paper section 3.3; defaults are the paper's)."""
 
-    latent_channels: int = 4
-    latent_size: int = Field(
-        64, description="side of the latent that the positions are learned for"
+    latent_channels: Whole = Field(4, gt=0, le=_WIDEST)
+    latent_size: Whole = Field(
+        64, gt=0, le=_WIDEST, description="side of the latent that the positions are learned for"
     )
-    patch_size: int = Field(4, gt=0)
-    token_width: int = Field(64, gt=0, description="d_k, width of a projected patch")
-    width: int = Field(512, gt=0, description="d_v, width of the ViT")
-    depth: int = Field(6, gt=0)
-    heads: int = Field(8, gt=0)
-    text_width: int = Field(768, gt=0, description="d_t = d_l, width of the text embedding")
+    patch_size: Whole = Field(4, gt=0, le=_WIDEST)
+    token_width: Whole = Field(64, gt=0, le=_WIDEST, description="d_k, width of a projected patch")
+    width: Whole = Field(512, gt=0, le=_WIDEST, description="d_v, width of the ViT")
+    depth: Whole = Field(6, gt=0, le=_DEEPEST)
+    heads: Whole = Field(8, gt=0, le=_WIDEST)
+    text_width: Whole = Field(
+        768, gt=0, le=_WIDEST, description="d_t = d_l, width of the text embedding"
+    )
     region: RegionMode = "coverage+fourier"
     time_conditioning: Literal["none", "adaln"] = "none"
 
@@ -85,7 +150,7 @@ class AlignerConfig(_Frozen):
         return self.latent_size // self.patch_size
 
 
-class AlignmentSettings(_Frozen):
+class AlignmentSettings(Settings):
     """How far and when the latent is moved (Eq. 8): eta_t = eta0 * sqrt(1 - abar_t) in the window.
 
     ``window`` holds shares of the steps, [start, end). ``normalized`` makes eta_t the length of the
@@ -93,13 +158,13 @@ class AlignmentSettings(_Frozen):
     attention.
     """
 
-    eta0: float = Field(1.0, ge=0)
-    window: tuple[float, float] = (0.0, 1.0)
-    lambda_global: float = Field(1.0, ge=0)
-    lambda_local: float = Field(1.0, ge=0)
+    eta0: Real = Field(1.0, ge=0)
+    window: Window = (0.0, 1.0)
+    lambda_global: Real = Field(1.0, ge=0)
+    lambda_local: Real = Field(1.0, ge=0)
     normalized: bool = False
-    grounding_beta: float = Field(1.0, ge=0, le=1)
-    guidance_scale: float = Field(7.5, ge=1)
+    grounding_beta: Real = Field(1.0, ge=0, le=1)
+    guidance_scale: Real = Field(7.5, ge=1)
 
     @model_validator(mode="after")
     def _check(self) -> AlignmentSettings:

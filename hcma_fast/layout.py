@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from hcma_fast.box_lists import (
+    SHARES,
+    Box,
+    BoxNotation,
+    check_size,
+    four_numbers,
+    read_box_list,
+)
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import InputError, Remedy, UsageError, words_of
+from hcma_fast.files import read_text
 
-Box = tuple[float, float, float, float]
 #: CLIP's pre-tokenizer makes at least one token of a word, so more words cannot fit
 _MAX_WORDS = TOKEN_LENGTH - 2
-_SHOWN_LETTERS = 80
+
+
+_PIXELS = Remedy(
+    "Use shares of the image in [0, 1]; see Layout.from_pixels.",
+    command="Use shares of the image in [0, 1], or say --box-units pixel --box-size WIDTH HEIGHT.",
+    http="Use shares of the image in [0, 1].",
+)
+_ORDER = Remedy(
+    "Order it x0, y0, x1, y1; see Layout.from_xywh.",
+    command="Order it x0, y0, x1, y1, or say --box-format xywh.",
+    http="Order it x0, y0, x1, y1.",
+)
+__all__ = ["Box", "BoxNotation", "Layout", "is_empty"]
 
 
 class Layout(BaseModel):
@@ -40,7 +59,7 @@ class Layout(BaseModel):
         if isinstance(phrases, str):
             raise InputError("phrases must be a list", value=phrases, remedy='Write ["dog"].')
         try:
-            super().__init__(phrases=tuple(phrases), boxes=tuple(_four_numbers(boxes)))
+            super().__init__(phrases=tuple(phrases), boxes=tuple(four_numbers(boxes)))
         except (ValidationError, TypeError) as error:
             first = error.errors()[0] if isinstance(error, ValidationError) else None
             where = ".".join(str(part) for part in first["loc"]) if first else "phrases"
@@ -50,6 +69,18 @@ class Layout(BaseModel):
                 remedy="Give a list of strings, one per box.",
             ) from error
         self._check()
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy, with ``phrases`` or ``boxes`` replaced and checked like those of a new layout."""
+        if update is None:
+            return super().model_copy(deep=deep)
+        if not isinstance(update, Mapping) or not update.keys() <= {"phrases", "boxes"}:
+            raise InputError(
+                "only phrases and boxes of a layout can be replaced",
+                value=update,
+                remedy='Write update={"boxes": [[0.1, 0.1, 0.5, 0.9]]}.',
+            )
+        return type(self)(**{**dict(self), **update})
 
     def _check(self) -> None:
         if len(self.phrases) != len(self.boxes):
@@ -94,17 +125,14 @@ class Layout(BaseModel):
     @classmethod
     def from_xywh(cls, phrases: Iterable[str], boxes: Iterable[Sequence[float]]) -> Layout:
         """From (x, y, width, height) as shares of the image."""
-        return cls(phrases, [_xywh_to_xyxy(box) for box in _four_numbers(boxes)])
+        return cls(phrases, BoxNotation("xywh").to_shares(boxes))
 
     @classmethod
     def from_pixels(
         cls, phrases: Iterable[str], boxes: Iterable[Sequence[float]], width: float, height: float
     ) -> Layout:
         """From xyxy in pixels of an image of ``width`` x ``height``."""
-        _check_size(width, height)
-        scale = (width, height, width, height)
-        shares = [[v / s for v, s in zip(box, scale, strict=True)] for box in _four_numbers(boxes)]
-        return cls(phrases, shares)
+        return cls(phrases, BoxNotation(units="pixel", size=(width, height)).to_shares(boxes))
 
     @classmethod
     def from_coco(
@@ -126,23 +154,32 @@ class Layout(BaseModel):
         Raises:
             InputError: an unknown category, a malformed annotation, or an image without a size.
         """
-        _check_size(width, height)
+        width, height = check_size(width, height)
         found: list[tuple[float, str, Box]] = []
-        for annotation in annotations:
-            if annotation.get("iscrowd"):
-                continue
+        try:
+            entries = [dict(annotation) for annotation in annotations]
+        except (TypeError, ValueError) as error:
+            raise InputError(
+                f"COCO annotations must be a list of objects ({error})",
+                value=annotations,
+                remedy='Write [{"bbox": [x, y, width, height], "category_id": 1}].',
+            ) from error
+        for annotation in entries:
             try:
+                if annotation.get("iscrowd"):
+                    continue
                 name = categories[annotation["category_id"]]
-                (bbox,) = _four_numbers([annotation["bbox"]])
+                (bbox,) = four_numbers([annotation["bbox"]])
                 if not all(math.isfinite(v) for v in bbox):
                     raise ValueError("bbox is not finite")
-            except (KeyError, TypeError, ValueError) as error:
+            except (LookupError, TypeError, ValueError, RuntimeError) as error:
                 raise InputError(
-                    f"a malformed COCO annotation: {type(error).__name__} {error}",
-                    value=dict(annotation),
+                    f"a malformed COCO annotation: {words_of(error)}",
+                    value=annotation,
                     remedy="It needs bbox (x, y, width, height) and a known category_id.",
                 ) from error
-            x0, y0, x1, y1 = _xywh_to_xyxy(bbox)
+            x, y, box_width, box_height = bbox
+            x0, y0, x1, y1 = x, y, x + box_width, y + box_height
             box = (
                 max(x0 / width, 0.0),
                 max(y0 / height, 0.0),
@@ -155,46 +192,25 @@ class Layout(BaseModel):
         return cls([name for _, name, _ in found], [box for _, _, box in found])
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Layout:
-        """From ``{"phrases": [...], "boxes": [[x0, y0, x1, y1], ...]}``."""
-        try:
-            data = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise InputError(
-                f"a layout must be JSON: {error}",
-                value=text[:_SHOWN_LETTERS],
-                remedy="See README for the format.",
-            ) from error
-        if not isinstance(data, dict) or set(data) != {"phrases", "boxes"}:
-            raise InputError(
-                "a layout has exactly the keys phrases and boxes",
-                value=sorted(data) if isinstance(data, dict) else type(data).__name__,
-                remedy='Write {"phrases": ["dog"], "boxes": [[0.1, 0.1, 0.5, 0.9]]}.',
-            )
-        if not isinstance(data["phrases"], list) or not isinstance(data["boxes"], list):
-            raise InputError(
-                "phrases and boxes must be lists",
-                value=tuple(type(data[key]).__name__ for key in ("phrases", "boxes")),
-                remedy="See README for the format.",
-            )
-        return cls(data["phrases"], data["boxes"])
+    def from_json(cls, text: str | bytes, notation: BoxNotation = SHARES) -> Layout:
+        """From ``{"phrases": [...], "boxes": [[x0, y0, x1, y1], ...]}``, or another program's.
+
+        Args:
+            notation: what the boxes mean, where the text does not say. See
+                :func:`hcma_fast.box_lists.read_box_list` for the formats.
+        """
+        return cls(*read_box_list(text, notation))
 
     def to_json(self) -> str:
         """JSON that :meth:`from_json` reads back to an equal layout."""
         return self.model_dump_json()
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Layout:
-        """Read a JSON file."""
-        try:
-            text = Path(path).read_bytes()
-        except OSError as error:
-            raise InputError(
-                f"cannot read the layout file: {error.strerror}",
-                value=str(path),
-                remedy="Check the path.",
-            ) from error
-        return cls.from_json(text)
+    def from_file(cls, path: str | Path, notation: BoxNotation = SHARES) -> Layout:
+        """Read a file as :meth:`from_json` does."""
+        if not isinstance(path, str | Path):
+            raise InputError("a layout file is a path", value=path, remedy="Give its name.")
+        return cls.from_json(read_text(Path(path), "the layout file"), notation)
 
     def to_file(self, path: str | Path) -> None:
         """Write a JSON file, whole or not at all.
@@ -220,20 +236,21 @@ class Layout(BaseModel):
             ) from error
 
     @staticmethod
-    def parse_box(text: str) -> tuple[str, Box]:
+    def parse_box(text: str, notation: BoxNotation = SHARES) -> tuple[str, Box]:
         """``"dog:0.05,0.3,0.45,0.9"`` -> ("dog", (0.05, 0.3, 0.45, 0.9)), checked."""
-        phrase, colon, numbers = text.rpartition(":")
+        phrase, colon, numbers = text.rpartition(":") if isinstance(text, str) else ("", "", "")
         try:
             values = tuple(float(part) for part in numbers.split(","))
         except ValueError:
             values = ()
         if not colon or len(values) != 4:
+            last = "X1,Y1" if notation.format == "xyxy" else "WIDTH,HEIGHT"
             raise InputError(
-                "a box must read PHRASE:X0,Y0,X1,Y1",
+                f"a box must read PHRASE:X0,Y0,{last}",
                 value=text,
                 remedy='For example "dog:0.05,0.3,0.45,0.9".',
             )
-        parsed = Layout([phrase.strip()], [values])
+        parsed = Layout([phrase.strip()], notation.to_shares([values]))
         return parsed.phrases[0], parsed.boxes[0]
 
     def padded(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -246,46 +263,6 @@ class Layout(BaseModel):
         return boxes, mask
 
 
-def _four_numbers(boxes: Iterable[Sequence[float]]) -> list[Box]:
-    """Each box as four floats; text and truth values, which float() would read, are refused."""
-    try:
-        rows = [tuple(box) for box in boxes]
-    except TypeError as error:
-        raise InputError(
-            f"boxes must be a list of boxes ({error})",
-            value=boxes,
-            remedy="Write [[0.1, 0.1, 0.5, 0.9]].",
-        ) from error
-    found: list[Box] = []
-    for index, row in enumerate(rows):
-        try:
-            if any(isinstance(value, str | bytes | bool) for value in row):
-                raise TypeError("text or a truth value")
-            a, b, c, d = (float(value) for value in row)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InputError(
-                f"box {index} is not four numbers",
-                value=row,
-                remedy="Give four numbers, x0, y0, x1, y1 as shares of the image.",
-            ) from error
-        found.append((a, b, c, d))
-    return found
-
-
-def _xywh_to_xyxy(box: Box) -> Box:
-    x, y, width, height = box
-    return x, y, x + width, y + height
-
-
-def _check_size(width: float, height: float) -> None:
-    if not (0 < width < math.inf and 0 < height < math.inf):
-        raise InputError(
-            "the image size must be positive",
-            value=(width, height),
-            remedy="Give width and height in pixels.",
-        )
-
-
 def is_empty(box: Box) -> bool:
     """Without area in float32, the precision of the graphs."""
     x0, y0, x1, y1 = (np.float32(v) for v in box)
@@ -294,12 +271,13 @@ def is_empty(box: Box) -> bool:
 
 def _check_box(index: int, box: Box) -> None:
     x0, y0, x1, y1 = box
+    remedy: str | Remedy
     if not all(math.isfinite(v) for v in box):
         problem, remedy = "has a value that is not finite", "Use numbers in [0, 1]."
     elif not all(0 <= v <= 1 for v in box):
-        problem, remedy = "leaves the image", "Use shares of the image in [0, 1]; see from_pixels."
+        problem, remedy = "leaves the image", _PIXELS
     elif x1 < x0 or y1 < y0:
-        problem, remedy = "is inverted", "Order it x0, y0, x1, y1; see from_xywh."
+        problem, remedy = "is inverted", _ORDER
     elif is_empty(box):
         problem, remedy = "is empty", "Give it a positive width and height."
     else:

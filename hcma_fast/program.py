@@ -3,19 +3,51 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError
+from hcma_fast.errors import DeviceMemoryError, HcmaError, OutputError, printable
 
 DEBUG_VARIABLE = "HCMA_FAST_DEBUG"
 INTERRUPTED = 130
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 
 def print_error_line(message: str) -> None:
-    """``error: message`` on stderr, in one line however long."""
-    print("error:", " ".join(message.split()), file=sys.stderr, flush=True)
+    """``error: message`` on stderr, in one line of at most 500 characters."""
+    print("error:", printable(message), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def clean_stop() -> Iterator[None]:
+    """SIGTERM and SIGHUP end the block as SystemExit, so that cleaning up takes place.
+
+    The exit code is 128 + the signal, as a shell says it. Signals that the parent ignores (nohup)
+    stay ignored; outside of the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
+
+    def stop(number: int, _: object) -> None:
+        # a second signal must not stop the cleaning up
+        for other in _SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    try:
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:
+                signal.signal(number, stop)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_program(main: Callable[[], object], say: Callable[[str], None] = print_error_line) -> int:
@@ -25,7 +57,8 @@ def run_program(main: Callable[[], object], say: Callable[[str], None] = print_e
         say: prints an error's message.
     """
     try:
-        main()
+        with clean_stop():
+            main()
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except KeyboardInterrupt:
@@ -45,7 +78,7 @@ def _report(error: Exception, say: Callable[[str], None]) -> int:
             f"with the traceback that {DEBUG_VARIABLE}=1 in the environment shows."
         )
         return 1
-    say(str(known))
+    say(known.message("command"))
     return known.exit_code
 
 

@@ -8,15 +8,20 @@ import pickle
 import pytest
 
 from hcma_fast import errors
-from hcma_fast.errors import HcmaError
+from hcma_fast.errors import HcmaError, InputError, Remedy
 
-KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind is not HcmaError]
+KINDS = [
+    kind
+    for _, kind in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(kind, HcmaError) and kind is not HcmaError
+]
 
 
 def test_exit_codes_of_the_design() -> None:
-    codes = {kind.__name__: kind.exit_code for kind in KINDS if issubclass(kind, HcmaError)}
+    codes = {kind.__name__: kind.exit_code for kind in KINDS}
     assert codes == {
         "UsageError": 2,
+        "SettingsError": 2,
         "DivergenceError": 2,
         "InputError": 3,
         "WeightsError": 3,
@@ -70,3 +75,45 @@ def test_an_error_says_where_and_of_which_request_and_stays_of_its_kind(
     assert str(named) == "request 4: too large (got 7). Give less."
     assert str(error.at("line 3")) == "line 3: too large (got 7). Give less."
     assert str(error) == "too large (got 7). Give less." and error.request is None
+
+
+def test_each_audience_reads_its_own_remedy_and_python_reads_the_first() -> None:
+    remedy = Remedy("Pass aligner=.", command="Give --aligner.")
+    error = InputError("no aligner", value="x", remedy=remedy)
+    assert str(error) == error.message() == "no aligner (got 'x'). Pass aligner=."
+    assert error.remedy == "Pass aligner=."
+    # on its way through other processes and places too
+    for copy in (error, pickle.loads(pickle.dumps(error)), error.at("line 3"), error.of_request(1)):
+        assert copy.message("command").endswith("no aligner (got 'x'). Give --aligner.")
+        assert copy.message("http").endswith("Pass aligner=.")
+
+
+class _Faulty:
+    def __repr__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_a_message_is_one_short_line_of_printable_characters_with_its_remedy() -> None:
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    values = [
+        "x" * 5_000,
+        "\x1b[31m",
+        "a\nb\r\x00\x85",
+        "\ud800",
+        10**5_000,
+        deep,
+        _Faulty(),
+        b"\x1b",
+    ]
+    for value in values:
+        for what in ("short", "long " * 2_000, "a\x1b]0;title\x07 b", "two\nlines\tand a tab"):
+            text = str(InputError(what, value=value, remedy="Give less."))
+            assert len(text) <= 500 and text.isprintable(), (what[:9], type(value))
+            assert text.startswith(what[:1]) and text.endswith("). Give less.")
+    assert str(InputError("a\x1b b\n c", remedy="X.")) == r"a\x1b b c. X."
+    # both ends of a long value are left
+    path = f"/home/{'a' * 5_000}/model.bin"
+    shown = str(InputError("bad", value=path, remedy="X."))
+    assert "'/home/aaa" in shown and "aaa/model.bin'" in shown

@@ -22,8 +22,18 @@ FOLDERS = ("kernels", "export", "train", "bench")
 
 #: design.md section 6: a module may import from its own layer and the ones above
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "config", "files", "program"),
-    ("layout", "schedule", "losses", "specs", "overlay", "engine"),
+    ("errors", "scalars", "config", "files", "opened", "program"),
+    (
+        "box_lists",
+        "layout",
+        "schedule",
+        "seeds",
+        "torch_state",
+        "losses",
+        "specs",
+        "overlay",
+        "engine",
+    ),
     ("kernels",),
     ("models",),
     ("sampling",),

@@ -34,6 +34,7 @@ from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 from hcma_fast.sampling.schedule import eta_table
 from hcma_fast.sampling.solvers import plms
+from hcma_fast.schedule import grounded_steps
 from hcma_fast.specs import ANY_BATCH, MAX_BATCH, BatchRange, GraphName
 
 MAX_ALIGN_SHARE = 0.05
@@ -165,8 +166,7 @@ def calls(settings: AlignmentSettings, steps: int, boxes: int, batch: int) -> li
     guided = settings.guidance_scale > 1
     halves = 2 if guided else 1
     aligning = bool((eta_table(table, settings) > 0).any())
-    grounded_steps = round(settings.grounding_beta * steps)
-    grounded = int((table.step_index < grounded_steps).sum())
+    grounded = int((table.step_index < grounded_steps(settings.grounding_beta, steps)).sum())
     found = [
         Call("text_encoder", batch * (1 + boxes) + guided, 1),
         Call("grounding", batch, halves),

@@ -20,11 +20,13 @@ from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
+from hcma_fast.files import read_file, read_json
 from hcma_fast.models.text import tokenize
 
 BLOCK = 16
 """Images that a shard takes at a time, and that one file of measurements holds"""
 RUN_FILE = "run.json"
+_RUN_BYTES = 2**20
 Progress = Callable[[str, int, int], None]
 """Called with (method, images done, images to do in this shard)"""
 
@@ -123,15 +125,22 @@ def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
     """Make ``out`` the folder of this run, or go on in it.
 
     Raises:
-        InputError: it holds another run (unless ``force``: then its images are replaced).
+        InputError: it holds another run (unless ``force``: then its images are replaced), or a file
+            of another program under the name of ours.
     """
     path = out / RUN_FILE
+    if path.exists() and not _is_run(path):
+        raise InputError(
+            "run.json is not one of hcma-fast eval, and is not replaced",
+            value=str(path),
+            remedy="Choose another --out, or move the file away.",
+        )
     if path.exists() and not force:
         try:
-            found = RunSettings.model_validate_json(path.read_bytes())
+            found = RunSettings.model_validate_json(read_file(path, "the settings of a run"))
         except ValidationError as error:
             raise InputError(
-                "run.json is not one of hcma-fast eval",
+                "run.json is of another version of hcma-fast eval",
                 value=str(path),
                 remedy="Choose another --out, or use --force.",
             ) from error
@@ -149,6 +158,15 @@ def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
         )
     out.mkdir(parents=True, exist_ok=True)
     write_whole(path, (settings.model_dump_json(indent=2) + "\n").encode())
+
+
+def _is_run(path: Path) -> bool:
+    """Is it a run.json of ours, of any version?"""
+    try:
+        values = read_json(path, "the settings of a run", limit=_RUN_BYTES)
+    except InputError:
+        return False
+    return isinstance(values, dict) and {"weights_hash", "items_hash", "seed"} <= values.keys()
 
 
 def _reset_peak(device: str) -> None:
@@ -179,9 +197,9 @@ def finished(out: Path, method: Method, item: EvalItem, run: str) -> ImageRecord
     """The record of an image of this run, or None when there is none, or it is damaged."""
     picture, path = image_files(out, method, item)
     try:
-        record = ImageRecord.model_validate_json(path.read_bytes())
-        same = hashlib.sha256(picture.read_bytes()).hexdigest() == record.image_sha256
-    except (OSError, ValidationError):
+        record = ImageRecord.model_validate_json(read_file(path, "the record of an image"))
+        same = hashlib.sha256(read_file(picture, "an image")).hexdigest() == record.image_sha256
+    except (InputError, ValidationError):
         return None
     return record if same and record.run == run else None
 

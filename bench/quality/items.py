@@ -9,13 +9,17 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.errors import HcmaError, InputError
+from hcma_fast.files import is_file, parse_json, read_text
 from hcma_fast.layout import Layout
 from hcma_fast.train.data.coco import read_coco
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.emoji_scenes import CATEGORIES, Split, render_scene, sample_scene
+from hcma_fast.train.data.image_files import open_image_file
+from hcma_fast.train.data.image_folder import ImageFolder
 from hcma_fast.train.data.views import crop_image
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -40,6 +44,8 @@ class EvalItem(BaseModel):
     """the real image"""
     scene: tuple[Split, int] | None = None
     """of EmojiScenes: its render is the real image"""
+    image_size: tuple[int, int] | None = None
+    """annotated width and height of the real image's file, where there is an annotation"""
     crop: bool = False
     """the real image is the square in the middle of the file's"""
 
@@ -48,27 +54,30 @@ class EvalItem(BaseModel):
         """Is there a real image?"""
         return self.image is not None or self.scene is not None
 
-    def real_image(self, width: int, height: int, *, resize: bool) -> Image.Image:
-        """The real image, RGB.
+    def real_image(
+        self, width: int, height: int, *, resize: bool, changes: Counter[str] | None = None
+    ) -> Image.Image:
+        """The real image, RGB and upright; see :func:`open_image_file`.
 
         Args:
             resize: scale one of another size, so that the boxes' shares still hold; else refuse it.
                 One that is cropped is scaled anyway.
+            changes: counts what was done to the file's image to show it.
 
         Raises:
             InputError: it cannot be read, or has another size.
         """
         if self.scene is not None:
             return render_scene(sample_scene(*self.scene), *self.scene, width)
-        try:
-            with Image.open(self.image or "") as file:
-                picture = file.convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
-            raise InputError(
-                f"the real image of {self.id} cannot be read",
-                value=str(self.image),
-                remedy="Check the file, or leave out metrics that need real images.",
-            ) from error
+        opened = open_image_file(
+            Path(self.image or ""),
+            f"the real image of {self.id}",
+            size=self.image_size,
+            remedy="Check the file, or leave out metrics that need real images.",
+        )
+        picture = opened.image
+        if changes is not None:
+            changes.update(opened.changes)
         if self.crop and width == height:
             return crop_image(picture, width)
         if picture.size != (width, height):
@@ -102,22 +111,21 @@ _REMEDY = (
 )
 
 
-def read_items(path: Path) -> list[EvalItem]:
+def read_items(path: Path, *, image_root: Path | None = None) -> list[EvalItem]:
     """The lines of a JSONL manifest; an image's path is relative to the manifest.
+
+    Args:
+        image_root: such paths may be absolute or have "..", as long as they lie in this folder.
 
     Raises:
         InputError: it cannot be read, a line is wrong, an id is missing, twice there or no file
-            name, an image is missing, or some lines have one and others not.
+            name, an image is missing or outside, or some lines have one and others not.
     """
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise InputError(
-            f"cannot read the manifest: {error.strerror}", value=str(path), remedy="Check the path."
-        ) from error
+    text = read_text(path, "the manifest", limit=2**30)
+    folder = ImageFolder(path.parent, image_root)
     items = [
-        _parse(line, f"line {number}", path.parent)
-        for number, line in enumerate(lines, 1)
+        _parse(line, f"line {number}", folder)
+        for number, line in enumerate(text.split("\n"), 1)
         if line.strip()
     ]
     if not items:
@@ -126,36 +134,50 @@ def read_items(path: Path) -> list[EvalItem]:
     return items
 
 
-def _parse(line: bytes, where: str, folder: Path) -> EvalItem:
+def _parse(line: str, where: str, folder: ImageFolder) -> EvalItem:
     try:
-        row = _Line.model_validate_json(line)
+        data = parse_json(line, "a line")
+    except HcmaError as error:
+        raise error.at(where) from error
+    if isinstance(data, dict):
+        # a null is a missing value of pandas
+        data = {key: value for key, value in data.items() if value is not None}
+        if isinstance(data.get("id"), int) and not isinstance(data["id"], bool):
+            data["id"] = str(data["id"])
+    try:
+        row = _Line.model_validate(data)
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise InputError(
             f"{where}: {place + ': ' if place else ''}{first['msg']}",
-            value=line[:80].decode(errors="replace"),
+            value=line[:80],
             remedy=_REMEDY,
         ) from error
     try:
         layout = Layout(row.phrases, row.boxes)
     except HcmaError as error:
-        raise InputError(
-            f"{where}: {error.what}", value=error.value, remedy=error.remedy
-        ) from error
+        raise error.at(where) from error
     if row.mentions is not None and len(row.mentions) != len(layout):
         raise InputError(
             f"{where}: there must be as many mentions as phrases",
             value=(len(row.mentions), len(layout)),
             remedy="Give a text per box: how the prompt words it.",
         )
+    image = None
+    if row.image is not None:
+        try:
+            # one that is missing is named by check_items
+            image = folder.find(row.image) or folder.folder / row.image
+        except InputError as error:
+            raise error.at(where) from error
     return EvalItem(
         id=row.id,
         prompt=row.prompt,
         layout=layout,
         negative_prompt=row.negative_prompt,
         mentions=None if row.mentions is None else tuple(row.mentions),
-        image=None if row.image is None else folder / row.image,
+        image=image,
     )
 
 
@@ -184,7 +206,7 @@ def check_items(items: Sequence[EvalItem]) -> None:
             value=without[0],
             remedy="Give every line an image, or none.",
         )
-    missing = [item for item in items if item.image is not None and not item.image.is_file()]
+    missing = [item for item in items if item.image is not None and not is_file(item.image)]
     if missing:
         raise InputError(
             f"{len(missing)} real images are missing, the first one of {missing[0].id}",
@@ -211,11 +233,18 @@ def emoji_items(split: Split, count: int) -> list[EvalItem]:
     return items
 
 
-def coco_items(folder: Path, count: int) -> list[EvalItem]:
+def coco_items(
+    folder: Path,
+    count: int,
+    *,
+    skipped: list[BadRecord] | None = None,
+    image_root: Path | None = None,
+) -> list[EvalItem]:
     """The first ``count`` images of COCO 2014's validation split that have captions.
 
     Args:
         folder: with val2014/ and annotations/, as COCO's archives unpack.
+        skipped, image_root: as in :func:`read_coco`.
 
     Raises:
         InputError: files are missing or malformed, or there are fewer images.
@@ -225,6 +254,8 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
         folder / "val2014",
         annotations / "instances_val2014.json",
         annotations / "captions_val2014.json",
+        skipped=skipped,
+        image_root=image_root,
     )
     check_enough(len(examples), count)
     items = [
@@ -233,6 +264,7 @@ def coco_items(folder: Path, count: int) -> list[EvalItem]:
             prompt=example.captions[0],
             layout=example.layout,
             image=example.path,
+            image_size=(example.width, example.height),
         )
         for example in examples[:count]
     ]
@@ -254,5 +286,7 @@ def check_enough(found: int, count: int) -> None:
 
 def items_hash(items: Sequence[EvalItem]) -> str:
     """sha256 of all that makes the images: a run over other layouts is another run."""
-    content = [item.model_dump(mode="json", exclude={"image", "crop"}) for item in items]
+    content = [
+        item.model_dump(mode="json", exclude={"image", "image_size", "crop"}) for item in items
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()

@@ -6,8 +6,9 @@ import hashlib
 import io
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +27,13 @@ from hcma_fast.bench.quality.generate import (
 from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method
 from hcma_fast.bench.quality.metrics.detection import Detection, Detector
-from hcma_fast.bench.quality.metrics.fidelity import check_count, check_features
+from hcma_fast.bench.quality.metrics.fidelity import NEIGHBOURS, check_count, check_features
 from hcma_fast.bench.quality.metrics.judge.count import categories_match, is_clear, outside_windows
 from hcma_fast.bench.quality.metrics.judge.model import Judge
 from hcma_fast.bench.quality.metrics.networks import ClipScorer, FeatureNetwork, cut
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES
+from hcma_fast.train.data.image_files import open_image_file
 
 METRICS = ("judge", "fid", "kid", "precision-recall", "clip", "detector")
 _ON_FEATURES = ("fid", "kid", "precision-recall")
@@ -49,6 +51,8 @@ class Instruments:
     clip: ClipScorer | None = None
     detector: Detector | None = None
     resize_real: bool = False
+    left_out: tuple[str, ...] = ()
+    """metrics that were asked for, and that need more layouts than there are"""
 
     def check(self, items: Sequence[EvalItem]) -> None:
         """Refuse what could not be scored, before the first image.
@@ -90,6 +94,45 @@ class Instruments:
                     value=phrase,
                     remedy="It knows EmojiScenes' categories only: leave judge out of --metric.",
                 )
+
+    def too_few(self, items: Sequence[EvalItem]) -> dict[str, str]:
+        """Scores of sets that these layouts are too few for, in words, by metric.
+
+        A metric whose name ends in "of boxes" is left out for boxes alone.
+        """
+        if self.features is None or not all(item.has_real for item in items):
+            return {}
+        least = {
+            "fid": (self.features.width + 1, f"{self.features.distance} ({self.features.title})"),
+            "kid": (2, "KID"),
+            "precision-recall": (NEIGHBOURS + 1, "precision and recall"),
+        }
+        found: dict[str, str] = {}
+        boxes = sum(len(item.layout) for item in items)
+        for name in (name for name in _ON_FEATURES if name in (*self.metrics, *self.left_out)):
+            number, title = least[name]
+            if len(items) < number:
+                found[name] = f"{title}: it needs {number} images, and there are {len(items)}"
+            if boxes < number:
+                why = f"{title} of boxes: it needs {number} boxes, and there are {boxes}"
+                found[f"{name} of boxes"] = why
+        return found
+
+    def without_too_few(self, items: Sequence[EvalItem]) -> Instruments:
+        """The same without the metrics that these layouts are too few for.
+
+        Raises:
+            InputError: none would be left.
+        """
+        out = tuple(name for name in self.metrics if name in self.too_few(items))
+        kept = tuple(name for name in self.metrics if name not in out)
+        if out and not kept:
+            raise InputError(
+                "no metric that was asked for can be measured on so few layouts",
+                value="; ".join(self.too_few(items)[name] for name in out),
+                remedy="Use more layouts, or add kid, which works on two.",
+            )
+        return replace(self, metrics=kept, left_out=out)
 
     @property
     def titles(self) -> dict[str, str]:
@@ -169,17 +212,26 @@ def measure(
     *,
     shard: Shard = WHOLE,
     progress: Progress | None = None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Measure all blocks of the shard that are not measured yet, and the real images' once.
+
+    Args:
+        note: is told what was done to real images to show them.
 
     Raises:
         InputError: an image is missing, damaged or of another size, or features are not finite.
     """
     digest = instruments.digest(run)
     sets: list[tuple[str, Callable[[EvalItem], Image.Image]]] = []
+    changes: Counter[str] = Counter()
     if all(item.has_real for item in items):
         resize = instruments.resize_real
-        sets.append((REAL, lambda item: item.real_image(run.width, run.height, resize=resize)))
+
+        def open_real(item: EvalItem) -> Image.Image:
+            return item.real_image(run.width, run.height, resize=resize, changes=changes)
+
+        sets.append((REAL, open_real))
     for method in methods:
         sets.append((method.folder, _opener(out, method, run)))
     blocks = list(shard.blocks(items))
@@ -196,6 +248,8 @@ def measure(
             done += len(block)
             if progress is not None:
                 progress(folder, done, sum(len(block) for _, block in blocks))
+    for change, count in sorted(changes.items()):
+        note(f"real images {change}: {count}")
 
 
 def _opener(out: Path, method: Method, run: RunSettings) -> Callable[[EvalItem], Image.Image]:
@@ -207,15 +261,12 @@ def _opener(out: Path, method: Method, run: RunSettings) -> Callable[[EvalItem],
                 value=str(path),
                 remedy="Generate it first: hcma-fast eval --stage generate with the same options.",
             )
-        with Image.open(path) as file:
-            picture = file.convert("RGB")
-        if picture.size != (run.width, run.height):
-            raise InputError(
-                f"an image of {method.label} is not {run.width} x {run.height}",
-                value=(str(path), picture.size),
-                remedy="Delete it and its .json, and generate again.",
-            )
-        return picture
+        return open_image_file(
+            path,
+            f"an image of {method.label}",
+            size=(run.width, run.height),
+            remedy="Delete it and its .json, and generate again.",
+        ).image
 
     return open_image
 

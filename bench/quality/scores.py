@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -150,6 +151,8 @@ def score_run(
         InputError: images or measurements are missing. UsageError: a pair names no method.
     """
     check_pairs(methods, pairs)
+    left_out = instruments.too_few(items)
+    left_out = {"left out": "; ".join(left_out.values())} if left_out else {}
     digest = instruments.digest(run)
     has_real = all(item.has_real for item in items)
     real = _Blocks(out, REAL, digest, items) if has_real else None
@@ -185,7 +188,7 @@ def score_run(
         )
     return EvalReport(
         run=run,
-        titles=instruments.titles,
+        titles=instruments.titles | left_out,
         real_images=_describe_real(items, instruments),
         methods=rows,
         real=ceiling,
@@ -199,12 +202,18 @@ def score_run(
             )
             for a, b in pairs
             for name in found[a]
-            if found[a][name].resamples
+            if found[a][name].resamples and _has_value(rows, (a, b), name)
         ],
         machine=describe_machine(),
         command=command,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def _has_value(rows: Sequence[MethodScores], labels: tuple[str, str], name: str) -> bool:
+    """Did both methods get this score? Without large boxes, for example, none has theirs."""
+    values = [row.scores[name].value for row in rows if row.method in labels]
+    return bool(np.isfinite(values).all())
 
 
 def check_pairs(methods: Sequence[Method], pairs: Sequence[tuple[str, str]]) -> None:
@@ -340,11 +349,14 @@ def _set_scores(
                 width,
             )
         some = rows(chosen)
-        return fid([theirs[some]], [mine[some]], width)
+        # a resample can have fewer boxes than all images have
+        return fid([theirs[some]], [mine[some]], width) if len(some) > width else math.nan
 
     def kernel(chosen: NDArray[np.int64]) -> float:
-        some = slice(None) if _is_everything(chosen) else rows(chosen)
-        return kid(theirs[some], mine[some])
+        if _is_everything(chosen):
+            return kid(theirs, mine)
+        some = rows(chosen)
+        return kid(theirs[some], mine[some]) if len(some) > 1 else math.nan
 
     if "fid" in wanted and len(owners) > width:
         scored[f"{network.distance} {name}"] = _Scored(distance, resamples, plug_in=False)

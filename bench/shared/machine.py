@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import subprocess
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import torch
 from pydantic import BaseModel, ConfigDict
 
+import hcma_fast
 from hcma_fast.bench.shared.clocks import Clocks, query_gpu, read_clocks, read_text
 
 _PACKAGES = (
@@ -19,6 +23,8 @@ _PACKAGES = (
     *("openvino", "tensorrt", "tensorrt-rtx-cu13", "triton", "numpy"),
 )
 _FIRST_GPU = "0"
+#: names that torch gives the instructions, on x86 and on ARM
+_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 
 
 class Machine(BaseModel):
@@ -36,7 +42,8 @@ class Machine(BaseModel):
     versions: dict[str, str | None]
     """None: not installed"""
     commit: str | None
-    """None outside a git checkout; ends in +changes when the checkout had any"""
+    """of the checkout that the code is in or was installed from; ends in +changes where the code
+    differs from it; None where there is none"""
     date: str
     gpu: str | None = None
     """the first one's name"""
@@ -85,6 +92,17 @@ def describe_machine(*, clocks: bool = True) -> Machine:
     )
 
 
+def lacks_bfloat16() -> str | None:
+    """Why bfloat16 on this CPU measures emulation; None where the CPU computes in it.
+
+    torch computes in bfloat16 on any CPU, by conversion where there are no instructions for it.
+    """
+    capabilities = torch.cpu.get_capabilities()
+    if any(capabilities.get(name) for name in _BFLOAT16):
+        return None
+    return f"{_cpu_name()} has no instructions for bfloat16, so that it takes minutes a run"
+
+
 def _cpu_name() -> str:
     lines = (read_text(Path("/proc/cpuinfo")) or "").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -106,16 +124,56 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    def git(*arguments: str) -> str:
-        folder = Path(__file__).resolve().parent
-        done = subprocess.run(
-            ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30
-        )
-        return done.stdout.strip()
-
+    """Of the checkout that this code runs in, or that it was installed from as a copy."""
+    code = Path(__file__).resolve()
     try:
-        return git("rev-parse", "--short=12", "HEAD") + (
-            "+changes" if git("status", "--porcelain", "--untracked-files=no") else ""
+        # an environment may lie inside of a checkout, of this project or another
+        _git(code.parent, "ls-files", "--error-unmatch", code.name)
+        changed = bool(_git(code.parent, "status", "--porcelain", "--untracked-files=no"))
+        return _git(code.parent, "rev-parse", "--short=12", "HEAD") + (
+            "+changes" if changed else ""
         )
     except (OSError, subprocess.SubprocessError):
+        return _installed_commit(Path(hcma_fast.__file__).resolve().parent)
+
+
+def _installed_commit(package: Path) -> str | None:
+    """From what pip noted of the installation (PEP 610); None where that was no checkout."""
+    try:
+        noted = json.loads(metadata.distribution("hcma-fast").read_text("direct_url.json") or "{}")
+    except (metadata.PackageNotFoundError, ValueError):
         return None
+    if commit := noted.get("vcs_info", {}).get("commit_id"):
+        return str(commit)[:12]
+    url = urlsplit(str(noted.get("url", "")))
+    if url.scheme != "file" or "dir_info" not in noted:
+        return None
+    return commit_of_copy(package, Path(unquote(url.path)))
+
+
+def commit_of_copy(package: Path, checkout: Path) -> str | None:
+    """The commit of ``checkout``, ending in +changes if the copy has a source that is not in it.
+
+    Returns:
+        None: ``checkout`` is gone, or is none.
+    """
+    try:
+        commit = _git(checkout, "rev-parse", "--short=12", "HEAD")
+        tree = _git(checkout, "ls-tree", "-r", "HEAD")
+    except (OSError, subprocess.SubprocessError):
+        return None
+    known = {line.split()[2] for line in tree.splitlines()}
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        # git's name of a file's content
+        blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
+        if blob.hexdigest() not in known:
+            return f"{commit}+changes"
+    return commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", *arguments], cwd=folder, capture_output=True, text=True, check=True, timeout=30
+    )
+    return done.stdout.strip()

@@ -12,6 +12,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hcma_fast.bench.shared.bootstrap import Estimate, Indices, estimate
 from hcma_fast.bench.shared.machine import Machine
+from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 
 _BLOCKS = 10
 """Of rounds, that the slope's interval resamples: memory is like that of the rounds before, and
@@ -127,8 +129,8 @@ class _Judged(NamedTuple):
 def read_soak(path: Path) -> SoakReport | None:
     """The report that ``hcma-fast bench soak --out`` wrote to ``path``; None if it is none."""
     try:
-        return SoakReport.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError):
+        return SoakReport.model_validate_json(read_file(path, "the report"))
+    except (InputError, ValidationError):
         return None
 
 

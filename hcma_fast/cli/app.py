@@ -16,6 +16,7 @@ from hcma_fast.cli.cache import cache_app
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.eval.command import evaluate
 from hcma_fast.cli.generate.command import generate
+from hcma_fast.cli.hints import HintedCommand
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train.command import train_app
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command(short_help="Compile a model to an engine folder, checked against torch.")(build)
-app.command(short_help="Generate images from captions and boxes.")(generate)
+app.command(cls=HintedCommand, short_help="Generate images from captions and boxes.")(generate)
 app.command("eval")(evaluate)
 app.command(short_help="Show versions, backends, the GPU and the engine cache.")(doctor)
 app.add_typer(bench_app, name="bench")

@@ -13,7 +13,7 @@ from rich.table import Table
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import BACKENDS
-from hcma_fast.errors import BackendError, EngineError, UsageError
+from hcma_fast.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
@@ -29,8 +29,13 @@ def build(
     model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
     precision: Annotated[
-        str, typer.Option(callback=precision_name, help="float32, float16 or bfloat16.")
-    ] = "float32",
+        str | None,
+        typer.Option(
+            callback=precision_name,
+            help="float32, float16 or bfloat16.",
+            show_default="float32, or what the backend has",
+        ),
+    ] = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -87,6 +92,20 @@ def build(
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public key (PEM) that must have signed the folder of --verify.",
+            show_default="none",
+        ),
+    ] = None,
+    sign_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sign the folder of --out with this ed25519 private key (PEM).",
+            show_default="unsigned",
+        ),
+    ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Replace an engine folder, or build a cached one again.")
     ] = False,
@@ -102,10 +121,22 @@ def build(
     Prints the folder, which `generate --model` takes.
     """
     _check_backend(backend)
+    if sign_key is not None and (out is None or verify is not None):
+        raise UsageError(
+            "--sign-key signs a folder that is built for --out, not one in the cache",
+            value=str(sign_key),
+            remedy="Add --out FOLDER, without --verify.",
+        )
+    if verify_key is not None and verify is None:
+        raise UsageError(
+            "--verify-key checks the signature of the folder of --verify",
+            value=str(verify_key),
+            remedy="Add --verify FOLDER; to sign what is built, use --sign-key.",
+        )
     # libraries print while they export; stdout is for the result alone
     with redirect_stdout(stderr.file):
         if verify is not None:
-            report = _verify(verify, _source(model, aligner, random_weights))
+            report = _verify(verify, _source(model, aligner, random_weights), verify_key)
         else:
             from hcma_fast.export.precision import Precision
             from hcma_fast.export.target import Target
@@ -115,7 +146,7 @@ def build(
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
-                precision=cast(Precision, precision),
+                precision=cast(Precision, precision or _default_precision(name)),
                 batch=BatchRange.parse(batch) if batch else None,
                 height=height,
                 width=width,
@@ -129,7 +160,7 @@ def build(
 
                 check_device(device, name)
             source = _source(model, aligner, random_weights)
-            report = _build(source, target, out, force=force, dry_run=dry_run)
+            report = _build(source, target, out, force=force, dry_run=dry_run, sign_key=sign_key)
     if json_:
         print_json(report)
     else:
@@ -163,11 +194,16 @@ def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSour
 
 
 def _build(
-    source: ModelSource, target: Target, out: Path | None, *, force: bool, dry_run: bool
+    source: ModelSource,
+    target: Target,
+    out: Path | None,
+    *,
+    force: bool,
+    dry_run: bool,
+    sign_key: Path | None,
 ) -> dict[str, Any]:
     from hcma_fast.export.build import build as build_folder
     from hcma_fast.export.cache import cached_folder, find_or_build
-    from hcma_fast.export.manifest import load_manifest
 
     folder = cached_folder(source.weights_hash, target) if out is None else out
     start, end = source.info.alignment.window
@@ -180,30 +216,28 @@ def _build(
         return _plan(source, target, folder)
     with BuildProgress(f"Building engines for {target.backend}.") as progress:
         if out is None:
-            folder = find_or_build(
+            opened = find_or_build(
                 source.weights_hash, lambda: source, target, progress=progress, force=force
             )
-            manifest = load_manifest(folder)
+            manifest = opened.manifest
             if not progress.started:
                 print_note("These engines are in the cache already; --force builds them again.")
         else:
-            manifest = build_folder(source, folder, target, progress=progress, force=force)
+            manifest = build_folder(
+                source, folder, target, progress=progress, force=force, sign_key=sign_key
+            )
     stderr.print(_table(manifest, folder))
-    return {
-        "folder": str(folder),
-        "engine_hash": manifest.engine_hash,
-        **manifest.model_dump(mode="json"),
-    }
+    return {"folder": str(folder), **manifest.model_dump(mode="json")}
 
 
-def _verify(folder: Path, source: ModelSource) -> dict[str, Any]:
+def _verify(folder: Path, source: ModelSource, verify_key: Path | None) -> dict[str, Any]:
     from hcma_fast.export.open import verify
 
     table = Table("graph", box=box.SIMPLE)
     for column in ("parity now", "when built", "tolerance"):
         table.add_column(column, justify="right")
     found, wrong = {}, []
-    for name, record, error in verify(folder, source):
+    for name, record, error in verify(folder, source, verify_key):
         found[name] = error
         table.add_row(name, f"{error:.1e}", f"{record.parity:.1e}", f"{record.tolerance:.0e}")
         if not error <= record.tolerance:
@@ -218,9 +252,17 @@ def _verify(folder: Path, source: ModelSource) -> dict[str, Any]:
     return {"folder": str(folder), "verified": found}
 
 
+def _default_precision(backend: str) -> str:
+    """float32 where the backend computes in it, else its first precision."""
+    from hcma_fast.export.target import PRECISIONS_OF
+
+    possible = PRECISIONS_OF.get(backend, ("float32",))
+    return "float32" if "float32" in possible else possible[0]
+
+
 def _check_backend(backend: str) -> None:
     if backend not in ("auto", *BACKENDS):
-        raise BackendError(
+        raise UsageError(
             "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
     if backend == "eager":

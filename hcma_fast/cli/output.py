@@ -23,7 +23,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from hcma_fast.errors import OutputError
+from hcma_fast.errors import OutputError, printable
 from hcma_fast.files import write_whole
 
 #: progress and messages; stdout carries data only
@@ -31,14 +31,13 @@ stderr = Console(stderr=True, highlight=False)
 
 
 def print_error(message: str) -> None:
-    """One line on stderr, however long; the message is not taken for rich markup."""
-    line = " ".join(message.split())
-    stderr.print(Text.assemble(("error: ", "bold red"), line), soft_wrap=True)
+    """One line of at most 500 characters on stderr; the message is not taken for rich markup."""
+    stderr.print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
 
 
 def print_note(message: str) -> None:
-    """One line of information on stderr."""
-    stderr.print(Text(message), soft_wrap=True)
+    """One line of information on stderr, of at most 500 characters."""
+    stderr.print(Text(printable(message)), soft_wrap=True)
 
 
 def print_json(data: Any) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from hcma_fast.config import AlignerConfig
@@ -18,6 +17,9 @@ from hcma_fast.errors import WeightsError
 from hcma_fast.kernels.cosine_loss import Outputs as LossesAndSlopes
 from hcma_fast.kernels.cosine_loss import cosine_loss_reference
 from hcma_fast.losses import global_loss, local_loss
+from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import read_object, shorten
+from hcma_fast.models.checkpoint.weight_files import read_weights
 from hcma_fast.models.heads import CaptionHead, Pool, RegionHead
 from hcma_fast.models.vit import LatentViT
 
@@ -99,23 +101,31 @@ class Aligner(nn.Module):
         """
         folder = Path(folder)
         try:
-            config = AlignerConfig.model_validate_json((folder / "config.json").read_text())
+            config = AlignerConfig.model_validate(read_object(folder / "config.json"))
+            # on the meta device: a shape that no file has costs no memory
+            with torch.device("meta"):
+                shapes = {name: tuple(v.shape) for name, v in cls(config).state_dict().items()}
+            file = folder / "model.safetensors"
+            weights, unknown = read_weights("the aligner", [file], shapes)
             aligner = cls(config)
-            state = load_file(folder / "model.safetensors")
-            aligner.load_state_dict({name: value.float() for name, value in state.items()})
-        except (
-            OSError,
-            ValidationError,
-            SafetensorError,
-            RuntimeError,
-            UnicodeDecodeError,
-        ) as error:
-            raise WeightsError(
-                f"the aligner cannot be loaded: {error}",
-                value=str(folder),
-                remedy="Give a folder with config.json and model.safetensors of one aligner.",
-            ) from error
+            aligner.load_state_dict(weights)
+        except (ValidationError, RuntimeError) as error:
+            raise _damaged(folder, first_line(error)) from error
+        except WeightsError as error:
+            raise _damaged(folder, error.what) from error
+        if unknown:
+            raise _damaged(
+                folder, f"it has {len(unknown)} weights of another model, {shorten(unknown[0])}"
+            )
         return aligner.eval()
+
+
+def _damaged(folder: Path, problem: str) -> WeightsError:
+    return WeightsError(
+        f"the aligner cannot be loaded: {problem}",
+        value=str(folder),
+        remedy="Give a folder with config.json and model.safetensors of one aligner.",
+    )
 
 
 class AlignStep(nn.Module):

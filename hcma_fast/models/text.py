@@ -26,6 +26,12 @@ def tokenize(tokenizer: CLIPTokenizer, texts: Sequence[str], kind: str = "prompt
     for text in texts:
         if not isinstance(text, str):
             raise InputError(f"a {kind} must be a string", value=text, remedy='Write "a dog".')
+        if any("\ud800" <= letter <= "\udfff" for letter in text):
+            raise InputError(
+                f"this {kind} has half of a surrogate pair, which is no text",
+                value=text,
+                remedy="Write it as UTF-8.",
+            )
     if not texts:
         return torch.zeros(0, TOKEN_LENGTH, dtype=torch.int64)
     # verbose=False: the count is checked below, transformers need not warn of it as well

@@ -8,7 +8,7 @@ image.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -18,11 +18,12 @@ from torch import Tensor
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.engine import Engine
-from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, UsageError
+from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.cached_engine import CachedEngine
-from hcma_fast.runtime.images import to_pil
+from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.images import pixels_diverged, to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.requests import (
     check_layout,
@@ -33,9 +34,11 @@ from hcma_fast.runtime.requests import (
 from hcma_fast.sampling.capture import memory_errors, no_capture
 from hcma_fast.sampling.conditioning import condition
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.savings import EXACT, Savings
+from hcma_fast.sampling.savings import EXACT, Savings, check_savings
 from hcma_fast.sampling.schedule import Schedule, StepLosses
+from hcma_fast.scalars import whole_number
 from hcma_fast.specs import GraphName
+from hcma_fast.torch_state import neutral_torch
 
 _ENCODERS: tuple[GraphName, ...] = ("text_encoder", "grounding")
 _log = logging.getLogger("hcma_fast")
@@ -83,11 +86,20 @@ class BatchGenerator:
             is halved for good, and the batch is done again in halves.
     """
 
+    @neutral_torch()
     def __init__(self, pipe: HCMAPipeline, *, max_batch: int = 8) -> None:
-        if max_batch < 1:
-            raise UsageError("a batch has at least 1 image", value=max_batch, remedy="Give 1.")
+        try:
+            most = whole_number(max_batch)
+        except ValueError:
+            most = 0
+        if most < 1:
+            raise UsageError(
+                "a batch is a whole number of images, at least 1",
+                value=max_batch,
+                remedy="Give max_batch=1 or more.",
+            )
         self.pipe = pipe
-        self.max_batch = min(max_batch, pipe.batch_range.max)
+        self.max_batch = min(most, pipe.batch_range.max)
         self._sampler = pipe.replay or ReplaySampler(pipe.engines, pipe.device, capture=no_capture)
         self._pads = pipe.replay is not None
         self._cached = {name: CachedEngine(pipe.engines[name]) for name in _ENCODERS}
@@ -98,21 +110,29 @@ class BatchGenerator:
     def generate(self, requests: Sequence[Request]) -> Iterator[Result]:
         """One result per request, batch by batch; ``Result.index`` says whose it is.
 
-        A request whose latent diverges has an error in its result. All else is checked first, for
-        all requests, before anything runs. Errors of one request say which: ``error.request``.
+        A request whose latent or image is not finite has an error in its result. All else is
+        checked first, for all requests, before anything runs. Errors of one request say which:
+        ``error.request``.
 
         Raises:
-            InputError, UsageError: a request is not possible: its text is too long, its seed, steps
-                or settings are out of range, or the engines do not take it.
+            InputError, UsageError: a request is not possible: it is none, its text is too long, its
+                seed, steps or settings are out of range, or the engines do not take it.
             DeviceMemoryError: not even one image fits into memory.
         """
+        requests = _as_requests(requests)
         schedules = []
         known: set[tuple[str, str]] = set()
         for number, request in enumerate(requests):
             with _naming(number):
                 schedules.append(self._schedule(request))
-                spread_seeds([request.seed], 1)
+                spread_seeds(request.seed, 1)
                 self._check_texts(request, known)
+        give_hints(
+            self.pipe.tokenizer,
+            self.pipe.preset,
+            [request.prompt for request in requests],
+            [request.layout for request in requests],
+        )
         groups = group_requests(schedules)
         waiting = [
             group[start : start + self.max_batch]
@@ -156,8 +176,15 @@ class BatchGenerator:
     def _schedule(self, request: Request) -> Schedule:
         settings = self.pipe.settings
         if request.settings is not None:
-            # pydantic's model_copy, by which they are made from others, checks nothing
+            if not isinstance(request.settings, AlignmentSettings):
+                raise UsageError(
+                    "settings must be a hcma_fast.config.AlignmentSettings",
+                    value=request.settings,
+                    remedy="Give pipe.settings.model_copy(update={...}), or None.",
+                )
+            # pydantic's model_construct checks nothing
             settings = override_settings(settings, **vars(request.settings))
+        check_savings(request.savings)
         schedule = Schedule.of(request.num_inference_steps, settings, request.savings)
         always = schedule.guided_steps == schedule.steps
         self.pipe.check_batch(self.pipe.batch_range.min, always)
@@ -197,6 +224,7 @@ class BatchGenerator:
             "Out of memory with %d images at once: going on with %d.", failed, self.max_batch
         )
 
+    @neutral_torch()
     @torch.no_grad()
     def _start(
         self, indices: Sequence[int], requests: Sequence[Request], schedules: Sequence[Schedule]
@@ -217,15 +245,18 @@ class BatchGenerator:
             self.pipe.device,
         )
         shape = tuple(int(n) for n in self.pipe.engines["align"].spec.inputs[0].shape[1:])
-        noise = noise_from_seeds([request.seed for request in requests], shape)
+        seeds = [spread_seeds(request.seed, 1)[0] for request in requests]
+        noise = noise_from_seeds(seeds, shape)
         z, losses = self._sampler(noise.to(self.pipe.device), given, schedules)
-        images, finite, wait = self._decode(z)
+        images, finite, decoded, wait = self._decode(z)
 
         def finish() -> list[Result]:
             wait()
             pictures = to_pil(images[:count].nan_to_num())
             return [
-                self._result(index, row, size, z, losses, schedules[row], pictures, finite)
+                self._result(
+                    index, row, size, z, losses, schedules[row], pictures, (finite, decoded)
+                )
                 for row, index in enumerate(indices)
             ]
 
@@ -241,17 +272,18 @@ class BatchGenerator:
             count = min(1 << (count - 1).bit_length(), self.max_batch)
         return max(count, sizes.min)
 
-    def _decode(self, z: Tensor) -> tuple[Tensor, Tensor, Callable[[], None]]:
-        """Images on the host, which latents are finite, and how to wait for both."""
+    def _decode(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Callable[[], None]]:
+        """Images on the host, which latents and which images are finite, how to wait for them."""
 
-        def decode() -> tuple[Tensor, Tensor]:
-            return self.pipe.decode(z), z.isfinite().flatten(1).all(1)
+        def decode() -> tuple[Tensor, Tensor, Tensor]:
+            images, finite = self.pipe.decode_all(z)
+            return images, z.isfinite().flatten(1).all(1), finite
 
         if self._decoder is None:
             return *decode(), lambda: None
         self._decoder.wait_stream(torch.cuda.current_stream(z.device))
         with torch.cuda.stream(self._decoder):
-            images, finite = (
+            images, finite, decoded = (
                 torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(
                     found, non_blocking=True
                 )
@@ -260,7 +292,7 @@ class BatchGenerator:
             z.record_stream(self._decoder)
             done = torch.cuda.Event()
             done.record()
-        return images, finite, done.synchronize
+        return images, finite, decoded, done.synchronize
 
     def _result(
         self,
@@ -271,10 +303,11 @@ class BatchGenerator:
         losses: Sequence[StepLosses],
         schedule: Schedule,
         pictures: Sequence[Image.Image],
-        finite: Tensor,
+        finite: tuple[Tensor, Tensor],
     ) -> Result:
         own = image_losses(losses, row, schedule)
-        if not bool(finite[row]):
+        of_latent, of_image = (bool(kind[row]) for kind in finite)
+        if not of_latent:
             error = DivergenceError(
                 "the latent diverged",
                 value=f"rates up to {float(schedule.etas.max()):.3g}, "
@@ -282,7 +315,31 @@ class BatchGenerator:
                 remedy="Lower eta0 or guidance_scale.",
             ).of_request(index)
             return Result(index, None, z[row], own, size, error)
+        if not of_image:
+            error = pixels_diverged().of_request(index)
+            return Result(index, None, z[row], own, size, error)
         return Result(index, pictures[row], z[row], own, size)
+
+
+def _as_requests(given: Sequence[Request]) -> list[Request]:
+    """The requests as a list.
+
+    Raises:
+        InputError: one of them is none, or they are no list.
+    """
+    if isinstance(given, Request) or not isinstance(given, Iterable):
+        raise InputError(
+            "requests must be a list of Request", value=given, remedy="Write [Request(...)]."
+        )
+    requests = list(given)
+    for number, request in enumerate(requests):
+        if not isinstance(request, Request):
+            raise InputError(
+                "this is no hcma_fast.runtime.generator.Request",
+                value=request,
+                remedy='Write Request("a dog", Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]])).',
+            ).of_request(number)
+    return requests
 
 
 @contextmanager

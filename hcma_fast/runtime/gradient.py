@@ -68,10 +68,9 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
 
 def _onnx_engine(components: Components, device: str) -> Engine:
     from hcma_fast.export.cache import find_or_build
-    from hcma_fast.export.manifest import load_manifest
     from hcma_fast.export.open import open_engine
     from hcma_fast.export.target import Target
 
     target = Target(backend="onnxruntime")
-    folder = find_or_build(components.weights_hash, lambda: components, target)
-    return open_engine(folder, load_manifest(folder), "align", device)
+    opened = find_or_build(components.weights_hash, lambda: components, target)
+    return open_engine(opened, "align", device)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -19,16 +18,23 @@ from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageErr
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import (
+    Checkpoint,
     CheckpointInfo,
     Components,
     load_components,
-    load_tokenizer,
     locate,
 )
-from hcma_fast.runtime.images import OutputType, check_output_type, to_array, to_pil
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
+from hcma_fast.runtime import images as pixels
+from hcma_fast.runtime.hints import give_hints
+from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.runtime.requests import (
+    Seeds,
+    check_callback,
     check_device,
     check_latents,
+    check_names,
+    next_latents,
     noise_from_seeds,
     override_settings,
     pair_prompts,
@@ -39,30 +45,18 @@ from hcma_fast.sampling.capture import CaptureMode, check_capturable
 from hcma_fast.sampling.conditioning import condition
 from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.savings import EXACT, Savings
-from hcma_fast.sampling.schedule import Schedule, StepLosses
+from hcma_fast.sampling.savings import EXACT, Savings, check_savings
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import BatchRange, GraphName
+from hcma_fast.torch_state import neutral_torch
+
+if TYPE_CHECKING:
+    from hcma_fast.export.manifest import VerifiedFolder
 
 _log = logging.getLogger("hcma_fast")
 StepCallback = Callable[["HCMAPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 ENGINE_MANIFEST = "manifest.json"
 """The file that makes a folder an engine folder."""
-
-
-@dataclass(frozen=True)
-class HCMAOutput:
-    """Images and what it takes to make them again."""
-
-    images: Any
-    """by output type: list of PIL images; float array (B, H, W, 3) or tensor (B, 3, H, W) in
-    [0, 1]; latents"""
-    losses: list[StepLosses]
-    """one entry per PLMS step that computes the alignment: none when eta0 = 0, outside the window,
-    or where a gradient is repeated, unless ``savings`` says otherwise"""
-    seeds: list[int]
-    """one per image; empty when latents were given"""
-    latents: Tensor
-    """(B, 4, h, w) float32, the clean scaled latents"""
 
 
 class HCMAPipeline:
@@ -137,38 +131,42 @@ class HCMAPipeline:
         return self.engines["align"].spec.batch
 
     @classmethod
+    @neutral_torch()
     def from_pretrained(
         cls,
-        name_or_path: str | Path = "tiny",
+        name_or_path: str | Path | Checkpoint = "tiny",
         *,
         backend: str | None = None,
         precision: str | None = None,
         device: str | None = None,
         aligner: str | Path | None = None,
         grad_backend: str | None = None,
+        verify_key: str | Path | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
-        """Load a preset, a folder, a hub id, or an engine folder.
+        """Load a preset, a folder, a hub id, an engine folder, or what ``locate`` returned.
 
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
-                eager, or the engine folder's own. A compiled backend is built into the user's
-                cache on first use.
+                eager, or the engine folder's own. A compiled one is built into the cache at first.
             precision: float32, float16 or bfloat16, of a compiled backend.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
             grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
                 place of ``backend``; see ``runtime.gradient``.
+            verify_key: file of the ed25519 public key that must have signed the engine folder.
             progress: called with (graph, stage) while engines are built.
 
         Raises:
             WeightsError, BackendError, EngineError, UsageError.
         """
+        check_names(name_or_path, aligner, backend, precision, device, grad_backend)
         if backend not in (None, "auto", *BACKENDS):
             raise BackendError(
                 "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
             )
-        if (Path(name_or_path) / ENGINE_MANIFEST).is_file():
+        place = None if isinstance(name_or_path, Checkpoint) else Path(name_or_path)
+        if place is not None and (place / ENGINE_MANIFEST).is_file():
             fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
             if given := [name for name, value in fixed.items() if value is not None]:
                 raise UsageError(
@@ -177,7 +175,13 @@ class HCMAPipeline:
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
             chosen = None if backend == "auto" else backend
-            return cls.from_engines(Path(name_or_path), backend=chosen, device=device)
+            return cls.from_engines(place, backend=chosen, device=device, verify_key=verify_key)
+        if verify_key is not None:
+            raise UsageError(
+                "only engine folders are signed, and this is none",
+                value=str(name_or_path),
+                remedy="Leave out the key, or name an engine folder as the model.",
+            )
         if backend == "auto":
             from hcma_fast.export.open import choose_backend
 
@@ -205,22 +209,18 @@ class HCMAPipeline:
 
             where = device or devices_of(backend)[0]
             check_device(where, backend)
-            target = Target(
-                backend=backend,
-                precision=cast(Precision, precision or "float32"),
-                device=device_for(backend, where),
-            )
-            folder = engine_folder(checkpoint, target, progress=progress)
-            pipe = cls.from_engines(folder, backend=backend, device=device)
+            rounded = cast(Precision, precision or "float32")
+            target = Target(backend, rounded, device=device_for(backend, where))
+            engine = engine_folder(checkpoint, target, progress=progress)
+            pipe = cls.from_engines(engine, device=where)
         if grad_backend is not None:
-            components, spec = pipe.components, pipe.engines["align"].spec
-            align = gradient_engine(
-                grad_backend, components or load_components(checkpoint), spec, pipe.device
-            )
+            parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
+            align = gradient_engine(grad_backend, parts, spec, pipe.device)
             pipe.engines, pipe.grad_backend = {**pipe.engines, "align": align}, grad_backend
         return pipe
 
     @classmethod
+    @neutral_torch()
     def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
         """The eager reference pipeline; moves the components' modules to ``device``."""
         specs = components.specs()
@@ -239,20 +239,35 @@ class HCMAPipeline:
         )
 
     @classmethod
+    @neutral_torch()
     def from_engines(
-        cls, folder: Path, *, backend: str | None = None, device: str | None = None
+        cls,
+        engine: Path | VerifiedFolder,
+        *,
+        backend: str | None = None,
+        device: str | None = None,
+        verify_key: str | Path | None = None,
     ) -> HCMAPipeline:
-        """Open an engine folder; every file's hash is checked before it is read.
+        """Open an engine folder, which may be removed or replaced afterwards.
+
+        Args:
+            verify_key: see :meth:`from_pretrained`.
 
         Raises:
-            EngineError: it is incomplete, of another version or machine, or was tampered with.
-            BackendError: it was built for another backend than the one asked for, which is not
-                installed, or does not run on ``device``.
+            EngineError: it is incomplete, of another version or machine, was tampered with, or is
+                not signed by the key.
+            InputError, UsageError: the key cannot be read.
+            BackendError: it was built for another backend, or does not run on ``device``.
         """
-        from hcma_fast.export.manifest import load_manifest
+        from hcma_fast.export.manifest import open_folder
         from hcma_fast.export.open import open_engines
+        from hcma_fast.export.signing import verify
 
-        manifest = load_manifest(folder)
+        key = Path(verify_key) if verify_key is not None else None
+        opened = open_folder(engine, key) if isinstance(engine, Path) else engine
+        manifest = opened.manifest
+        if key is not None and not isinstance(engine, Path):
+            verify(key, manifest.engine_hash, manifest.signature, str(opened.path))
         if backend not in (None, manifest.backend):
             raise BackendError(
                 f"this engine folder was built for {manifest.backend}",
@@ -261,9 +276,11 @@ class HCMAPipeline:
             )
         device = device or manifest.device
         check_device(device, manifest.backend)
+        with opened.part("tokenizer") as texts:
+            tokenizer = load_tokenizer(texts)
         return cls(
-            open_engines(folder, manifest, device),
-            load_tokenizer(folder / "tokenizer"),
+            open_engines(opened, device),
+            tokenizer,
             manifest.info,
             backend=manifest.backend,
             weights_hash=manifest.weights_hash,
@@ -271,6 +288,7 @@ class HCMAPipeline:
             device=device,
         )
 
+    @neutral_torch()
     @torch.no_grad()
     def __call__(
         self,
@@ -286,10 +304,10 @@ class HCMAPipeline:
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
         savings: Savings = EXACT,
-        seed: int | Sequence[int] | None = None,
+        seed: Seeds = None,
         latents: Tensor | None = None,
         callback_on_step_end: StepCallback | None = None,
-        output_type: OutputType = "pil",
+        output_type: pixels.OutputType = "pil",
     ) -> HCMAOutput:
         """Generate one image per prompt and layout; a single one of either serves all of the other.
 
@@ -307,10 +325,12 @@ class HCMAPipeline:
 
         Raises:
             InputError: counts do not match, a text is too long, latents have a wrong shape.
-            UsageError: a setting is out of range.
-            DivergenceError: the settings made the latent diverge.
+            UsageError: a setting is out of range, or the callback returned what does not fit.
+            DivergenceError: the settings made the latent diverge, or an image is not finite.
         """
-        check_output_type(output_type)
+        pixels.check_output_type(output_type)
+        check_savings(savings)
+        check_callback(callback_on_step_end)
         settings = override_settings(
             self.settings,
             guidance_scale=guidance_scale,
@@ -334,6 +354,7 @@ class HCMAPipeline:
             if latents is None
             else check_latents(latents, (batch, *shape))
         )
+        give_hints(self.tokenizer, self.preset, prompts, layouts)
         conditioning = condition(
             self.engines,
             self.tokenizer,
@@ -349,8 +370,7 @@ class HCMAPipeline:
             if callback_on_step_end is None or later[:1] == [step]:
                 return z
             time = int(table.timesteps[0 if step == 0 else k])
-            changed = callback_on_step_end(self, step, time, {"latents": z})
-            return changed.get("latents", z) if changed else z
+            return next_latents(callback_on_step_end(self, step, time, {"latents": z}), z)
 
         run = self.replay or partial(sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None
@@ -361,7 +381,8 @@ class HCMAPipeline:
                 value=settings.model_dump(),
                 remedy="Lower eta0 or guidance_scale.",
             )
-        return HCMAOutput(self._output(z, output_type), losses, seeds, z)
+        images = z if output_type == "latent" else pixels.as_type(self.decode(z), output_type)
+        return HCMAOutput(images, losses, seeds, z)
 
     def check_batch(self, batch: int, guided: bool) -> None:
         """Whether the engines take this many images at once, with guidance or without.
@@ -385,13 +406,15 @@ class HCMAPipeline:
             )
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device."""
-        return (self.engines["vae_decoder"]({"z": z})["image"] / 2 + 0.5).clamp(0, 1)
+        """Images (B, 3, H, W) in [0, 1] of clean scaled latents (B, 4, h, w), on the device.
 
-    def _output(self, z: Tensor, output_type: OutputType) -> Any:
-        if output_type == "latent":
-            return z
-        images = self.decode(z)
-        if output_type == "pt":
-            return images
-        return to_pil(images) if output_type == "pil" else to_array(images)
+        Raises:
+            DivergenceError: an image has pixels that are not finite.
+        """
+        return pixels.require_finite(*self.decode_all(z))
+
+    @neutral_torch()
+    @torch.no_grad()
+    def decode_all(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """:meth:`decode` that does not raise: the images, and which of them are finite, (B,)."""
+        return pixels.to_unit_range(self.engines["vae_decoder"]({"z": z})["image"])

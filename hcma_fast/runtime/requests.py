@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import math
+import os
 import secrets
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, SupportsInt
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
-from hcma_fast.config import AlignmentSettings, devices_of
-from hcma_fast.errors import BackendError, InputError, UsageError
+from hcma_fast.config import MAX_SEED, AlignmentSettings, devices_of
+from hcma_fast.errors import BackendError, InputError, Remedy, UsageError, WeightsError
 from hcma_fast.layout import Layout
+from hcma_fast.scalars import plain, whole_number
+from hcma_fast.seeds import seeded_generator
+
+Seeds = SupportsInt | Sequence[SupportsInt] | None
+"""One seed, also as a number, an array or a tensor of numpy and torch; or one per image"""
 
 
 def pair_prompts(
@@ -22,11 +26,11 @@ def pair_prompts(
     """Prompts and layouts of equal count: a single one of either serves all of the other.
 
     Raises:
-        InputError: nothing given, a layout is none, or the counts do not match.
+        InputError: nothing given, a prompt or a layout is none, or the counts do not match.
     """
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    prompts = _texts(prompt, "prompt")
     given = Layout.empty() if layout is None else layout
-    layouts = [given] if isinstance(given, Layout) else list(given)
+    layouts = [given] if isinstance(given, Layout) else list(_items(given, "layout", Layout))
     for item in layouts:
         check_layout(item)
     if not prompts or not layouts:
@@ -44,13 +48,39 @@ def pair_prompts(
 
 
 def check_layout(layout: object) -> None:
-    """Raises InputError for what is no layout."""
+    """Raises InputError for what is no layout, or was made without a check of its boxes."""
     if not isinstance(layout, Layout):
         raise InputError(
             "a layout must be a hcma_fast.Layout",
             value=layout,
             remedy='Write Layout(["dog"], [[0.1, 0.1, 0.5, 0.9]]).',
         )
+    # pydantic's model_construct checks nothing
+    Layout(layout.phrases, layout.boxes)
+
+
+def _items(given: object, kind: str, item: type) -> Iterable[Any]:
+    """``given`` as something to go through.
+
+    Raises:
+        InputError: it is one thing, and no list of things.
+    """
+    if not isinstance(given, Iterable) or isinstance(given, Mapping | bytes):
+        raise InputError(
+            f"a {kind} must be a {item.__name__} or a list of them",
+            value=given,
+            remedy=f"Give one {item.__name__}, or one per image.",
+        )
+    return given
+
+
+def _texts(given: object, kind: str) -> list[str]:
+    """Texts, none of which has been looked at but for its type."""
+    texts = [given] if isinstance(given, str) else list(_items(given, kind, str))
+    for text in texts:
+        if not isinstance(text, str):
+            raise InputError(f"a {kind} must be a string", value=text, remedy='Write "a dog".')
+    return texts
 
 
 def spread_negatives(texts: str | Sequence[str] | None, count: int) -> list[str]:
@@ -59,7 +89,7 @@ def spread_negatives(texts: str | Sequence[str] | None, count: int) -> list[str]
     Raises:
         InputError: the counts do not match.
     """
-    given = [texts or ""] if texts is None or isinstance(texts, str) else list(texts)
+    given = [""] if texts is None else _texts(texts, "negative prompt")
     spread = given * count if len(given) == 1 else given
     if len(spread) != count:
         raise InputError(
@@ -69,19 +99,27 @@ def spread_negatives(texts: str | Sequence[str] | None, count: int) -> list[str]
     return spread
 
 
-def spread_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
-    """One seed per image: an integer counts up over the batch, None draws one first.
+def spread_seeds(seed: Seeds, count: int) -> list[int]:
+    """One seed per image: a single number counts up over the batch, None draws one first.
 
     Raises:
-        InputError: the counts do not match, or a seed is not an integer in [0, 2**63).
+        InputError: the counts do not match, or a seed is not a whole number in [0, 2**64).
     """
-    first = secrets.randbelow(2**31) if seed is None else seed
-    seeds = list(first) if isinstance(first, Sequence) else [first + i for i in range(count)]
-    whole = all(type(value) is int and 0 <= value < 2**63 for value in seeds)
-    if len(seeds) != count or not whole or isinstance(first, bool):
+    first = secrets.randbelow(2**31) if seed is None else plain(seed)
+    tolist = getattr(first, "tolist", None)
+    given = tolist() if callable(tolist) else first
+    try:
+        if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+            seeds = [whole_number(value) for value in given]
+        else:
+            start = whole_number(given)
+            seeds = [start + i for i in range(count)]
+    except ValueError:
+        seeds = []
+    if len(seeds) != count or not all(0 <= value <= MAX_SEED for value in seeds):
         wanted = "one seed" if count == 1 else f"{count} seeds"
         raise InputError(
-            f"there must be {wanted}, whole numbers from 0 to 2**63 - 1",
+            f"there must be {wanted}, whole numbers from 0 to 2**64 - 1",
             value=seed,
             remedy="Give one integer for the batch, or one per image.",
         )
@@ -90,13 +128,11 @@ def spread_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
 
 def noise_from_seeds(seeds: Sequence[int], shape: tuple[int, ...]) -> Tensor:
     """Unit-normal latents (B, *shape) float32, drawn on the host: the same on every device."""
-    return torch.stack(
-        [torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    )
+    return torch.stack([torch.randn(shape, generator=seeded_generator(seed)) for seed in seeds])
 
 
 def check_latents(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
-    """``latents`` as float32.
+    """``latents`` as float32, a tensor of its own that autograd can use.
 
     Raises:
         InputError: not a finite float tensor of the expected shape.
@@ -113,32 +149,60 @@ def check_latents(latents: Tensor, expected: tuple[int, ...]) -> Tensor:
             value=str(latents.dtype),
             remedy="Start from torch.randn.",
         )
-    return latents.float()
+    # a copy: one of inference mode could not be differentiated
+    return latents.detach().to(torch.float32, copy=True)
+
+
+def check_callback(callback: object) -> None:
+    """Raises UsageError for what is neither None nor a function."""
+    if callback is not None and not callable(callback):
+        raise UsageError(
+            "callback_on_step_end must be a function",
+            value=callback,
+            remedy="Give one that takes (pipeline, step, timestep, tensors).",
+        )
+
+
+def next_latents(changed: object, z: Tensor) -> Tensor:
+    """The latents to go on with after a callback returned ``changed`` for ``z``.
+
+    Raises:
+        UsageError: neither None nor a mapping, or its "latents" do not fit in the place of ``z``.
+    """
+    if changed is None:
+        return z
+    remedy = 'Return None, or {"latents": tensor} with the shape of the tensor that came.'
+    if not isinstance(changed, Mapping):
+        raise UsageError(
+            "callback_on_step_end must return a mapping or None", value=changed, remedy=remedy
+        )
+    latents: object = changed.get("latents", z)
+    if latents is z:
+        return z
+    if not isinstance(latents, Tensor) or latents.shape != z.shape:
+        raise UsageError(
+            f"callback_on_step_end returned latents that are no tensor of shape {tuple(z.shape)}",
+            value=tuple(latents.shape) if isinstance(latents, Tensor) else latents,
+            remedy=remedy,
+        )
+    if not latents.is_floating_point():
+        raise UsageError(
+            "callback_on_step_end returned latents that are no floating-point numbers",
+            value=str(latents.dtype),
+            remedy=remedy,
+        )
+    # a copy, see check_latents
+    return latents.detach().to(z.device, z.dtype, copy=True)
 
 
 def override_settings(defaults: AlignmentSettings, **overrides: Any) -> AlignmentSettings:
     """``defaults`` with every override that is not None.
 
     Raises:
-        UsageError: a value is out of range or not finite.
+        SettingsError: a value is out of range or not finite.
     """
     given = {name: value for name, value in overrides.items() if value is not None}
-    try:
-        settings = AlignmentSettings(**{**defaults.model_dump(), **given})
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0]) if first["loc"] else "window"
-        raise UsageError(
-            f"{name} is out of range: {first['msg']}",
-            value=given.get(name),
-            remedy="See hcma_fast.config.AlignmentSettings.",
-        ) from error
-    for name, value in given.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(
-                f"{name} must be finite", value=value, remedy="Leave it out for the default."
-            )
-    return settings
+    return AlignmentSettings(**{**dict(defaults), **given})
 
 
 def call_arguments(settings: AlignmentSettings) -> dict[str, Any]:
@@ -154,20 +218,71 @@ def check_device(device: str, backend: str) -> None:
         UsageError: no device of torch, or none of the backend's.
         BackendError: there is no such device here.
     """
+    remedy = Remedy("Use cpu or cuda.", command="Use --device cpu or --device cuda.")
     try:
+        if not isinstance(device, str):
+            raise TypeError("no string")
         kind = torch.device(device).type
-    except RuntimeError as error:
-        raise UsageError("unknown device", value=device, remedy="Use cpu or cuda.") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            "torch finds no CUDA device",
-            value=device,
-            remedy="Use the device cpu; hcma-fast doctor says what torch was built for.",
-        )
+    except (RuntimeError, TypeError) as error:
+        raise UsageError("unknown device", value=device, remedy=remedy) from error
     runs_on = devices_of(backend)
+    if kind == "cuda" and not torch.cuda.is_available():
+        doctor = "hcma-fast doctor says what torch was built for."
+        if "cpu" in runs_on:
+            raise BackendError(
+                "torch finds no CUDA device",
+                value=device,
+                remedy=Remedy(
+                    f"Use the device cpu; {doctor}", command=f"Use --device cpu; {doctor}"
+                ),
+            )
+        raise BackendError(
+            f"the backend {backend} needs an NVIDIA GPU, and torch finds no CUDA device",
+            value=device,
+            remedy=Remedy(
+                f'Use backend="onnxruntime"; {doctor}',
+                command=f"Use --backend onnxruntime; {doctor}",
+            ),
+        )
     if kind not in runs_on:
         raise BackendError(
             f"the backend {backend} does not run on this device",
             value=device,
             remedy=f"Use the device {runs_on[0]}, or another backend.",
         )
+
+
+_MOST_BYTES = 4096
+_MOST_PART_BYTES = 255
+
+
+def check_names(model: object, aligner: object, *words: object) -> None:
+    """Whether paths and names of a model, a backend, a device can be such at all.
+
+    Raises:
+        UsageError: one is no text. WeightsError: a path that no file system takes.
+    """
+    for word in words:
+        if word is not None and not isinstance(word, str):
+            raise UsageError("this must be a name", value=word, remedy='Write backend="eager".')
+    for path in (model,) if aligner is None else (model, aligner):
+        if not isinstance(path, str | os.PathLike):
+            raise UsageError(
+                "a model must be a name or a path", value=path, remedy='Write "tiny", or a folder.'
+            )
+        text = os.fspath(path)
+        parts = [len(part) for part in os.fsencode(text).split(b"/")] if _is_text(text) else []
+        if not parts or sum(parts) > _MOST_BYTES or max(parts) > _MOST_PART_BYTES:
+            raise WeightsError(
+                "this cannot be the name of a model or a folder",
+                value=text,
+                remedy="Give a preset, a folder or a hub id.",
+            )
+
+
+def _is_text(path: object) -> bool:
+    """Whether a file system can be asked for it."""
+    try:
+        return isinstance(path, str) and b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
-from hcma_fast.errors import UsageError
+from hcma_fast.config import Real, Settings, Whole
+from hcma_fast.errors import SettingsError, UsageError
 
 
-class Savings(BaseModel):
+class Savings(Settings):
     """Switches of the sampler. The default changes no image; ``align_every``, ``guidance_end`` and
     ``latent_dtype`` make approximate ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     skip_idle_alignment: bool = True
     """exact: leave out the `align` graph where its rate is 0. False runs it at every PLMS step, and
@@ -25,10 +24,10 @@ class Savings(BaseModel):
     skip_closed_gate: bool = True
     """exact: after the last step with gated attention, run `unet_plain`, which has none. False runs
     `unet_grounded` there too, with its gate at 0"""
-    align_every: int = Field(1, ge=1)
+    align_every: Whole = Field(1, ge=1)
     """approximate: compute the alignment gradient (Eq. 8) at every k-th aligned step, and follow it
     again, at their own rates, in the steps between, which record no losses"""
-    guidance_end: float = Field(1.0, gt=0, le=1)
+    guidance_end: Real = Field(1.0, gt=0, le=1)
     """approximate: share of the PLMS steps, from the first, with classifier-free guidance, rounded
     to whole steps (a half to the even number), and at least one. The rest evaluates the conditional
     half alone (Kynkaanniemi et al. 2024, "Applying Guidance in a Limited Interval", which also
@@ -49,6 +48,16 @@ EXACT = Savings()
 """Nothing that changes an image."""
 
 
+def check_savings(savings: object) -> None:
+    """Raises UsageError for what is not :class:`Savings`."""
+    if not isinstance(savings, Savings):
+        raise UsageError(
+            "savings must be a hcma_fast.sampling.savings.Savings",
+            value=savings,
+            remedy="Write Savings(align_every=2), or leave it out.",
+        )
+
+
 _REMEDY = (
     "Use align_every=N from 1, guidance_end=SHARE above 0 and up to 1, latent_dtype=float32 or "
     f"bfloat16; of {', '.join(_EXACT)}: NAME=true or NAME=false."
@@ -61,7 +70,7 @@ def parse_savings(texts: Sequence[str]) -> Savings:
     Raises:
         UsageError: an unknown name, a name twice, or a value out of its range.
     """
-    given: dict[str, str] = {}
+    given: dict[str, Any] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         known = name in Savings.model_fields
@@ -73,12 +82,6 @@ def parse_savings(texts: Sequence[str]) -> Savings:
             )
         given[name] = value
     try:
-        return Savings.model_validate(given)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = str(first["loc"][0])
-        raise UsageError(
-            f"{name} cannot have this value: {first['msg']}",
-            value=given[name],
-            remedy=_REMEDY,
-        ) from error
+        return Savings(**given)
+    except SettingsError as error:
+        raise SettingsError(error.what, value=error.value, remedy=_REMEDY) from error

@@ -15,7 +15,7 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import InputError
 from hcma_fast.sampling.savings import EXACT, Savings
 from hcma_fast.sampling.solvers import Solver, SolverTable, plms
-from hcma_fast.schedule import alphas_cumprod, inside_window
+from hcma_fast.schedule import alphas_cumprod, grounded_steps, inside_window
 from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, Column, GraphName
 
 
@@ -51,7 +51,7 @@ class Schedule:
     lambdas: tuple[float, float]
     guidance_scale: float
     grounding_beta: float
-    """share of the steps, from the first, with gated attention; rounded to whole steps"""
+    """share of the steps, from the first, with gated attention; cut to whole steps"""
     savings: Savings = EXACT
 
     def __post_init__(self) -> None:
@@ -93,7 +93,7 @@ class Schedule:
     @property
     def grounded_steps(self) -> int:
         """Steps with gated attention."""
-        return round(self.grounding_beta * self.steps)
+        return grounded_steps(self.grounding_beta, self.steps)
 
     @property
     def grounded_unet_steps(self) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hcma_fast.errors import UsageError
 from hcma_fast.kernels.denoise_update import NEUTRAL
-from hcma_fast.schedule import STEPS_OFFSET, TRAIN_STEPS, alphas_cumprod
+from hcma_fast.schedule import STEPS_OFFSET, TRAIN_STEPS, alphas_cumprod, check_steps
 from hcma_fast.specs import Column
 
 #: Adams-Bashforth weights of [current, previous, 2 back, 3 back] by the length of the history
@@ -72,7 +72,18 @@ class SolverTable:
 Solver = Callable[[int], SolverTable]
 
 
-@lru_cache(maxsize=32)
+def _kept(solver: Solver) -> Solver:
+    """Checks the number of steps, and keeps the tables."""
+    tables = lru_cache(maxsize=32)(solver)
+
+    @wraps(solver)
+    def table_of(steps: int) -> SolverTable:
+        return tables(check_steps(steps))
+
+    return table_of
+
+
+@_kept
 def plms(steps: int) -> SolverTable:
     """Pseudo linear multistep, as Stable Diffusion v1 runs it: S steps, S + 1 evaluations.
 
@@ -100,7 +111,7 @@ def plms(steps: int) -> SolverTable:
     return SolverTable(times, (torch.arange(count) - 1).clamp(min=0), ~corrector, columns)
 
 
-@lru_cache(maxsize=32)
+@_kept
 def ddim(steps: int) -> SolverTable:
     """Deterministic DDIM (Song et al. 2021, arXiv:2010.02502, Eq. 12), an evaluation per step.
 
@@ -116,7 +127,7 @@ def ddim(steps: int) -> SolverTable:
     return SolverTable(times, torch.arange(steps), torch.ones(steps, dtype=torch.bool), columns)
 
 
-@lru_cache(maxsize=32)
+@_kept
 def dpmpp_2m(steps: int) -> SolverTable:
     """DPM-Solver++(2M) (Lu et al. 2022, arXiv:2211.01095, Algorithm 2), uniform in lambda.
 
@@ -126,7 +137,6 @@ def dpmpp_2m(steps: int) -> SolverTable:
     Raises:
         UsageError: not a whole number from 2 to 999, or so many steps that two timesteps coincide.
     """
-    _check_steps(steps)
     abar = alphas_cumprod()
     lambdas = 0.5 * (abar / (1 - abar)).log()
     wanted = torch.linspace(float(lambdas[_FIRST]), float(lambdas[_LAST]), steps).double()
@@ -170,18 +180,8 @@ def _neutral(count: int) -> Tensor:
     return torch.tensor(NEUTRAL, dtype=torch.float64).repeat(count, 1)
 
 
-def _check_steps(steps: int) -> None:
-    if not isinstance(steps, int) or not 2 <= steps < TRAIN_STEPS:
-        raise UsageError(
-            "the number of inference steps must be a whole number from 2 to 999",
-            value=steps,
-            remedy="The paper uses 50; 20 gives a quick preview.",
-        )
-
-
 def _uniform_timesteps(steps: int) -> tuple[list[int], int]:
     """Timesteps uniform in t, descending, and the distance between them."""
-    _check_steps(steps)
     stride = TRAIN_STEPS // steps
     return [i * stride + STEPS_OFFSET for i in reversed(range(steps))], stride
 

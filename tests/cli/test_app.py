@@ -6,6 +6,7 @@ import errno
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,3 +113,30 @@ def test_an_interrupt_is_exit_130(failing: Any) -> None:
     result = failing(KeyboardInterrupt())
     assert result.code == 130
     assert "Traceback" not in result.err
+
+
+def test_bench_replaces_its_own_files_only(cli: Any, tmp_path: Path) -> None:
+    for name in ("overhead.md", "bench.json"):
+        folder = tmp_path / f"of {name}"
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        command = ("bench", "run", "overhead", "--quick", "--out", folder)
+        cli(*command, "--model", "sd14").failed(3, name, "not replaced", "--out")
+        assert (folder / name).read_text() == "{}" and len(list(folder.iterdir())) == 1
+
+
+def test_options_of_other_programs_get_a_hint(cli: Any) -> None:
+    for words, hint in {
+        ("a dog",): 'Write a caption as --prompt "a dog".',
+        ("--prompt", "a", "--cfg", "7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--cfg=7"): "Use --guidance-scale.",
+        ("--prompt", "a", "--width", "512"): "hcma-fast build --height H --width W",
+        ("--prompt", "a", "--lora", "x"): "LoRA is not supported",
+        ("--prompt", "a", "--sampler", "ddim"): "the sampler is PLMS",
+    }.items():
+        cli("generate", *words).failed(2, hint)
+
+
+def test_an_unknown_backend_is_wrong_usage(cli: Any) -> None:
+    for command in (("generate", "--prompt", "a"), ("build",)):
+        cli(*command, "--backend", "magic").failed(2, "unknown backend", "magic", "onnxruntime")

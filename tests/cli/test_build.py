@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from PIL import Image
 
 from hcma_fast.export.estimate import estimate
@@ -58,7 +60,7 @@ def test_step_graphs_for_a_window_are_said_to_be_idle(cli: Any, build: Any) -> N
 @pytest.mark.parametrize(
     ("code", "argv", "word"),
     [
-        (4, ["--backend", "magic"], "magic"),
+        (2, ["--backend", "magic"], "magic"),
         (4, ["--precision", "bfloat16"], "float16"),
         (4, ["--precision", "int4"], "int4"),
         (2, ["--batch", "8:4:16"], "1:8:16"),
@@ -196,6 +198,37 @@ def test_a_damaged_engine_is_never_opened(build: Any, cli: Any, random_engine: P
     (engine / "manifest.json").write_text("{")
     cli("generate", *OPTIONS, "--model", engine, "--out", "three").failed(6, "manifest")
     assert not Path("three").exists()
+
+
+def test_force_deletes_nothing_but_engines(build: Any, random_engine: Path) -> None:
+    Path("site").mkdir()
+    Path("site/manifest.json").write_text('{"name": "my web app"}')
+    Path("site/thesis.tex").write_text("years of work")
+    build("--out", "site", "--force").failed(3, "not an engine folder", "thesis.tex", "--out")
+    shutil.copytree(random_engine, "engine")
+    Path("engine/thesis.tex").write_text("years of work")
+    build("--out", "engine", "--force").failed(3, "not of an engine", "thesis.tex", "--out")
+    assert sorted(os.listdir()) == ["engine", "site"]
+    assert Path("site/thesis.tex").is_file() and Path("engine/align.onnx").is_file()
+
+
+def test_keys_are_asked_for_where_they_mean_something(
+    build: Any, cli: Any, random_engine: Path
+) -> None:
+    Path("key.pem").write_text("junk")
+    build("--sign-key", "key.pem").failed(2, "--out FOLDER")
+    build("--verify-key", "key.pem").failed(2, "--verify FOLDER")
+    build("--sign-key", "key.pem", "--out", "engine").failed(3, "not an unencrypted private key")
+    build("--verify", random_engine, "--verify-key", "key.pem").failed(3, "not a public key")
+    generate = ("generate", *OPTIONS, "--verify-key", "key.pem", "--out", "x", "--model")
+    cli(*generate, random_engine).failed(3, "not a public key")
+    cli(*generate, "tiny").failed(2, "only engine folders are signed")
+    public = Ed25519PrivateKey.generate().public_key()
+    Path("key.pem").write_bytes(
+        public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    cli(*generate, random_engine).failed(6, "is not signed", "--sign-key")
+    assert os.listdir() == ["key.pem"]
 
 
 def test_verify_compares_again(build: Any, random_engine: Path) -> None:

@@ -100,7 +100,7 @@ def test_a_benchmark_is_drawn_exported_for_its_scorer_and_its_scores_come_back(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--metric", "fid"], "covariance"),
+        (["--metric", "fid"], "it needs 257 images"),
         (["--method", "dalle"], "unknown method"),
         (["--compare", "hcma"], "a comparison reads"),
         (["--compare", "hcma,sd", "--method", "hcma"], "not in the run"),

@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hcma_fast.cli.generate.jobs import (
-    MAX_SEED,
     STEM_BYTES,
     Job,
     Request,
@@ -20,8 +19,9 @@ from hcma_fast.cli.generate.jobs import (
     read_requests,
     slug,
 )
+from hcma_fast.config import MAX_SEED
 from hcma_fast.errors import InputError, OutputError
-from hcma_fast.layout import Layout
+from hcma_fast.layout import BoxNotation, Layout
 
 
 def _jobs(request: Request, **changes: object) -> list[Job]:
@@ -85,7 +85,7 @@ def test_lines_keep_their_numbers_over_blank_ones(tmp_path: Path) -> None:
         ('{"prompt": "a", "seed": "1"}', "seed"),
         ('{"prompt": "a", "seed": true}', "seed"),
         ('{"prompt": "a", "seed": -1}', "seed"),
-        (json.dumps({"prompt": "a", "seed": 2**63}), "seed"),
+        (json.dumps({"prompt": "a", "seed": 2**64}), "seed"),
         ('{"prompt": "a", "id": "../x"}', "file name"),
         ('{"prompt": "a", "id": ""}', "file name"),
         ('{"prompt": "a", "phrases": ["dog"]}', "phrases"),
@@ -142,14 +142,109 @@ def test_two_jobs_may_not_share_a_file(tmp_path: Path, second: str) -> None:
 
 @pytest.mark.parametrize("suffix", [".png", ".json", "-overlay.png"])
 def test_existing_files_need_force(tmp_path: Path, suffix: str) -> None:
-    (tmp_path / f"a-1{suffix}").write_text("")
+    (tmp_path / "a-1.json").write_text(json.dumps({"image": "a-1.png", "image_sha256": "0"}))
+    (tmp_path / f"a-1{suffix}").touch()
     with pytest.raises(OutputError, match="exists already") as caught:
         check_outputs([_job("a-1")], tmp_path, force=False)
     assert caught.value.exit_code == 3
     check_outputs([_job("a-1")], tmp_path, force=True)
 
 
+def test_files_of_others_under_our_names_are_never_replaced(tmp_path: Path) -> None:
+    """A sidecar and an overlay are removed with the image: by what they are, not by their names."""
+    (tmp_path / "a-1.png").touch()
+    check_outputs([_job("a-1")], tmp_path, force=True)  # as a killed process leaves it
+    for content in ("", "[]", "{}", '{"image": "b-1.png", "image_sha256": "0"}', "[" * 10**5):
+        (tmp_path / "a-1.json").write_text(content)
+        with pytest.raises(OutputError, match=r"in the way[\s\S]*a-1\.json"):
+            check_outputs([_job("a-1")], tmp_path, force=True)
+    (tmp_path / "a-1.json").unlink()
+    (tmp_path / "a-1-overlay.png").touch()
+    with pytest.raises(OutputError, match=r"in the way[\s\S]*a-1-overlay\.png"):
+        check_outputs([_job("a-1")], tmp_path, force=True)
+
+
 def test_a_folder_in_the_way_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "a-1.png").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         check_outputs([_job("a-1")], tmp_path, force=True)
+
+
+def _requests(path: Path, content: bytes | str) -> list[Request]:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return [request for _, request in read_requests(path)]
+
+
+def test_what_pandas_and_editors_write_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    plain = parse_request({"prompt": "a dog", "seed": 7, "id": "17"})
+    line = {"prompt": "a dog", "seed": 7.0, "id": 17.0, "negative_prompt": None, "phrases": None}
+    for content in (
+        json.dumps(line),
+        b"\xef\xbb\xbf" + json.dumps(line).encode() + b"\r\n",
+        json.dumps([line]),
+        json.dumps([line], indent=2),
+        json.dumps(line, indent=2),
+        json.dumps({**line, "id": 17, "boxes": None}),
+    ):
+        assert _requests(path, content) == [plain]
+    two = read_requests_of(path, [{"prompt": "a"}, {"prompt": "b", "seed": "1"}])
+    assert two == "item 2: seed: Input should be a valid integer"
+    with pytest.raises(InputError, match="the input file is UTF-16"):
+        _requests(path, json.dumps(line).encode("utf-16"))
+    with pytest.raises(InputError, match="the input file must be JSON"):
+        _requests(path, '[\n{"prompt": "a"},\n{"prompt"}\n]')
+    # U+2028 is a letter of a JSON string, not the end of a line
+    assert _requests(path, '{"prompt": "a\u2028b"}')[0].prompt == "a\u2028b"
+
+
+def read_requests_of(path: Path, data: object) -> str:
+    path.write_text(json.dumps(data))
+    with pytest.raises(InputError) as caught:
+        read_requests(path)
+    return caught.value.what
+
+
+def test_boxes_in_pixels_or_with_sizes(tmp_path: Path) -> None:
+    expected = Layout(["dog"], [(0.25, 0.5, 0.75, 1.0)])
+    pixels = {"prompt": "a", "phrases": ["dog"], "boxes": [[160, 240, 320, 240]]}
+    notation = {"box_format": "xywh", "box_units": "pixel", "box_size": [640, 480]}
+    (own,) = _requests(tmp_path / "in", json.dumps({**pixels, **notation}))
+    (bare,) = _requests(tmp_path / "in", json.dumps(pixels))
+    assert _jobs(own)[0].layout == expected
+    given = BoxNotation("xywh", "pixel", (640, 480))
+    assert _jobs(bare, notation=given)[0].layout == expected
+    with pytest.raises(InputError, match=r"^line 1: boxes in pixels need the size"):
+        _jobs(parse_request({**pixels, "box_units": "pixel"}))
+
+
+def test_requests_of_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "in"
+    boxes = [["a dog", [128, 256, 256, 256]]]
+    record = {"prompt": "a dog in a park", "gen_boxes": boxes, "bg_prompt": "p", "neg_prompt": "n"}
+    answer = "[('a dog', [128, 256, 256, 256])]\nBackground prompt: p\nNegative prompt: n"
+    link = ["1", 0]
+    comfy = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": "a dog in a park"}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": "n"}},
+        "3": {"class_type": "EmptyLatentImage", "inputs": {"width": 512, "height": 512}},
+        "4": {
+            "class_type": "GLIGENTextBoxApply",
+            "inputs": {
+                **{"text": "a dog", "x": 128, "y": 256, "width": 256, "height": 256},
+                "conditioning_to": link,
+            },
+        },
+        "5": {"class_type": "KSampler", "inputs": {"positive": ["4", 0], "negative": ["2", 0]}},
+    }
+    for content in (
+        json.dumps(record),
+        json.dumps({"a dog in a park": [answer]}),
+        json.dumps({"a dog in a park": [answer]}, indent=4),
+        json.dumps(comfy, indent=2),
+    ):
+        (request,) = _requests(path, content)
+        assert (request.prompt, request.negative_prompt) == ("a dog in a park", "n")
+        assert _jobs(request)[0].layout == Layout(["a dog"], [(0.25, 0.5, 0.75, 1.0)])
+    link[0] = "4"  # a chain that never ends
+    assert "caption of this ComfyUI workflow" in read_requests_of(path, comfy)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -11,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from engine_edits import edit
 from filelock import FileLock
 
 from hcma_fast import HCMAPipeline
 from hcma_fast.config import cache_root
-from hcma_fast.errors import BackendError
+from hcma_fast.errors import BackendError, InputError
 from hcma_fast.export import cache as module
 from hcma_fast.export import key as key_module
 from hcma_fast.export.cache import (
@@ -37,7 +38,7 @@ ORT = Target(backend="onnxruntime")
 
 
 def find(components: Components) -> Path:
-    return find_or_build(components.weights_hash, lambda: components, ORT)
+    return find_or_build(components.weights_hash, lambda: components, ORT).path
 
 
 def key(weights_hash: str, **target: object) -> str:
@@ -152,9 +153,7 @@ def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.M
         (cached.parent / name).mkdir()
     stale = cached.parent / STALE
     shutil.copytree(random_engine, stale)
-    manifest = json.loads((stale / MANIFEST_FILE).read_text())
-    manifest["key_parts"]["libraries"] = "torch 1.0"
-    (stale / MANIFEST_FILE).write_text(json.dumps(manifest))
+    edit(stale, lambda values: values["key_parts"].update(libraries="torch 1.0"), reseal=True)
     names = sorted(path.name for path in cached.parent.iterdir())
     states = {entry.folder.name: entry.state for entry in list_cache()}
     assert states == {
@@ -179,6 +178,125 @@ def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.M
         "photos",
         "quality",
     ]
+
+
+def test_an_engine_under_another_ones_name_is_a_miss(
+    cached: Path,
+    random_engine: Path,
+    random_components: Components,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Key, weights hash and target are compared; the folder's name alone says nothing."""
+    hashed = random_components.weights_hash
+    assert cached_engine(hashed, ORT) == cached
+    # no batch sizes, and the default ones, are the same target
+    assert cached_engine(hashed, Target("onnxruntime", batch=ORT.batch_range)) == cached
+    for change, word in (
+        (lambda v: v["key_parts"].update(weights="0" * 64), "another weights"),
+        (lambda v: v.update(weights_hash="0" * 64), "another weights"),
+        (lambda v: v["key_parts"].update({"image size": "32x32"}), "another image size"),
+        (lambda v: v["target"].update(height=32, width=32), "another target"),
+        (lambda v: v["target"].update(backend="onnxruntime", precision="float16"), "target"),
+        (lambda v: v["key_parts"].update(backend="openvino"), "another backend"),
+        (lambda v: v["key_parts"].update(more="x"), "another key"),
+    ):
+        edit(cached, change, reseal=True)
+        caplog.clear()
+        assert cached_engine(hashed, ORT) is None
+        assert word in caplog.text and "built again" in caplog.text
+        assert [entry.state for entry in list_cache()] == ["stale"], word
+        shutil.copy(random_engine / MANIFEST_FILE, cached)
+
+
+def test_an_older_format_is_said_and_replaced(
+    cached: Path, random_components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    edit(cached, lambda values: values.update(format=2), reseal=False)
+    assert cached_engine(random_components.weights_hash, ORT) is None
+    assert "older version" in caplog.text
+    [entry] = list_cache()
+    assert (entry.state, entry.reason) == ("stale", "it was built by an older version of hcma-fast")
+    assert prune_cache() == [cached]
+
+
+def test_junk_manifests_are_skipped_with_one_note(
+    cache: Path, random_components: Components, caplog: pytest.LogCaptureFixture
+) -> None:
+    junk = {
+        "list": "[]",
+        "null": "null",
+        "number": "1",
+        "word": '"x"',
+        "deep": "[" * 10**5,
+        "digits": "9" * 10**5,
+        "parts": '{"key_parts": [1]}',
+        "site": '{"name": "my web app"}',
+    }
+    for name, content in junk.items():
+        (cache / name).mkdir(parents=True)
+        (cache / name / MANIFEST_FILE).write_text(content)
+    (cache / "huge").mkdir()
+    with (cache / "huge" / MANIFEST_FILE).open("wb") as file:
+        file.truncate(2**40)
+    (cache / "pipe").mkdir()
+    os.mkfifo(cache / "pipe" / MANIFEST_FILE)
+    assert cached_engine(random_components.weights_hash, ORT) is None
+    [record] = caplog.records
+    assert "skipped in the cache" in record.getMessage()
+    assert list_cache() == prune_cache(everything=True) == []
+    assert {path.name for path in cache.iterdir()} == {*junk, "huge", "pipe"}
+
+
+def test_junk_under_an_engines_name_is_damaged_and_built_anew(
+    cached: Path, random_engine: Path, random_components: Components, monkeypatch: Any
+) -> None:
+    def stand_in(components: Components, folder: Path, *args: object, **kwargs: object) -> None:
+        shutil.copytree(random_engine, folder)
+
+    monkeypatch.setattr(module, "build", stand_in)
+    for junk in ("[]", "null", "{", "[" * 10**5, None):
+        (cached / MANIFEST_FILE).unlink()
+        if junk is None:
+            os.mkfifo(cached / MANIFEST_FILE)
+        else:
+            (cached / MANIFEST_FILE).write_text(junk)
+        assert [entry.state for entry in list_cache()] == ["damaged"]
+        assert find(random_components) == cached
+        load_manifest(cached)
+
+
+@pytest.mark.usefixtures("no_build")
+@pytest.mark.parametrize("manifest", ["whole", "damaged", "missing"])
+def test_a_users_files_in_the_cache_are_never_deleted(
+    cached: Path,
+    random_components: Components,
+    caplog: pytest.LogCaptureFixture,
+    manifest: str,
+) -> None:
+    part = cached.with_name(f".{cached.name}.part-abc")
+    old = cached.with_name(f".{cached.name}.old-abc")
+    shutil.copytree(cached, old / "engine")
+    part.mkdir()
+    mine = [cached / "thesis.tex", part / "thesis.tex", old / "engine" / "notes" / "thesis.tex"]
+    for path in mine:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("years of work")
+    if manifest == "damaged":
+        (cached / MANIFEST_FILE).write_text("[]")
+    elif manifest == "missing":
+        (cached / MANIFEST_FILE).unlink()
+    before = sorted(cached.parent.rglob("*"))
+    assert prune_cache(everything=True) == []
+    assert caplog.text.count("thesis.tex") == 3
+    if manifest != "whole":  # there the build refuses, see test_build
+        with pytest.raises(InputError, match=r"thesis\.tex"):
+            find(random_components)
+    locks = {path for path in cached.parent.iterdir() if path.suffix == ".lock"}
+    assert sorted({*cached.parent.rglob("*")} - locks) == before
+    for path in mine:
+        path.unlink()
+    (old / "engine" / "notes").rmdir()
+    assert {*prune_cache(everything=True)} == {cached, part, old}
 
 
 def test_engines_of_another_environment_stay(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,13 +71,48 @@ def test_a_cache_that_cannot_be_written_is_no_error(root: Path, tmp_path: Path) 
 
 def test_only_files_that_were_noted_and_are_whole_stay(root: Path, tmp_path: Path) -> None:
     folder = kernel_folder(*_engine(tmp_path / "mine"))
-    for name in ("whole", "damaged"):
+    for name in ("whole.engine", "damaged.profile", "mine.txt"):
         (folder / name).write_bytes(b"abc")
     note_hashes(folder)
-    (folder / "damaged").write_bytes(b"abd")
-    (folder / "cut off").write_bytes(b"a")
+    (folder / "damaged.profile").write_bytes(b"abd")
+    (folder / "cut off.timing").write_bytes(b"a")
+    (folder / "mine.txt").write_bytes(b"no library's file")
     drop_damaged(folder)
-    assert {path.name for path in folder.iterdir()} == {"whole", "engine", "hashes.json"}
-    (folder / "hashes.json").write_text("[")
-    drop_damaged(folder)
-    assert not (folder / "whole").exists()
+    kept = {"engine", "hashes.json", "mine.txt"}
+    assert {path.name for path in folder.iterdir()} == {"whole.engine", *kept}
+    for junk in ("[", "[]", "null", '{"whole.engine": 1}', "[" * 10**5):
+        (folder / "whole.engine").write_bytes(b"abc")
+        (folder / "hashes.json").write_text(junk)
+        drop_damaged(folder)
+        assert {path.name for path in folder.iterdir()} == kept
+
+
+def test_only_what_the_libraries_wrote_is_removed(
+    root: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, digest = _engine(tmp_path / "mine")
+    kernels = kernel_folder(engine, digest)
+    engine.unlink()
+    (root / "kernels" / "photos").mkdir()
+    for name in ("thesis.tex", "notes/"):
+        mine = kernels / name
+        mine.mkdir() if name.endswith("/") else mine.write_text("years of work")
+        assert prune_cache(everything=True) == [] and mine.exists()
+        assert str(mine) in caplog.text and (kernels / "engine").is_file()
+        mine.rmdir() if name.endswith("/") else mine.unlink()
+    assert prune_cache() == [kernels] and (root / "kernels" / "photos").is_dir()
+
+
+def test_junk_in_place_of_an_engine_is_no_engine(root: Path, tmp_path: Path) -> None:
+    """A pipe would be waited for; JSON of another form would be a TypeError."""
+    engine, digest = _engine(tmp_path / "mine")
+    kernels = kernel_folder(engine, digest)
+    manifest = engine.parent / MANIFEST_FILE
+    for junk in ("[]", "null", "1", '{"graphs": [1]}', '{"graphs": {"a": []}}', "[" * 10**5):
+        manifest.write_text(junk)
+        assert [entry.state for entry in list_cache()] == ["stale"], junk[:20]
+    for path in (manifest, kernels / "engine"):
+        path.unlink()
+        os.mkfifo(path)
+        assert [entry.state for entry in list_cache()] == ["stale"]
+    assert prune_cache() == [kernels]

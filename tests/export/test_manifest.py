@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import operator
+import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from engine_edits import edit
 
 from hcma_fast import HCMAPipeline
 from hcma_fast.errors import BackendError, EngineError
 from hcma_fast.export.backends.aoti.build import target as here
-from hcma_fast.export.manifest import MANIFEST_FILE, Manifest, check_usable, load_manifest
+from hcma_fast.export.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    VerifiedFolder,
+    canonical_hash,
+    check_usable,
+    load_manifest,
+    read_manifest,
+)
 from hcma_fast.export.open import open_engines
 from hcma_fast.export.target import Target
 from hcma_fast.specs import BATCH, PLAN_COLUMNS, PLAN_ROWS, TensorSpec
@@ -23,11 +37,6 @@ from hcma_fast.specs import BATCH, PLAN_COLUMNS, PLAN_ROWS, TensorSpec
 @pytest.fixture
 def engine(random_engine: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(random_engine, tmp_path / "engine"))
-
-
-def edit(folder: Path, **values: Any) -> None:
-    path = folder / MANIFEST_FILE
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
 @pytest.mark.parametrize("name", ["unet_grounded.onnx", "tokenizer/tokenizer.json"])
@@ -56,7 +65,6 @@ def test_damaged_files_are_found_before_anything_is_read(
     "values",
     [
         {"surprise": 1},
-        {"format": 1},
         {"graphs": {}},
         {"graphs": None},
         {"target": {"backend": "caffe"}},
@@ -68,16 +76,104 @@ def test_damaged_files_are_found_before_anything_is_read(
     ],
 )
 def test_a_changed_manifest_is_refused(engine: Path, values: dict[str, Any]) -> None:
-    edit(engine, **values)
+    edit(engine, lambda found: found.update(values), reseal=False)
     with pytest.raises(EngineError):
         load_manifest(engine)
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "null"])
-def test_a_broken_manifest_is_refused(engine: Path, content: str) -> None:
-    (engine / MANIFEST_FILE).write_text(content)
-    with pytest.raises(EngineError, match="manifest"):
+def test_a_broken_manifest_is_refused(engine: Path) -> None:
+    path = engine / MANIFEST_FILE
+    whole = path.read_text()
+    for content in (
+        *("", "{", "[]", "null", "1", '"x"', "[" * 10**5, "{}", whole[:-3], "\xff"),
+        whole + " " * 2**24,
+        whole.replace('"format"', '"format": 3, "format"', 1),
+        whole.replace('"eta0": 0.5', '"eta0": 0.5, "eta0": 0.25', 1),
+        *(whole.replace('"eta0": 0.5', f'"eta0": {n}') for n in ("NaN", "Infinity", "1e999")),
+    ):
+        assert content != whole
+        path.write_text(content, encoding="latin-1")
+        with pytest.raises(EngineError, match="manifest"):
+            load_manifest(engine)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(EngineError, match="regular file"):
         load_manifest(engine)
+
+
+def _leaves(values: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for key, value in items:
+        if isinstance(value, dict | list) and value:
+            yield from _leaves(value, (*place, key))
+        else:
+            yield (*place, key)
+
+
+def _another(value: Any) -> Any:
+    if isinstance(value, str):
+        return value + "x"
+    return not value if isinstance(value, bool) else (value or 0) + 1
+
+
+def test_a_change_of_any_value_is_found(engine: Path) -> None:
+    """Guidance, preset and parity too, which no file's hash covers."""
+    path = engine / MANIFEST_FILE
+    values = json.loads(path.read_text())
+    del values["signature"]
+    places = [*_leaves(values)]
+    assert ("info", "alignment", "guidance_scale") in places and len(places) > 150
+    for place in places:
+        changed = copy.deepcopy(values)
+        owner = functools.reduce(operator.getitem, place[:-1], changed)
+        old = owner[place[-1]]
+        owner[place[-1]] = _another(old)
+        path.write_text(json.dumps(changed))
+        with pytest.raises(EngineError):
+            read_manifest(engine)
+        del owner[place[-1]]
+        path.write_text(json.dumps(changed))
+        with pytest.raises(EngineError):
+            read_manifest(engine)
+
+
+def test_the_hash_is_of_the_content_and_not_of_its_form(engine: Path) -> None:
+    path = engine / MANIFEST_FILE
+    before = load_manifest(engine)
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(values.items())), separators=(" ,", " : ")))
+    assert load_manifest(engine) == before
+    assert before.engine_hash == canonical_hash(before.model_dump(mode="json"))
+
+
+@pytest.mark.parametrize(("found", "word"), [(1, "an older"), (2, "an older"), (4, "a newer")])
+def test_another_format_is_named(engine: Path, found: int, word: str) -> None:
+    edit(engine, lambda values: values.update(format=found), reseal=False)
+    with pytest.raises(EngineError, match=f"built by {word} version.*[\\s\\S]*Build it again"):
+        load_manifest(engine)
+
+
+def test_specs_are_compared_with_the_graphs(engine: Path, random_engine: Path) -> None:
+    """With a hash that fits: whoever edits by a program. They used to end as KeyErrors."""
+
+    def tensor(way: str, number: int = 0) -> Callable[[dict[str, Any]], Any]:
+        return lambda values: values["graphs"]["align"]["spec"][way][number]
+
+    for change, word in (
+        (lambda v: tensor("inputs")(v).update(name="latent"), "latent is missing"),
+        (lambda v: tensor("outputs")(v).update(name="moved"), "moved is missing"),
+        (lambda v: tensor("inputs")(v).update(dtype="float16"), "z is float32"),
+        (lambda v: tensor("inputs")(v)["shape"].pop(), "z is float32"),
+        (lambda v: tensor("inputs")(v)["shape"].__setitem__(1, 5), "z is float32"),
+        (lambda v: v["graphs"]["align"]["spec"]["inputs"].reverse(), "order"),
+        (lambda v: v["graphs"]["align"]["spec"]["outputs"].pop(), "loss_local is not in"),
+        (lambda v: v["graphs"]["align"]["spec"].update(graph="grounding"), "contradicts"),
+    ):
+        edit(engine, change, reseal=True)
+        with pytest.raises(EngineError, match=word):
+            load_manifest(engine)
+        shutil.copy(random_engine / MANIFEST_FILE, engine)
+    load_manifest(engine)
 
 
 def test_a_missing_field_is_refused(engine: Path) -> None:
@@ -147,7 +243,7 @@ def test_code_for_a_gpu_says_so_and_is_refused_elsewhere(
 @pytest.mark.parametrize(("built", "asked"), [("cuda", "cpu"), ("cpu", "cuda")])
 def test_code_of_the_other_device_is_refused(random_engine: Path, built: str, asked: str) -> None:
     with pytest.raises(BackendError, match=f"compiled for the device {built}") as caught:
-        open_engines(random_engine, compiled(random_engine, built), asked)
+        open_engines(VerifiedFolder(random_engine, compiled(random_engine, built), {}), asked)
     assert f"--device {asked}" in str(caught.value)
 
 

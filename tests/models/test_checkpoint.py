@@ -17,6 +17,7 @@ from transformers import CLIPTextModel
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES
 
 UNET_FILE = "unet/diffusion_pytorch_model.safetensors"
@@ -61,7 +62,7 @@ def test_graphs_follow_their_specs(random_components: Components) -> None:
             )
             for tensor in spec.inputs
         ]
-        outputs = random_components.graph(name)(*inputs)
+        outputs = graph_of(random_components, name)(*inputs)
         assert isinstance(outputs, tuple)
         for output, tensor in zip(outputs, spec.outputs, strict=True):
             expected = tuple(batch if size == "batch" else size for size in tensor.shape)
@@ -82,7 +83,7 @@ def test_another_image_size(random_components: Components) -> None:
     generator = torch.Generator().manual_seed(0)
     for name, spec in specs.items():
         inputs = random_inputs(spec, batch, generator, len(random_components.tokenizer))
-        module = random_components.graph(name, height, width)
+        module = graph_of(random_components, name, height, width)
         outputs = module(*(inputs[tensor.name] for tensor in spec.inputs))
         for output, tensor in zip(outputs, spec.outputs, strict=True):
             expected = tuple(batch if size == "batch" else size for size in tensor.shape)

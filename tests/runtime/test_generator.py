@@ -17,7 +17,14 @@ from torch import Tensor
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.engine import Engine
-from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
+from hcma_fast.errors import (
+    DeviceMemoryError,
+    DivergenceError,
+    HcmaError,
+    InputError,
+    SettingsError,
+    UsageError,
+)
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.cached_engine import CachedEngine
@@ -137,7 +144,11 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
 def test_settings_that_were_copied_unchecked_are_refused(
     pipe: HCMAPipeline, name: str, value: object
 ) -> None:
-    wrong = pipe.settings.model_copy(update={name: value})
+    with pytest.raises(SettingsError, match=name):
+        pipe.settings.model_copy(update={name: value})
+    # what pydantic does not check
+    wrong = AlignmentSettings.model_construct(**{**dict(pipe.settings), name: value})
+    object.__setattr__(wrong, name, value)
     requests = [Request("a cat"), Request("a cat", settings=wrong)]
     with pytest.raises(UsageError, match=name) as caught:
         next(iter(BatchGenerator(pipe).generate(requests)))
@@ -343,7 +354,8 @@ class Deferred:
 
     def wait_later(self, z: Tensor) -> Any:
         finite = z.isfinite().flatten(1).all(1)
-        return self.pipe.decode(z), finite, lambda: self.events.append(f"wait {len(z)}")
+        images, decoded = self.pipe.decode_all(z)
+        return images, finite, decoded, lambda: self.events.append(f"wait {len(z)}")
 
 
 @pytest.mark.parametrize("fails_at", [(), (2,), (2, 3)])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,9 +14,17 @@ from torch import Tensor
 
 import hcma_fast
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.errors import BackendError, DeviceMemoryError, HcmaError, InputError, UsageError
+from hcma_fast.errors import (
+    BackendError,
+    DeviceMemoryError,
+    DivergenceError,
+    HcmaError,
+    InputError,
+    UsageError,
+)
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.generator import BatchGenerator, Request
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
 CAT = Layout(["cat"], [[0.2, 0.1, 0.8, 0.7]])
@@ -167,7 +176,7 @@ def test_callback_follows_the_steps_and_may_replace_latents(pipe: HCMAPipeline) 
         ({"negative_prompt": ["a", "b"]}, InputError, "2 negative prompts"),
         ({"seed": [1, 2]}, InputError, "there must be one seed"),
         ({"seed": -1}, InputError, "from 0 to"),
-        ({"seed": 2**63}, InputError, "one seed"),
+        ({"seed": 2**64}, InputError, "one seed"),
         ({"seed": True}, InputError, "one seed"),
         ({"seed": [0.5]}, InputError, "one seed"),
         ({"latents": torch.zeros(1, 4, 4, 4)}, InputError, r"\(1, 4, 8, 8\)"),
@@ -219,3 +228,90 @@ def test_out_of_memory_is_typed(pipe: HCMAPipeline) -> None:
     engine = EagerEngine(Greedy(), pipe.engines["vae_decoder"].spec)
     with pytest.raises(DeviceMemoryError, match="vae_decoder"):
         engine({"z": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_pixels_that_are_not_finite_are_an_error(random_checkpoint: Path, value: float) -> None:
+    pipe = HCMAPipeline.from_pretrained(random_checkpoint)
+    good = pipe(["a dog", "a cat"], CAT, seed=0, **FEW).latents
+    decoder = pipe.engines["vae_decoder"]
+
+    class Faulty(EagerEngine):
+        """Spoils one pixel of the second image."""
+
+        def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            image = decoder(inputs)["image"].clone()
+            image[1:2, 0, 0, 0] = value
+            return {"image": image}
+
+    module = cast(EagerEngine, decoder).module
+    pipe.engines = {**pipe.engines, "vae_decoder": Faulty(module, decoder.spec)}
+    for output_type in ("pil", "np", "pt"):
+        with pytest.raises(DivergenceError, match=r"not finite.*image 1 of 2"):
+            pipe(["a dog", "a cat"], CAT, seed=0, **{**FEW, "output_type": output_type})
+    with pytest.raises(DivergenceError, match="image 1 of 2"):
+        pipe.decode(good)
+    assert pipe.decode(good[:1]).isfinite().all()
+    # nothing is decoded
+    assert torch.equal(pipe(["a dog", "a cat"], CAT, seed=0, **FEW).latents, good)
+    # of many requests the one alone
+    requests = [Request("a dog", CAT, seed, num_inference_steps=2) for seed in range(2)]
+    fine, faulty = BatchGenerator(pipe, max_batch=2).generate(requests)
+    assert fine.error is None and fine.image is not None
+    assert isinstance(faulty.error, DivergenceError) and faulty.image is None
+    assert faulty.error.request == 1 and "not finite" in str(faulty.error)
+
+
+def test_a_callback_that_returns_what_does_not_fit_is_told(pipe: HCMAPipeline) -> None:
+    for returned, words in [
+        *((7, "mapping"), ("latents", "mapping"), ([], "mapping"), (torch.zeros(1), "mapping")),
+        *(({"latents": None}, r"\(1, 4, 8, 8\)"), ({"latents": torch.zeros(4)}, r"got \(4,\)")),
+        ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "floating-point"),
+    ]:
+        with pytest.raises(UsageError, match=words):
+            pipe("a dog", CAT, seed=0, callback_on_step_end=lambda *_, r=returned: r, **FEW)
+    spoiled = {"latents": torch.full((1, 4, 8, 8), float("nan"))}
+    with pytest.raises(DivergenceError):
+        pipe("a dog", CAT, seed=0, callback_on_step_end=lambda *_: spoiled, **FEW)
+    with pytest.raises(UsageError, match="function"):
+        pipe("a dog", CAT, seed=0, callback_on_step_end=3, **FEW)  # type: ignore[arg-type]
+    plain = pipe("a dog", CAT, seed=0, **FEW).latents
+    for harmless in (None, {}, {"other": 1}):
+        found = pipe("a dog", CAT, seed=0, callback_on_step_end=lambda *_, h=harmless: h, **FEW)
+        assert torch.equal(found.latents, plain)
+    wide = pipe(
+        "a dog",
+        CAT,
+        seed=0,
+        callback_on_step_end=lambda p, s, t, d: {"latents": d["latents"].double()},
+        **FEW,
+    )
+    assert torch.equal(wide.latents, plain)
+
+
+def test_numbers_may_be_numpys(pipe: HCMAPipeline) -> None:
+    plain = pipe(
+        "a dog",
+        CAT,
+        seed=3,
+        num_inference_steps=4,
+        guidance_scale=3.0,
+        eta0=2.0,
+        align_window=(0.25, 0.75),
+        output_type="latent",
+    ).images
+    for kind in (np.int64, np.float32, np.array, lambda v: np.array([v]), torch.tensor):
+        found = pipe(
+            "a dog",
+            CAT,
+            seed=kind(3),
+            num_inference_steps=kind(4),
+            guidance_scale=kind(3),
+            eta0=kind(2),
+            align_window=np.array([0.25, 0.75]),
+            output_type="latent",
+        )
+        assert torch.equal(found.images, plain) and found.seeds == [3]
+    request = Request("a dog", CAT, np.int64(3), num_inference_steps=np.int64(4))  # type: ignore[arg-type]
+    (result,) = BatchGenerator(pipe, max_batch=np.int64(2)).generate([request])  # type: ignore[arg-type]
+    assert result.error is None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -16,7 +18,7 @@ from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows
 from hcma_fast.sampling.savings import Savings
 from hcma_fast.sampling.schedule import Schedule, eta_table
 from hcma_fast.sampling.solvers import Solver, dpmpp_2m, plms
-from hcma_fast.schedule import alphas_cumprod, in_window
+from hcma_fast.schedule import alphas_cumprod, grounded_steps, in_window
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column
 
 #: a busy machine is no fault of the code
@@ -59,11 +61,19 @@ def test_whole_trajectories_equal_diffusers_schedulers_in_float64(solver: str) -
 
 @pytest.mark.parametrize("solver", SOLVERS.values())
 def test_wrong_step_counts(solver: Solver) -> None:
-    for steps in (1, 0, -5, 1000, 2.0, "50", None, True):
+    junk = (2.5, math.nan, "50", None, True, np.bool_(True), np.array([20, 20]))
+    for steps in (1, 0, -5, 1000, *junk):
         with pytest.raises(UsageError, match="2 to 999") as caught:
             solver(steps)  # type: ignore[arg-type]
         assert caught.value.value is steps and caught.value.exit_code == 2
         assert caught.value.remedy
+
+
+def test_steps_may_be_numpys() -> None:
+    for solver in SOLVERS.values():
+        table = solver(20)
+        for steps in (np.int64(20), np.uint8(20), np.float64(20), np.array(20), torch.tensor([20])):
+            assert solver(steps) is table  # type: ignore[arg-type]
 
 
 def test_steps_that_would_share_a_timestep_are_refused() -> None:
@@ -143,3 +153,24 @@ def test_windows_of_the_two_halves_share_no_step() -> None:
     halves = [eta_table(plms(50), AlignmentSettings(window=w)) for w in ((0.0, 0.3), (0.3, 1.0))]
     assert [int(h.count_nonzero()) for h in halves] == [15, 35]
     torch.testing.assert_close(halves[0] + halves[1], whole, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("share", "steps", "grounded"),
+    [
+        (0.3, 50, 15),
+        # where rounding gives one more
+        *((0.35, 50, 17), (0.99, 50, 49), (0.5, 7, 3), (0.19, 10, 1), (0.04, 20, 0)),
+        # GLIGEN computes in float64, in which 0.29 * 100 is a little less than 29
+        (0.29, 100, 28),
+        *((0.0, 50, 0), (1.0, 50, 50)),
+    ],
+)
+def test_shares_of_grounded_steps_are_cut_as_gligen_does(
+    share: float, steps: int, grounded: int
+) -> None:
+    assert grounded_steps(share, steps) == grounded == int(share * steps)
+    schedule = Schedule.of(steps, AlignmentSettings(grounding_beta=share))
+    # evaluation 1 is the corrector of step 0, and has its gate
+    gates = [step < grounded for step in (0, 0, *range(1, steps))]
+    assert schedule.gates().tolist() == gates and schedule.grounded_steps == grounded

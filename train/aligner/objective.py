@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.schedule import TRAIN_STEPS, add_noise
+from hcma_fast.seeds import seeded_generator
 from hcma_fast.train.data.latent_cache import Batch
 
 BUCKETS = 10
@@ -65,7 +66,7 @@ def draw_noised(
         timesteps: (B,) int64, to be used instead of drawn ones.
     """
     device, shape = batch.mean.device, batch.mean.shape
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = seeded_generator(seed, device)
     posterior_noise = torch.randn(shape, generator=generator, device=device)
     noise = torch.randn(shape, generator=generator, device=device)
     if timesteps is None:

@@ -1,24 +1,36 @@
 """Reader for data in COCO's annotation format: EmojiScenes, and COCO 2014 unchanged.
 
-Everything is checked while reading, so that training never meets a bad record. A bad image stops
+Everything is checked while reading, so that training never meets a bad record. A bad record stops
 the reading, or is left out and listed where that is asked for; a file that contradicts itself
 (ids that occur twice, annotations of unknown images) always stops it.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.errors import InputError
-from hcma_fast.layout import Layout
+from hcma_fast.layout import Layout, is_empty
+from hcma_fast.train.data.coco_records import (
+    BadRecord,
+    CaptionRecord,
+    CaptionsFile,
+    CategoryRecord,
+    ImageRecord,
+    InstanceRecord,
+    InstancesFile,
+    NumberedRecord,
+    fail,
+    read_annotations,
+    usable,
+)
+from hcma_fast.train.data.image_files import open_image_file
+from hcma_fast.train.data.image_folder import ImageFolder
 
 
 @dataclass(frozen=True)
@@ -31,59 +43,8 @@ class CocoExample:
     height: int
     captions: tuple[str, ...]
     layout: Layout
-
-
-@dataclass(frozen=True)
-class BadImage:
-    """An image that was left out: its id, the file that is to blame, and why."""
-
-    image_id: int
-    path: str
-    why: str
-
-
-class _Record(BaseModel):
-    # COCO's records hold more: licences, segmentations, URLs
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-
-class _Numbered(_Record):
-    id: int
-
-
-class _Image(_Numbered):
-    file_name: str = Field(pattern=r"^[^/\\]+$")
-    width: int = Field(gt=0)
-    height: int = Field(gt=0)
-
-
-class _Category(_Numbered):
-    name: str
-
-
-class _Instance(_Numbered):
-    image_id: int
-    category_id: int
-    bbox: tuple[float, float, float, float]
-    iscrowd: int = 0
-
-
-class _Caption(_Numbered):
-    image_id: int
-    caption: str
-
-
-class _Instances(_Record):
-    images: list[_Image]
-    categories: list[_Category]
-    annotations: list[_Instance]
-
-
-class _Captions(_Record):
-    annotations: list[_Caption]
-
-
-_Document = TypeVar("_Document", _Instances, _Captions)
+    empty_boxes: int = 0
+    """boxes without area inside the image, which the layout does not have"""
 
 
 def annotation_files(root: str | Path, split: str) -> tuple[Path, Path]:
@@ -93,7 +54,11 @@ def annotation_files(root: str | Path, split: str) -> tuple[Path, Path]:
 
 
 def read_split(
-    root: str | Path, split: str, *, skipped: list[BadImage] | None = None
+    root: str | Path,
+    split: str,
+    *,
+    skipped: list[BadRecord] | None = None,
+    image_root: Path | None = None,
 ) -> list[CocoExample]:
     """``root/split/*`` and ``root/annotations/{instances,captions}_split.json``; see
     :func:`read_coco`.
@@ -111,7 +76,9 @@ def read_split(
             value=str(instances),
             remedy=f"There are annotations of {', '.join(there)}: give one of them, or other data.",
         )
-    return read_coco(Path(root) / split, instances, captions, skipped=skipped)
+    return read_coco(
+        Path(root) / split, instances, captions, skipped=skipped, image_root=image_root
+    )
 
 
 def read_coco(
@@ -119,7 +86,8 @@ def read_coco(
     instances: str | Path,
     captions: str | Path,
     *,
-    skipped: list[BadImage] | None = None,
+    skipped: list[BadRecord] | None = None,
+    image_root: Path | None = None,
 ) -> list[CocoExample]:
     """Read a split, in the order of its image list.
 
@@ -127,134 +95,190 @@ def read_coco(
         images: the folder of the image files, each of which must exist; none is opened.
         instances: ``instances_*.json``; crowds are left out, boxes are clipped to the image.
         captions: ``captions_*.json`` of the same images.
-        skipped: takes the images without caption, without file or with a malformed box, which
-            are errors otherwise.
+        skipped: takes bad records, and images without caption or file, which are errors
+            otherwise. An image stays without its bad boxes and captions.
+        image_root: file names may be absolute or have "..", as long as they lie in this folder.
 
     Raises:
-        InputError: names the file: it is missing or not in COCO's format, it lists no image, ids
-            occur twice, an annotation is of an unknown image or category, an image has no caption
-            or no file.
+        InputError: names the file: it is missing or not in COCO's format, it lists no image, a
+            record is malformed, ids occur twice, an annotation is of an unknown image or
+            category, an image has no caption or no file.
     """
-    images, instances, captions = Path(images), Path(instances), Path(captions)
-    boxes, texts = _read(instances, _Instances), _read(captions, _Captions)
+    instances, captions = Path(instances), Path(captions)
+    bad: list[BadRecord] = []
+    boxes = read_annotations(instances, InstancesFile)
     if not boxes.images:
-        _fail("this split lists no image", instances)
-    _check_unique("image", instances, boxes.images)
-    _check_unique("category", instances, boxes.categories)
-    _check_unique("annotation", instances, boxes.annotations)
-    _check_unique("caption", captions, texts.annotations)
-    try:
-        files = set(os.listdir(images))
-    except OSError as error:
-        _fail(f"cannot read the folder of images: {error.strerror}", images, error)
+        fail("this split lists no image", instances)
+    listed = usable("image", ImageRecord, boxes.images, instances, bad)
+    known = {image.id for image in listed} | {record.id for record in bad}
+    _check_unique("image", instances, listed)
+    names = _names(boxes, instances, bad)
+    boxes_of = _boxes_by_image(boxes, names, known, instances, bad)
+    texts_of = _texts_by_image(read_annotations(captions, CaptionsFile), captions, bad, known)
+    folder = ImageFolder(Path(images), image_root)
 
-    known = {image.id for image in boxes.images}
-    boxes_of: defaultdict[int, list[_Instance]] = defaultdict(list)
-    for box in boxes.annotations:
-        if box.image_id not in known:
-            _fail(f"annotation {box.id} is of image {box.image_id}, which is not listed", instances)
-        boxes_of[box.image_id].append(box)
-    for text in texts.annotations:
-        if text.image_id not in known:
-            _fail(f"caption {text.id} is of image {text.image_id}, which is not listed", captions)
-    texts_of = _by_image(texts)
-
-    names = {category.id: category.name for category in boxes.categories}
-
-    def example(image: _Image) -> CocoExample:
-        path, lines = images / image.file_name, texts_of.get(image.id, ())
+    def example(image: ImageRecord) -> CocoExample:
+        lines = texts_of.get(image.id, ())
         if not lines:
-            _fail(f"image {image.id} has no caption", captions)
-        if image.file_name not in files:
-            _fail(f"the file of image {image.id} is missing", path)
-        found = (box.model_dump() for box in boxes_of[image.id])
+            fail(f"image {image.id} has no caption", captions)
         try:
-            layout = Layout.from_coco(found, names, image.width, image.height)
+            path = folder.find(image.file_name)
         except InputError as error:
-            _fail(f"image {image.id}: {error.what} (got {error.value!r})", instances, error)
-        return CocoExample(image.id, path, image.width, image.height, lines, layout)
+            fail(f"image {image.id}: {error.what}: {image.file_name!r}", instances, error)
+        if path is None:
+            fail(f"the file of image {image.id} is missing", folder.folder / image.file_name)
+        records = boxes_of[image.id]
+        layout = Layout.from_coco(
+            (record.model_dump() for record in records), names, image.width, image.height
+        )
+        empty = sum(_leaves_nothing(record, image) for record in records)
+        return CocoExample(image.id, path, image.width, image.height, lines, layout, empty)
 
     examples = []
-    for image in boxes.images:
+    for image in listed:
         try:
             examples.append(example(image))
         except InputError as error:
-            if skipped is None:
-                raise
-            skipped.append(BadImage(image.id, str(error.value), error.what))
+            bad.append(BadRecord("image", image.id, str(error.value), error.what))
+    if bad and skipped is None:
+        _refuse(bad)
+    if skipped is not None:
+        skipped += bad
     if not examples:
-        _fail("no image of this split can be used", instances)
+        fail(f"no image of this split can be used, the first one because: {bad[0].why}", instances)
     return examples
 
 
-def read_categories(instances: str | Path) -> dict[int, str]:
+def read_categories(instances: str | Path, *, skip_bad: bool = False) -> dict[int, str]:
     """The names of ``instances_*.json``'s categories by their ids.
 
     Raises:
-        InputError: names the file: it is missing, not in COCO's format, or an id occurs twice.
+        InputError: names the file: it is missing or not in COCO's format, an id occurs twice, or a
+            category is malformed and not skipped.
     """
     path = Path(instances)
-    found = _read(path, _Instances).categories
-    _check_unique("category", path, found)
-    return {category.id: category.name for category in found}
+    bad: list[BadRecord] = []
+    names = _names(read_annotations(path, InstancesFile), path, bad)
+    if bad and not skip_bad:
+        _refuse(bad)
+    return names
 
 
-def read_captions(root: str | Path, split: str) -> dict[int, tuple[str, ...]]:
+def read_captions(
+    root: str | Path, split: str, *, skip_bad: bool = False
+) -> dict[int, tuple[str, ...]]:
     """The captions that :func:`read_split` gives, by image id; no other file is read.
 
     Raises:
-        InputError: names the file: it is missing or not in COCO's format.
+        InputError: names the file: it is missing or not in COCO's format, or a caption is
+            malformed and not skipped.
     """
-    return _by_image(_read(annotation_files(root, split)[1], _Captions))
+    path = annotation_files(root, split)[1]
+    bad: list[BadRecord] = []
+    texts = _texts_by_image(read_annotations(path, CaptionsFile), path, bad)
+    if bad and not skip_bad:
+        _refuse(bad)
+    return texts
 
 
-def _by_image(texts: _Captions) -> dict[int, tuple[str, ...]]:
+def _names(boxes: InstancesFile, path: Path, bad: list[BadRecord]) -> dict[int, str]:
+    """Category names by id, those that a layout can have."""
+    categories = usable("category", CategoryRecord, boxes.categories, path, bad)
+    _check_unique("category", path, categories)
+    names = {}
+    for category in categories:
+        try:
+            Layout([category.name], [(0, 0, 1, 1)])
+            names[category.id] = category.name
+        except InputError as error:
+            why = f"category {category.id}: its name cannot be a phrase: {error.what}"
+            bad.append(BadRecord("category", category.id, str(path), why))
+    return names
+
+
+def _boxes_by_image(
+    boxes: InstancesFile,
+    names: dict[int, str],
+    known: set[int | None],
+    path: Path,
+    bad: list[BadRecord],
+) -> defaultdict[int, list[InstanceRecord]]:
+    """Without crowds.
+
+    Args:
+        known: ids of images, bad ones included; None where one has no readable id.
+    """
+    records = usable("annotation", InstanceRecord, boxes.annotations, path, bad)
+    _check_unique("annotation", path, records)
+    by_image: defaultdict[int, list[InstanceRecord]] = defaultdict(list)
+    for record in records:
+        if record.image_id not in known:
+            why = f"annotation {record.id} is of image {record.image_id}, which is not listed"
+            if None not in known:
+                fail(why, path)
+            bad.append(BadRecord("annotation", record.id, str(path), why))
+        elif record.iscrowd:
+            continue
+        elif record.category_id not in names:
+            why = f"annotation {record.id}: category {record.category_id} cannot be used"
+            bad.append(BadRecord("annotation", record.id, str(path), why))
+        else:
+            by_image[record.image_id].append(record)
+    return by_image
+
+
+def _texts_by_image(
+    texts: CaptionsFile, path: Path, bad: list[BadRecord], known: set[int | None] | None = None
+) -> dict[int, tuple[str, ...]]:
     """In the file's order, without blank ones."""
-    found: defaultdict[int, list[str]] = defaultdict(list)
-    for text in texts.annotations:
-        if line := text.caption.strip():
-            found[text.image_id].append(line)
-    return {number: tuple(lines) for number, lines in found.items()}
+    records = usable("caption", CaptionRecord, texts.annotations, path, bad)
+    _check_unique("caption", path, records)
+    by_image: defaultdict[int, list[str]] = defaultdict(list)
+    for record in records:
+        if known is not None and record.image_id not in known:
+            why = f"caption {record.id} is of image {record.image_id}, which is not listed"
+            if None not in known:
+                fail(why, path)
+            bad.append(BadRecord("caption", record.id, str(path), why))
+        elif line := record.caption.strip():
+            by_image[record.image_id].append(line)
+    return {number: tuple(lines) for number, lines in by_image.items()}
+
+
+def _leaves_nothing(record: InstanceRecord, image: ImageRecord) -> bool:
+    """As Layout.from_coco clips it."""
+    x, y, width, height = record.bbox
+    box = (
+        max(x / image.width, 0.0),
+        max(y / image.height, 0.0),
+        min((x + width) / image.width, 1.0),
+        min((y + height) / image.height, 1.0),
+    )
+    return is_empty(box)
 
 
 def open_image(example: CocoExample) -> Image.Image:
-    """The decoded image, RGB.
+    """The decoded image, RGB and upright; see :func:`open_image_file`.
 
     Raises:
-        InputError: names the file: it is missing, truncated, no image, or of another size than its
-            annotation says.
+        InputError: names the file: it is missing, damaged, no image, too large, or of another size
+            than its annotation says.
     """
-    try:
-        with Image.open(example.path) as file:
-            image = file.convert("RGB")
-    except Exception as error:  # Pillow's decoders raise many kinds for a damaged file
-        _fail(f"cannot read image {example.image_id}: {error}", example.path, error)
-    if image.size != (example.width, example.height):
-        _fail(
-            f"image {example.image_id} is of {image.width} x {image.height} pixels, its annotation "
-            f"of {example.width} x {example.height}",
-            example.path,
-        )
-    return image
+    what, size = f"image {example.image_id}", (example.width, example.height)
+    return open_image_file(example.path, what, size=size).image
 
 
-def _read(path: Path, kind: type[_Document]) -> _Document:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except OSError as error:
-        _fail(f"cannot read the annotations: {error.strerror}", path, error)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        _fail(f"not in COCO's format: {where}: {first['msg']}", path, error)
-
-
-def _check_unique(kind: str, path: Path, records: Sequence[_Numbered]) -> None:
+def _check_unique(kind: str, path: Path, records: Sequence[NumberedRecord]) -> None:
     for number, count in Counter(record.id for record in records).items():
         if count > 1:
-            _fail(f"{kind} id {number} occurs {count} times", path)
+            fail(f"{kind} id {number} occurs {count} times", path)
 
 
-def _fail(what: str, path: Path, cause: Exception | None = None) -> NoReturn:
-    remedy = "Give the images, instances and captions of one split, whole and unchanged."
-    raise InputError(what, value=str(path), remedy=remedy) from cause
+def _refuse(bad: Sequence[BadRecord]) -> None:
+    """Raise InputError about the first bad record, and say how many there are."""
+    more = f"; {len(bad) - 1} more cannot be used" if len(bad) > 1 else ""
+    raise InputError(
+        f"{bad[0].why}{more}",
+        value=bad[0].path,
+        remedy="Mend the annotations or files, or leave such records out with --skip-bad.",
+    )

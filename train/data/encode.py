@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,13 +22,13 @@ from torch.utils.data import DataLoader, Dataset
 from hcma_fast.errors import HcmaError, InputError
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.data.coco import (
-    BadImage,
     CocoExample,
     annotation_files,
-    open_image,
     read_split,
 )
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.image_files import open_image_file
 from hcma_fast.train.data.latent_cache import (
     HEADER_FILE,
     LABELS_FILE,
@@ -53,7 +54,11 @@ class CacheReport:
     captions: int = 0
     cut_captions: int = 0
     """captions of more tokens than the text encoder takes: their end is lost"""
-    skipped: list[BadImage] = field(default_factory=list)
+    empty_boxes: int = 0
+    """boxes of the annotations without area inside their image"""
+    changes: Counter[str] = field(default_factory=Counter)
+    """how many images were oriented or scaled when they were opened"""
+    skipped: list[BadRecord] = field(default_factory=list)
 
 
 def make_cache(
@@ -69,6 +74,7 @@ def make_cache(
     batch_size: int = 16,
     workers: int = 0,
     share: tuple[int, int] = (0, 1),
+    image_root: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> CacheReport:
     """Encode a split in COCO's format into the folder ``out``, or finish what lies there.
@@ -76,20 +82,23 @@ def make_cache(
     Args:
         image_size: side of the crops in pixels; default what the model was trained at.
         flip: encode the mirrored images too.
-        skip_bad: leave out images that cannot be used, and list them, instead of stopping.
+        skip_bad: leave out records and images that cannot be used, and list them, instead of
+            stopping.
         workers: processes that decode images; 0 for this one.
         share: (i, n): make shards i, i + n, i + 2 n ...; n runs with the same ``out``, each on a
             device of its own, make one cache.
+        image_root: file names may be absolute or have "..", as long as they lie in this folder.
         progress: called with images done and images to do, both of this run alone: neither other
             shares count nor shards that were there, so a rate is that of encoding.
 
     Raises:
-        InputError: the split is not in COCO's format or empty, an image cannot be read, or ``out``
-            holds the cache of another model, split or crop; names the file.
+        InputError: the split is not in COCO's format or empty, an image cannot be read, no image
+            can be used, or ``out`` holds the cache of another model, split or crop; names the file.
         OutputError: ``out`` cannot be written, or the disk is full.
     """
-    early: list[BadImage] = []
-    examples = read_split(data, split, skipped=early if skip_bad else None)
+    early: list[BadRecord] = []
+    skipped = early if skip_bad else None
+    examples = read_split(data, split, skipped=skipped, image_root=image_root)
     header = _header(data, split, encoders, examples, image_size, flip, skip_bad, shard_size)
     make_folder(out)
     _claim(out, header)
@@ -102,12 +111,13 @@ def make_cache(
     missing = {index for index in shards if not (out / shard_file(index)).is_file()}
     total = sum(len(shards[index]) for index in missing)
     report, seen = CacheReport(skipped=early), 0
+    report.empty_boxes = sum(example.empty_boxes for some in shards.values() for example in some)
     progress(0, total)
     for index, some in shards.items():
         path, there = out / shard_file(index), report.images
         if index in missing:
             crops = DataLoader(
-                _Crops(some, header.image_size, skip_bad=skip_bad),
+                _Crops(some, header.image_size),
                 batch_size=batch_size,
                 num_workers=workers,
                 collate_fn=list,
@@ -122,6 +132,12 @@ def make_cache(
         if index in missing:
             # without those that were skipped
             report.encoded += report.images - there
+    if shards and not report.images and share[1] == 1:
+        raise InputError(
+            f"no image of this split can be used, the first one because: {report.skipped[0].why}",
+            value=str(data),
+            remedy="Mend the images, and make the cache in an empty folder.",
+        )
     return report
 
 
@@ -212,42 +228,54 @@ def _write_labels(path: Path, header: CacheHeader, encoders: Encoders) -> None:
     write_whole(path, lambda file: file.write(content))
 
 
-class _Crops(Dataset[Tensor | BadImage]):
-    """(3, S, S) uint8 of each example, or what is wrong with it."""
+@dataclass(frozen=True)
+class _Crop:
+    """(3, S, S) uint8, and what was done to the image to show it."""
 
-    def __init__(self, examples: list[CocoExample], size: int, *, skip_bad: bool) -> None:
-        self.examples, self.size, self.skip_bad = examples, size, skip_bad
+    pixels: Tensor
+    changes: tuple[str, ...]
+
+
+class _Crops(Dataset[_Crop | BadRecord]):
+    """The crop of each example, or what is wrong with it."""
+
+    def __init__(self, examples: list[CocoExample], size: int) -> None:
+        self.examples, self.size = examples, size
 
     def __len__(self) -> int:
         return len(self.examples)
 
-    def __getitem__(self, index: int) -> Tensor | BadImage:
+    def __getitem__(self, index: int) -> _Crop | BadRecord:
         example = self.examples[index]
+        what, size = f"image {example.image_id}", (example.width, example.height)
         try:
-            image = crop_image(open_image(example), self.size)
+            opened = open_image_file(example.path, what, size=size)
         except InputError as error:
             # raised where it is seen: a worker's exception would lose its type on the way
-            return BadImage(example.image_id, str(error.value), error.what)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+            return BadRecord("image", example.image_id, str(error.value), error.what)
+        pixels = np.array(crop_image(opened.image, self.size))
+        return _Crop(torch.from_numpy(pixels).permute(2, 0, 1), opened.changes)
 
 
 def _write_shard(
     path: Path,
     examples: list[CocoExample],
-    crops: Iterable[list[Tensor | BadImage]],
+    crops: Iterable[list[_Crop | BadRecord]],
     header: CacheHeader,
     encoders: Encoders,
     advance: Callable[[int], None],
 ) -> None:
     kept: list[CocoExample] = []
-    bad: list[BadImage] = []
+    bad: list[BadRecord] = []
+    changes: Counter[str] = Counter()
     latents: list[Tensor] = []
     seen = 0
     for some in crops:
         images = []
         for example, crop in zip(examples[seen : seen + len(some)], some, strict=True):
-            if isinstance(crop, Tensor):
-                images.append(crop)
+            if isinstance(crop, _Crop):
+                images.append(crop.pixels)
+                changes.update(crop.changes)
                 kept.append(example)
             elif header.skip_bad:
                 bad.append(crop)
@@ -283,7 +311,13 @@ def _write_shard(
             [number[phrase] for layout in layouts for phrase in layout.phrases], dtype=torch.int64
         ),
     }
-    content = pack(tensors, CacheNotes(header=header.digest, cut_captions=cut, skipped=tuple(bad)))
+    notes = CacheNotes(
+        header=header.digest,
+        cut_captions=cut,
+        skipped=tuple(bad),
+        changes=dict(sorted(changes.items())),
+    )
+    content = pack(tensors, notes)
     write_whole(path, lambda file: file.write(content))
 
 
@@ -309,3 +343,4 @@ def _count(report: CacheReport, path: Path, header: CacheHeader) -> None:
     report.boxes += len(found["boxes"])
     report.cut_captions += notes.cut_captions
     report.skipped += notes.skipped
+    report.changes.update(notes.changes)

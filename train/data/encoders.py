@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
-from hcma_fast.models.checkpoint.folder import Components, load_part, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components, trained_size
 from hcma_fast.models.checkpoint.info import check_safe, read_info, resolve_folder
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.train.data.latent_cache import CacheHeader
 
@@ -68,7 +70,7 @@ class Encoders:
             load_part(CLIPTextModel, folder / "text_encoder"),
             vae,
             preset=info.preset if info else "sd14",
-            image_size=info.image_size if info else int(vae.config.sample_size),
+            image_size=info.image_size if info else trained_size(vae, folder / "vae"),
             device=device,
             dtype=dtype,
         )

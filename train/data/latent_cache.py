@@ -24,8 +24,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 from hcma_fast.models.checkpoint.info import first_line
-from hcma_fast.train.data.coco import BadImage
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.views import Part, part_of
 
 HEADER_FILE = "cache.json"
@@ -88,7 +89,8 @@ class CacheNotes(BaseModel):
 
     header: str = Field(description="digest of the header that it belongs to")
     cut_captions: int = Field(0, description="longer than the text encoder takes")
-    skipped: tuple[BadImage, ...] = ()
+    skipped: tuple[BadRecord, ...] = ()
+    changes: dict[str, int] = Field({}, description="images that were oriented or scaled")
 
 
 def shard_file(index: int) -> str:
@@ -104,8 +106,8 @@ def read_header(folder: Path) -> CacheHeader:
     """
     path = folder / HEADER_FILE
     try:
-        return CacheHeader.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return CacheHeader.model_validate_json(read_file(path, "the cache's header"))
+    except (InputError, ValidationError) as error:
         raise InputError(
             f"this is no cache: {first_line(error)}",
             value=str(path),
@@ -182,7 +184,7 @@ class LatentCache:
         """Open the cache.
 
         Raises:
-            InputError: it is no cache, not finished, damaged, or mixed with another one.
+            InputError: it is no cache, not finished, empty, damaged, or mixed with another one.
         """
         self.folder, self.header = folder, read_header(folder)
         digest = self.header.digest
@@ -213,6 +215,13 @@ class LatentCache:
         self._boxes, self._labels = _joined(shards, "boxes"), _joined(shards, "labels")
         self._caption_starts = _joined_starts(shards, "caption_starts")
         self._box_starts = _joined_starts(shards, "box_starts")
+
+        if not len(self):
+            raise InputError(
+                "the cache has no image: none could be used",
+                value=str(folder),
+                remedy="Make another one; hcma-fast train cache says what was wrong with each.",
+            )
 
     def __len__(self) -> int:
         return len(self.image_ids)

@@ -10,9 +10,10 @@ from pydantic import ValidationError
 from safetensors.torch import save
 
 from hcma_fast.errors import OutputError, WeightsError
-from hcma_fast.files import new_folder, write_whole
+from hcma_fast.files import PARTIAL_NAME, new_folder, write_whole
 from hcma_fast.models.checkpoint.folder import Checkpoint
 from hcma_fast.models.checkpoint.info import (
+    INFO_FILE,
     PARTS,
     READ_SUFFIXES,
     CheckpointInfo,
@@ -54,11 +55,14 @@ class CheckpointWriter:
             OutputError: it cannot be written, or the disk is full.
         """
         # what a killed process left, which can be as large as the model
-        for stale in folder.parent.glob(f".{folder.name}.*.part"):
-            shutil.rmtree(stale, ignore_errors=True)
-        for half in folder.rglob(".*.part"):
-            half.unlink()
+        for stale in folder.parent.glob(".*.part"):
+            match = PARTIAL_NAME.fullmatch(stale.name)
+            if match and match["name"] == folder.name and _is_half_export(stale):
+                shutil.rmtree(stale, ignore_errors=True)
         if self._is_ours(folder):
+            for half in folder.rglob(".*.part"):
+                if PARTIAL_NAME.fullmatch(half.name) and half.is_file():
+                    half.unlink()
             _write_weights(folder, unet)
             return
         with new_folder(folder) as partial:
@@ -78,8 +82,16 @@ class CheckpointWriter:
                 self.provenance.architecture,
                 self.info,
             )
-        except (OSError, ValidationError, WeightsError):
+        except (ValidationError, WeightsError):
             return False
+
+
+def _is_half_export(folder: Path) -> bool:
+    """Does the folder hold nothing but what an export writes?"""
+    ours = {*PARTS, "aligner", INFO_FILE, PROVENANCE_FILE}
+    return folder.is_dir() and all(
+        path.name in ours or PARTIAL_NAME.fullmatch(path.name) for path in folder.iterdir()
+    )
 
 
 def _copy(source: Path, target: Path, *, weights: bool = True) -> None:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from hcma_fast.config import Real, Whole
 from hcma_fast.train.loop import settings as stage_settings
 from hcma_fast.train.loop.settings import Training
 
@@ -16,19 +17,19 @@ Rates = Literal["uniform", "fixed"]
 class DenoiserTraining(Training):
     """How stage 2 runs; rate, decay, optimiser and shares dropped are those of GLIGEN's code."""
 
-    epochs: int = Field(10, gt=0)
-    batch: int = Field(64, gt=0, description="images a step, over all processes")
-    micro_batch: int = Field(8, gt=0, description="images that a process takes at once")
-    lr: float = Field(5e-5, gt=0)
-    weight_decay: float = Field(0.0, ge=0)
+    epochs: Whole = Field(10, gt=0)
+    batch: Whole = Field(64, gt=0, description="images a step, over all processes")
+    micro_batch: Whole = Field(8, gt=0, description="images that a process takes at once")
+    lr: Real = Field(5e-5, gt=0)
+    weight_decay: Real = Field(0.0, ge=0)
     decoupled_decay: bool = True
-    warmup: int = Field(1000, ge=0, description="steps")
+    warmup: Whole = Field(1000, ge=0, description="steps")
     trainable: Trainable = "fuser"
-    aligned_share: float = Field(0.5, ge=0, le=1, description="of the images")
-    eta0: float | None = Field(None, gt=0, description="default: the model's")
+    aligned_share: Real = Field(0.5, ge=0, le=1, description="of the images")
+    eta0: Real | None = Field(None, gt=0, description="default: the model's")
     rates: Rates = "uniform"
-    drop_caption: float = Field(0.5, ge=0, le=1, description="share of the images")
-    drop_boxes: float = Field(0.1, ge=0, le=1, description="share of the images")
+    drop_caption: Real = Field(0.5, ge=0, le=1, description="share of the images")
+    drop_boxes: Real = Field(0.1, ge=0, le=1, description="share of the images")
     # it computes the same twice
     gradient_checkpointing: bool = False
 

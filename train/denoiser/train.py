@@ -102,7 +102,7 @@ def cached_captions(cache: LatentCache, data: Path) -> list[str]:
         InputError: ``data`` cannot be read, or the cache was made from other annotations.
     """
     split = cache.header.split
-    texts = read_captions(data, split)
+    texts = read_captions(data, split, skip_bad=cache.header.skip_bad)
     try:
         same = hash_annotations(data, split) == cache.header.annotations_sha256
     except OSError as error:

@@ -10,6 +10,7 @@ TensorBoard's events and, where they are asked for, samples. Stage 1 is ``aligne
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
-from hcma_fast.files import append_line, make_folder, write_whole
+from hcma_fast.files import PARTIAL_NAME, append_line, make_folder, read_file, write_whole
 from hcma_fast.models.checkpoint.info import first_line
 from hcma_fast.train.data.latent_cache import CacheHeader
 from hcma_fast.train.loop.states import check_settings, write_state
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 PROVENANCE_FILE = "training.json"
 LOG_FILE = "log.jsonl"
+_STATE = re.compile(r"step-\d{8,}\.pt")
 
 
 class Provenance(BaseModel):
@@ -62,10 +64,10 @@ def read_provenance(path: Path) -> Provenance:
     """What a training.json says; it also holds the step and its figures.
 
     Raises:
-        OSError: it cannot be read.
+        WeightsError: it cannot be read.
         ValidationError: it is no such file.
     """
-    return Provenance.model_validate_json(path.read_bytes())
+    return Provenance.model_validate_json(read_file(path, "training.json", kind=WeightsError))
 
 
 def check_provenance(folder: Path, header: CacheHeader) -> None:
@@ -79,7 +81,7 @@ def check_provenance(folder: Path, header: CacheHeader) -> None:
         return
     try:
         found = read_provenance(path)
-    except (OSError, ValidationError) as error:
+    except (WeightsError, ValidationError) as error:
         raise WeightsError(
             f"this file is damaged: {first_line(error)}",
             value=str(path),
@@ -115,7 +117,7 @@ class RunFolder:
 
     def newest(self) -> Path | None:
         """The newest state; files are renamed when whole, so every one of them is."""
-        found = sorted(self.states.glob("step-*.pt"))
+        found = self._state_files()
         return found[-1] if found else None
 
     def resume(
@@ -184,8 +186,13 @@ class RunFolder:
             "average": None if average is None else average.state_dict(),
         }
         write_state(self.states / f"step-{state.step:08d}.pt", content)
-        for old in sorted(self.states.glob("step-*.pt"))[: -self.keep]:
+        for old in self._state_files()[: -self.keep]:
             old.unlink(missing_ok=True)
+
+    def _state_files(self) -> list[Path]:
+        """Of this run, the oldest first; a user's copies have other names."""
+        paths = self.states.glob("step-*.pt")
+        return sorted(path for path in paths if _STATE.fullmatch(path.name))
 
     def export(
         self, folder: Path, write: Callable[[Path], None], step: int, figures: dict[str, Any]
@@ -244,6 +251,8 @@ class RunFolder:
     def _remove_halves(self) -> None:
         """Remove what a killed process was writing: a state is larger than its model."""
         for half in self.work.rglob(".*.part"):
+            if not PARTIAL_NAME.fullmatch(half.name) or not half.is_file():
+                continue
             try:
                 half.unlink(missing_ok=True)
             except OSError as error:

@@ -26,7 +26,8 @@ from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.overlay import draw_layout
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.train.data.coco import BadImage, read_split
+from hcma_fast.train.data.coco import read_split
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.emoji_scenes import sample_scene
 from hcma_fast.train.data.encode import hash_annotations
 from hcma_fast.train.data.encoders import made_with
@@ -135,9 +136,10 @@ def plan_samples(
             value=components.preset,
             remedy="Give the cache's model by --sample-model.",
         )
-    skipped: list[BadImage] | None = [] if header.skip_bad else None
+    skipped: list[BadRecord] | None = [] if header.skip_bad else None
     # reads before it hashes: a missing file is an error that says so
-    images = read_split(data, header.split, skipped=skipped)
+    # no image is opened, so that names may lead anywhere
+    images = read_split(data, header.split, skipped=skipped, image_root=Path("/"))
     if hash_annotations(data, header.split) != header.annotations_sha256:
         raise InputError(
             "samples cannot be drawn: the cache was made from other annotations",

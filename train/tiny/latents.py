@@ -18,7 +18,8 @@ from transformers import CLIPTextModel
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.errors import WeightsError
 from hcma_fast.files import write_whole
-from hcma_fast.models.checkpoint.folder import load_part, load_tokenizer
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
 from hcma_fast.train.data.scenes_cache import rendered_scenes

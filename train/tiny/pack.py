@@ -21,8 +21,9 @@ from hcma_fast.errors import UsageError
 from hcma_fast.export.manifest import hash_file
 from hcma_fast.files import make_folder, write_folder, write_whole
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint.folder import load_components, load_part, quiet_transformers
+from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line, write_info
+from hcma_fast.models.checkpoint.parts import load_part, quiet_transformers
 from hcma_fast.program import run_program
 
 SUMS_FILE = "sha256.txt"

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.files import write_folder
-from hcma_fast.models.checkpoint.folder import quiet_transformers
+from hcma_fast.models.checkpoint.parts import quiet_transformers
 from hcma_fast.train.data.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
 from hcma_fast.train.loop.loop import LoopConfig, Record, run
 

@@ -24,9 +24,12 @@ from transformers import CLIPTextModel
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.files import write_folder
 from hcma_fast.models.aligner import Aligner, AlignStep
-from hcma_fast.models.checkpoint.folder import Components, load_part, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
+from hcma_fast.seeds import seeded_generator
 from hcma_fast.train.aligner.settings import architecture
 from hcma_fast.train.data.scenes_cache import check_batch
 from hcma_fast.train.denoiser.alignment import align_rows
@@ -76,7 +79,7 @@ def align_some(
 ) -> Tensor:
     """z (B, C, h, w) with the rows of ``aligned`` (B,) moved, each at a rate of its own."""
     rows = torch.from_numpy(aligned.nonzero()[0])
-    shares = torch.rand(len(rows), generator=torch.Generator().manual_seed(seed))
+    shares = torch.rand(len(rows), generator=seeded_generator(seed))
     eta0 = MAX_ETA0 * shares
     return align_rows(align, z, batch, timesteps, rows, eta0, torch.ones(len(rows), 2))
 

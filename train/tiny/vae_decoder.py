@@ -15,7 +15,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
-from hcma_fast.models.checkpoint.folder import load_part
+from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.train.data.scenes_cache import check_batch, rendered_scenes
 from hcma_fast.train.loop.loop import LoopConfig, Record, check_can_go_on, run
 from hcma_fast.train.tiny.latents import cached_posteriors, trained_part

@@ -2,7 +2,9 @@
 
 With A^s the map of subject token s, smoothed: L_s = 1 - max(A^s), L = max_s L_s, and the latent
 moves by z' = z - alpha_t grad_z L. At three steps it is refined until L is low enough. The layout's
-boxes are not used, only which tokens the subjects are. Constants are those of the paper's code.
+boxes are not used, only which tokens the subjects are. Constants are those of the published code,
+and so is the refinement: the paper checks the threshold before each move, the code after it, by the
+loss of before the move.
 """
 
 from __future__ import annotations
@@ -36,12 +38,23 @@ class RefinedUpdates:
     most_refinements: int = 20
 
     def apply(
-        self, z: Tensor, step: GuidanceStep, energy: Energy, refined: Energy
+        self,
+        z: Tensor,
+        step: GuidanceStep,
+        energy: Energy,
+        refined: Energy,
+        stale: Energy | None = None,
     ) -> tuple[Tensor, float | None]:
-        """One step's update of z (1, 4, h, w), and ``energy`` before its last move.
+        """One step's update of z (1, 4, h, w), and its loss before its last move.
+
+        A refinement moves, and then ends if the loss of before that move was 1 - threshold or less:
+        one move more than to the first latent that is good enough.
 
         Args:
-            refined: the loss that refinement lowers until it is 1 - threshold or less.
+            energy: the loss of the last move, without ``stale``.
+            refined: the loss that refinement lowers.
+            stale: more of the last move's loss, of the step's first forward pass alone: after a
+                refinement it has no gradient.
         """
         if step.number >= round(self.share * step.total):
             return z, None
@@ -50,15 +63,18 @@ class RefinedUpdates:
         alpha = self.scale * sqrt(line)
         asked = {round(share * step.total): value for share, value in self.thresholds.items()}
         leaf, maps = step.forward(z)
+        rest = stale(maps) if stale is not None else None
         if step.number in asked:
-            target = 1 - asked[step.number]
-            for _ in range(self.most_refinements):
+            target = max(0.0, 1 - asked[step.number])
+            known, moves = float(refined(maps).detach()), 0
+            while known > target and moves < self.most_refinements:
                 loss = refined(maps)
-                if float(loss.detach()) <= target:
-                    break
-                z = z - alpha * step.gradient(loss, leaf)
+                known = float(loss.detach())
+                z, moves = z - alpha * step.gradient(loss, leaf), moves + 1
                 leaf, maps = step.forward(z)
-        loss = energy(maps)
+            if moves and rest is not None:
+                rest = rest.detach()
+        loss = energy(maps) if rest is None else energy(maps) + rest
         return z - alpha * step.gradient(loss, leaf), float(loss.detach())
 
 

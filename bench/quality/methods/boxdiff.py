@@ -4,7 +4,9 @@ With A the smoothed map of a subject token and M its boxes' mask, the loss is th
 of the inner-box constraint 1 - mean topk(A M), the outer-box constraint mean topk(A (1 - M)), and
 the corner constraints |max-projection of A - that of M| near the boxes' edges, on both axes. The
 latent moves by z' = z - alpha_t grad_z L, with Attend-and-Excite's alpha_t and refinement, which
-follows the worst inner-box constraint. Constants are those of the paper's code.
+follows the worst inner-box constraint. Constants are those of the published code. After a
+refinement that code moves by the inner-box constraints alone: its outer-box and corner constraints
+are still those of the latent before, and have no gradient. So it is here; the paper does not say.
 """
 
 from __future__ import annotations
@@ -33,17 +35,21 @@ class BoxDiff:
     updates: RefinedUpdates = field(default_factory=RefinedUpdates)
 
     def __call__(self, z: Tensor, step: GuidanceStep) -> tuple[Tensor, float | None]:
-        """See :class:`hcma_fast.bench.quality.methods.guidance.Guide`.
-
-        The paper's code adds the outer and corner terms of before the refinement to the inner ones
-        of after it; here all are of the refined latent.
-        """
-        return self.updates.apply(z, step, self.energy, self.worst_inner)
+        """See :class:`hcma_fast.bench.quality.methods.guidance.Guide`."""
+        return self.updates.apply(z, step, self.inner, self.worst_inner, self.outside)
 
     def energy(self, maps: list[AttentionMap]) -> Tensor:
         """The whole loss of one forward pass, a scalar."""
-        inner, outer, corners = boxdiff_terms(mean_map(maps, self.factor), self.targets)
-        return (inner + outer + corners).sum()
+        return self.inner(maps) + self.outside(maps)
+
+    def inner(self, maps: list[AttentionMap]) -> Tensor:
+        """Sum of the inner-box constraints, a scalar."""
+        return boxdiff_terms(mean_map(maps, self.factor), self.targets)[0].sum()
+
+    def outside(self, maps: list[AttentionMap]) -> Tensor:
+        """Sum of the outer-box and corner constraints, a scalar."""
+        _, outer, corners = boxdiff_terms(mean_map(maps, self.factor), self.targets)
+        return (outer + corners).sum()
 
     def worst_inner(self, maps: list[AttentionMap]) -> Tensor:
         """What refinement lowers: the largest inner-box constraint."""

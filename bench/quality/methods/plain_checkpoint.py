@@ -6,12 +6,9 @@ a small random one: no method that this module allows ever runs either.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextModel
 
@@ -19,14 +16,11 @@ from hcma_fast.bench.quality.methods.table import Method
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.errors import UsageError, WeightsError
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint.folder import Components, load_tokenizer
-from hcma_fast.models.checkpoint.info import (
-    PARTS,
-    check_safe,
-    first_line,
-    hash_weights,
-    resolve_folder,
-)
+from hcma_fast.models.checkpoint.configs import read_config
+from hcma_fast.models.checkpoint.folder import Components, trained_size
+from hcma_fast.models.checkpoint.info import check_safe, hash_weights, resolve_folder
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 
 _NEW_LAYERS = (".fuser.", "position_net.")
 
@@ -37,16 +31,8 @@ def lacks(folder: Path, aligner: Path | None) -> tuple[str, ...]:
     Raises:
         WeightsError: the UNet's config is missing or damaged.
     """
-    path = folder / "unet" / "config.json"
-    try:
-        kind = json.loads(path.read_bytes()).get("attention_type", "default")
-    except (OSError, ValueError, AttributeError) as error:
-        raise WeightsError(
-            f"cannot read the UNet's config: {first_line(error)}",
-            value=str(path),
-            remedy=f"Give a folder in diffusers' layout, with {', '.join(PARTS)}.",
-        ) from error
-    without = [] if kind == "gated" else ["gates"]
+    config = read_config("unet", folder / "unet" / "config.json")
+    without = [] if config.get("attention_type") == "gated" else ["gates"]
     if aligner is None and not (folder / "aligner").is_dir():
         without.append("aligner")
     return tuple(without)
@@ -83,9 +69,9 @@ def load_plain_components(name: str, aligner: Path | None = None) -> Components:
     """
     folder = resolve_folder(name, offline=False)
     check_safe(folder)
-    unet = _load(UNet2DConditionModel, folder / "unet")
-    text_encoder = _load(CLIPTextModel, folder / "text_encoder")
-    vae = _load(AutoencoderKL, folder / "vae")
+    unet = load_part(UNet2DConditionModel, folder / "unet")
+    text_encoder = load_part(CLIPTextModel, folder / "text_encoder")
+    vae = load_part(AutoencoderKL, folder / "vae")
     if unet.config.cross_attention_dim != text_encoder.config.hidden_size:
         raise WeightsError(
             "UNet and text encoder do not fit: this is not SD 1.x",
@@ -94,7 +80,7 @@ def load_plain_components(name: str, aligner: Path | None = None) -> Components:
         )
     if unet.config.attention_type != "gated":
         unet = with_closed_gates(unet)
-    latent = int(unet.config.sample_size)
+    latent = trained_size(unet, folder / "unet")
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     config = AlignerConfig(
         latent_channels=unet.config.in_channels,
@@ -135,17 +121,3 @@ def with_closed_gates(unet: UNet2DConditionModel) -> UNet2DConditionModel:
             remedy="Download the checkpoint again.",
         )
     return gated
-
-
-def _load(cls: Any, folder: Path) -> Any:
-    dtype = "dtype" if cls is CLIPTextModel else "torch_dtype"
-    try:
-        return cls.from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **{dtype: torch.float32}
-        )
-    except Exception as error:  # diffusers and transformers raise many kinds for a damaged file
-        raise WeightsError(
-            f"cannot load {folder.name}: {first_line(error)}",
-            value=str(folder),
-            remedy="Give a folder in diffusers' layout, with safetensors.",
-        ) from error

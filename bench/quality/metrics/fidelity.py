@@ -18,7 +18,7 @@ from hcma_fast.errors import InputError
 Features = NDArray[np.float32]
 """(N, D), one row per image or crop"""
 _CHUNK = 4096
-_NEIGHBOURS = 3
+NEIGHBOURS = 3
 
 
 class _Given(nn.Module):
@@ -128,7 +128,7 @@ def precision_recall(real: Features, generated: Features) -> tuple[float, float]
         InputError: fewer than four rows, or the widths differ.
     """
     _width(real, generated)
-    if min(len(real), len(generated)) <= _NEIGHBOURS:
+    if min(len(real), len(generated)) <= NEIGHBOURS:
         raise InputError(
             "precision and recall need more than three images", value=len(real), remedy="Use more."
         )
@@ -140,7 +140,7 @@ def _coverage(points: Features, manifold: Features) -> float:
     radii = torch.cat(
         [
             # the nearest neighbour is the point itself
-            torch.cdist(part, there).kthvalue(_NEIGHBOURS + 1).values
+            torch.cdist(part, there).kthvalue(NEIGHBOURS + 1).values
             for part in there.split(_CHUNK)
         ]
     )

@@ -32,6 +32,7 @@ from hcma_fast.errors import InputError
 from hcma_fast.files import read_file
 from hcma_fast.layout import Layout
 from hcma_fast.train.data.coco import annotation_files, read_categories, read_split
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.views import MIN_AREA, crop_layout
 
 MAX_BOXES = 8
@@ -62,13 +63,21 @@ class GligenCoco:
         self.title = f"GLIGEN's protocol on COCO {split}"
 
     @classmethod
-    def read(cls, folder: Path, count: int | None) -> GligenCoco:
+    def read(
+        cls,
+        folder: Path,
+        count: int | None,
+        *,
+        skipped: list[BadRecord] | None = None,
+        image_root: Path | None = None,
+    ) -> GligenCoco:
         """The first ``count`` images of val2014 or val2017 (default: 30,000, or all where fewer).
 
         Crowds have no box here, GLIGEN's code gives them one.
 
         Args:
             folder: with val2014/ or val2017/ and annotations/, as COCO's archives unpack.
+            skipped, image_root: as in :func:`read_coco`.
 
         Raises:
             InputError: files are missing or malformed, or there are fewer images.
@@ -80,7 +89,7 @@ class GligenCoco:
                 value=str(folder),
                 remedy="Unpack COCO's images and annotations there.",
             )
-        examples = read_split(folder, split)
+        examples = read_split(folder, split, skipped=skipped, image_root=image_root)
         check_enough(len(examples), count or 0)
         items = [
             EvalItem(
@@ -88,12 +97,15 @@ class GligenCoco:
                 prompt=example.captions[0],
                 layout=_largest(crop_layout(example.layout, example.width, example.height, 0.0)),
                 image=example.path,
+                image_size=(example.width, example.height),
                 crop=True,
             )
             for example in examples[: count or COCO_COUNT]
         ]
         check_items(items)
-        return cls(items, read_categories(annotation_files(folder, split)[0]), split)
+        instances, _ = annotation_files(folder, split)
+        names = read_categories(instances, skip_bad=skipped is not None)
+        return cls(items, names, split)
 
     def export(
         self, methods: Sequence[Method], run: RunSettings, out: Path, folder: Path, *, force: bool

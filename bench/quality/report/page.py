@@ -27,6 +27,7 @@ from hcma_fast.bench.quality.report.tables import (
 )
 from hcma_fast.bench.quality.scores import LOWER_IS_BETTER, EvalReport
 from hcma_fast.layout import Layout
+from hcma_fast.train.data.image_files import open_image_file
 
 _SHOWN_SIDE = 256
 _COLOURS = ("#E69F00", "#0072B2", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#F0E442")
@@ -187,8 +188,10 @@ def _grid(
     for item in items:
         cells = [f"<td>{escape(item.prompt)}<br>{escape(item.id)}"]
         for method in methods:
-            with Image.open(image_files(out, method, item)[0]) as file:
-                cells.append(f"<td>{_picture(file.convert('RGB'), item.layout)}")
+            path, _ = image_files(out, method, item)
+            size = (run.width, run.height)
+            opened = open_image_file(path, f"an image of {method.label}", size=size)
+            cells.append(f"<td>{_picture(opened.image, item.layout)}")
         if real:
             picture = item.real_image(run.width, run.height, resize=resize_real)
             cells.append(f"<td>{_picture(picture, item.layout)}")

@@ -21,6 +21,7 @@ from hcma_fast.specs import BatchRange, GraphName
 
 if TYPE_CHECKING:
     from hcma_fast.engine import Engine
+    from hcma_fast.export.manifest import VerifiedFolder
     from hcma_fast.export.target import Target
     from hcma_fast.models.checkpoint.folder import Components
     from hcma_fast.runtime.pipeline import HCMAPipeline
@@ -260,7 +261,6 @@ def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cp
         WeightsError, BackendError, EngineError: as in ``HCMAPipeline.from_pretrained``.
     """
     from hcma_fast.export.backends.eager import EagerEngine
-    from hcma_fast.export.manifest import load_manifest
     from hcma_fast.export.open import open_engine
     from hcma_fast.models.checkpoint.folder import load_components
     from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
@@ -269,8 +269,7 @@ def open_graph(model: str | Path, ours: Ours, name: GraphName, device: str = "cp
     check_device(device, ours.backend)
     target = ours.target(None, device)
     if target is not None:
-        folder = _folder(model, target)
-        return open_engine(folder, load_manifest(folder), name, device)
+        return open_engine(_folder(model, target), name, device)
     source = RandomSD14() if model == SD14 else load_components(model)
     return EagerEngine(source.graph(name).to(device), source.specs()[name])
 
@@ -351,8 +350,8 @@ def weights_hash_of(model: str | Path) -> tuple[str, str]:
     return info.preset if info else SD14, checkpoint.weights_hash
 
 
-def _folder(model: str | Path, target: Target) -> Path:
-    """The engine folder in the cache, built where it is missing."""
+def _folder(model: str | Path, target: Target) -> VerifiedFolder:
+    """The engine folder in the cache, opened; built where it is missing."""
     from hcma_fast.export.cache import engine_folder, find_or_build
     from hcma_fast.models.checkpoint.folder import locate
     from hcma_fast.models.checkpoint.random_sd14 import RandomSD14

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import PNDMScheduler
 from PIL import Image
@@ -19,6 +18,9 @@ from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.layout import Layout
 from hcma_fast.losses import local_mean
 from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.runtime.images import pixels_diverged, to_pil, to_unit_range
+from hcma_fast.schedule import grounded_steps
+from hcma_fast.seeds import seeded_generator
 
 
 @torch.no_grad()
@@ -92,7 +94,7 @@ def plain_generate(
                 ]
                 gradient = gradient * norms[0] / norms[1]
             z = z - eta * gradient
-        grounded = step < round(settings.grounding_beta * num_inference_steps)
+        grounded = step < grounded_steps(settings.grounding_beta, num_inference_steps)
         noise = unet(
             torch.cat([z, z]),
             t,
@@ -105,14 +107,15 @@ def plain_generate(
 
     if evaluations is not None:
         return [], z
-    pixels = parts.vae.decode(z / parts.vae.config.scaling_factor).sample
-    pixels = (pixels / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return [Image.fromarray((item * 255).round().astype(np.uint8)) for item in pixels], z
+    images, finite = to_unit_range(parts.vae.decode(z / parts.vae.config.scaling_factor).sample)
+    if not bool(finite.all()):
+        raise pixels_diverged()
+    return to_pil(images), z
 
 
 def draw_noise(seeds: Sequence[int], side: int) -> Tensor:
     """Unit-normal latents (B, 4, side, side), one per seed."""
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    generators = [seeded_generator(seed) for seed in seeds]
     return torch.stack([torch.randn(4, side, side, generator=each) for each in generators])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -120,8 +120,12 @@ def openvino_rounds(device: str) -> bool:
     return computes("bfloat16")
 
 
-def side_by_side(plan: Plan, name: str, cases: Sequence[Case]) -> list[Group]:
+def side_by_side(
+    plan: Plan, name: str, cases: Sequence[Case], left_out: Mapping[str, str] | None = None
+) -> list[Group]:
     """The first case with all the others; at full size with one at a time, for their memory."""
+    out = left_out or {}
     if plan.model != SD14 or len(cases) == 1:
-        return [Group(name, cases)]
-    return [Group(f"{name}: {other.name}", [cases[0], other]) for other in cases[1:]]
+        return [Group(name, cases, out)]
+    groups = [Group(f"{name}: {other.name}", [cases[0], other]) for other in cases[1:]]
+    return [replace(groups[0], left_out=out), *groups[1:]]

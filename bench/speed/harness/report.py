@@ -14,6 +14,7 @@ from hcma_fast.bench.shared.bootstrap import Estimate
 from hcma_fast.bench.shared.clocks import Clocks
 from hcma_fast.bench.shared.machine import Machine
 from hcma_fast.errors import InputError
+from hcma_fast.files import read_file
 
 Label = int | float | str
 COMPILED = "plain loop, torch.compile"
@@ -127,6 +128,10 @@ class Report(_Frozen):
     rows: tuple[Row, ...]
     failed: dict[str, str] = {}
     """cases that could not run, and why"""
+    left_out: dict[str, str] = {}
+    """cases that say nothing on this machine, and why"""
+    finished: bool = True
+    """False: interrupted, with the rows of the rounds until then"""
     fits: tuple[Fit, ...] = ()
     machine: Machine
 
@@ -150,9 +155,9 @@ def read_results(path: Path) -> Results:
         InputError: no such file, or not of this kind.
     """
     try:
-        return Results.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is of another kind"
+        return Results.model_validate_json(read_file(path, "the results"))
+    except (InputError, ValidationError) as error:
+        why = error.what if isinstance(error, InputError) else "it is of another kind"
         raise InputError(
             f"these are no results of hcma-fast bench run: {why}",
             value=str(path),
@@ -176,6 +181,7 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
     """
     lines = [f"{report.suite}: {report.model} on {report.device}, {report.rounds} rounds"]
     lines[0] += ", quick sizes: whether it works, not how fast" if report.quick else ""
+    lines[0] += "" if report.finished else "; not finished: rows of the rounds so far"
     groups = dict.fromkeys(row.group for row in report.rows)
     for group in groups:
         rows = [row for row in report.rows if row.group == group]
@@ -193,6 +199,8 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
             f"| {_estimate(fit.growth)} | {_line(fit)} |"
             for fit in report.fits
         ]
+    if report.left_out:
+        lines += ["", *(f"Left out: {name}: {why}." for name, why in report.left_out.items())]
     if report.failed:
         lines += ["", *(f"Could not run: {name}: {why}" for name, why in report.failed.items())]
     hashes = {row.weights_hash[:16] for row in report.rows}

@@ -8,6 +8,7 @@ if its result agrees with that of the group's first case.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from hcma_fast.bench.speed.harness.report import Label, Row, within_rounds
+from hcma_fast.bench.speed.harness.round_log import RoundLog
 from hcma_fast.bench.speed.harness.workers import Contestant, Loaded, Run, Worker, worker
 from hcma_fast.errors import HcmaError, UsageError
 
@@ -50,6 +52,8 @@ class Group:
 
     name: str
     cases: Sequence[Case]
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    """cases that say nothing on this machine, and why"""
 
 
 def run_group(
@@ -57,10 +61,14 @@ def run_group(
     rounds: int,
     say: Callable[[str], None] = lambda line: None,
     failed: dict[str, str] | None = None,
+    log: RoundLog | None = None,
+    keep: Callable[[tuple[Row, ...]], None] = lambda rows: None,
 ) -> tuple[Row, ...]:
     """Prepare all cases, load each in a process of its own, then run them in turns.
 
     Args:
+        log: keeps each round, and has those that are not run again.
+        keep: called after each round with the rows so far.
         failed: gets the reason of each case that cannot run, and the others go on. Without the
             first case, those that are compared with it have no row, and are in here too. None: a
             failure is raised.
@@ -71,8 +79,35 @@ def run_group(
     """
     if rounds < 1:
         raise UsageError("rounds must be at least 1", value=rounds, remedy="Use 5.")
+    turns = log.turns(group.name) if log is not None else {}
+    loaded = log.loaded(group.name) if log is not None else {}
+    if log is not None and failed is not None:
+        failed |= {f"{group.name}: {name}": why for name, why in log.failed(group.name).items()}
+    if log is None or log.finished(group.name) < rounds:
+        turns, loaded = _run_rounds(group, turns, loaded, rounds, say, failed, log, keep)
+    rows = group_rows(group, turns, loaded)
+    first = group.cases[0].name
+    judged = {row.name for row in rows}
+    for name in [name for name in turns if name not in judged]:
+        what = f"it cannot be judged: {first}, which it is compared with, did not run"
+        _note(group, name, HcmaError(what, remedy=f"See what {first} lacks."), failed)
+    return rows
+
+
+def _run_rounds(
+    group: Group,
+    earlier: Mapping[str, list[Run]],
+    loaded_before: Mapping[str, Loaded],
+    rounds: int,
+    say: Callable[[str], None],
+    failed: dict[str, str] | None,
+    log: RoundLog | None,
+    keep: Callable[[tuple[Row, ...]], None],
+) -> tuple[dict[str, list[Run]], dict[str, Loaded]]:
+    """The rounds that ``earlier`` does not have; all runs, and what was loaded for the first."""
+    wanted = [case for case in group.cases if not earlier or case.name in earlier]
     ready = []
-    for case in group.cases:
+    for case in wanted:
         try:
             if case.prepare is not None:
                 case.prepare(say)
@@ -87,16 +122,20 @@ def run_group(
                 workers[case.name] = stack.enter_context(worker(case.name, case.load))
             except (HcmaError, MemoryError, OSError) as error:
                 _note(group, case.name, error, failed)
+        loaded = {name: one.loaded for name, one in workers.items()} | dict(loaded_before)
+
+        def finish(number: int, turns: Mapping[str, Sequence[Run]], ran: Sequence[str]) -> None:
+            if log is not None:
+                begin = f"{group.name}: "
+                noted = (failed or {}).items()
+                lost = {k.removeprefix(begin): v for k, v in noted if k.startswith(begin)}
+                log.add(group.name, number, {name: turns[name][-1] for name in ran}, loaded, lost)
+            if number:
+                keep(group_rows(group, turns, loaded))
+
         kept = [case for case in group.cases if case.name in workers]
-        turns = take_turns(group, kept, workers, rounds, say, failed)
-        loaded = {name: workers[name].loaded for name in turns}
-    rows = group_rows(group, turns, loaded)
-    first = group.cases[0].name
-    judged = {row.name for row in rows}
-    for name in [name for name in turns if name not in judged]:
-        what = f"it cannot be judged: {first}, which it is compared with, did not run"
-        _note(group, name, HcmaError(what, remedy=f"See what {first} lacks."), failed)
-    return rows
+        turns = take_turns(group, kept, workers, rounds, say, failed, earlier, finish)
+    return turns, {name: loaded[name] for name in turns}
 
 
 def take_turns(
@@ -106,24 +145,59 @@ def take_turns(
     rounds: int,
     say: Callable[[str], None] = lambda line: None,
     failed: dict[str, str] | None = None,
+    earlier: Mapping[str, Sequence[Run]] | None = None,
+    finish: Callable[[int, Mapping[str, Sequence[Run]], Sequence[str]], None] | None = None,
 ) -> dict[str, list[Run]]:
     """A warm-up each, then ``rounds`` rounds; returns the runs by name, the warm-up first.
 
     Every other round goes backwards, so that nobody always runs after the same other. A case
     without a warm-up has one run less.
+
+    Args:
+        earlier: runs of the first rounds, which are not run again; the warm-up of a new process
+            is, and is not counted.
+        finish: called after each round with its number, all runs, and the names that ran in it.
     """
-    turns: dict[str, list[Run]] = {case.name: [] for case in cases}
-    for number in range(rounds + 1):
+    before = earlier or {}
+    turns: dict[str, list[Run]] = {case.name: [*before.get(case.name, ())] for case in cases}
+    done = max((len(turns[c.name]) - c.warm_up for c in cases if turns[c.name]), default=-1)
+    seconds: dict[str, float] = {}
+    for number in (*((0,) if done >= 0 else ()), *range(done + 1, rounds + 1)):
+        again = done >= 0 and not number
+        ran = []
         for case in reversed(cases) if number % 2 else cases:
             if case.name not in turns or not (number or case.warm_up):
                 continue
-            say(f"{case.name}, {f'round {number} of {rounds}' if number else 'warm-up'}")
+            what = f"round {number} of {rounds}" if number else "warm-up"
+            say(f"{case.name}, {what}{_time_left(seconds, number, rounds)}")
+            started = time.perf_counter()
             try:
-                turns[case.name].append(workers[case.name]())
+                run = workers[case.name]()
             except (HcmaError, MemoryError, OSError) as error:
                 _note(group, case.name, error, failed)
                 del turns[case.name]
+                continue
+            seconds[case.name] = time.perf_counter() - started
+            if not again:
+                turns[case.name].append(run)
+                ran.append(case.name)
+        if finish is not None and not again:
+            finish(number, turns, [name for name in ran if name in turns])
     return turns
+
+
+def _time_left(seconds: Mapping[str, float], number: int, rounds: int) -> str:
+    """In words, by the last run of each case; nothing before the first round."""
+    if not number or not seconds:
+        return ""
+    return f", about {in_words(sum(seconds.values()) * (rounds + 1 - number))} left of this group"
+
+
+def in_words(seconds: float) -> str:
+    """A duration for a reader."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def group_rows(

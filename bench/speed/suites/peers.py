@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from hcma_fast.bench.shared.machine import lacks_bfloat16
 from hcma_fast.bench.speed.harness.contestants import (
     PROMPT,
     SD14,
@@ -52,7 +53,11 @@ def peers(plan: Plan) -> list[Group]:
     sizes = (1,) if plan.quick or plan.model == SD14 else (1, 8)
     for batch in sizes:
         work = plan.work(batch)
-        groups += side_by_side(plan, f"aligned, batch {batch}", _aligned(plan, work))
+        slow = None if plan.on_gpu else lacks_bfloat16()
+        half = half_case(plan, work)
+        left_out = {half.name: slow} if slow else {}
+        cases = [case for case in _aligned(plan, work, half) if case.name not in left_out]
+        groups += side_by_side(plan, f"aligned, batch {batch}", cases, left_out)
     # the pipeline tells of its latents from the second evaluation on
     some = 2 if plan.model == SD14 else None
     work = replace(plan.work(), eta0=0.0, evaluations=some)
@@ -65,11 +70,11 @@ def peers(plan: Plan) -> list[Group]:
     return groups + side_by_side(plan, "without alignment", cases)
 
 
-def _aligned(plan: Plan, work: Work) -> list[Case]:
+def _aligned(plan: Plan, work: Work, half: Case) -> list[Case]:
     cases = [plain_case(plan.model, work, plan.device)]
     load: Callable[[], Contestant] = partial(load_compiled, plan.model, work, plan.device)
     cases.append(Case(COMPILED, load, work.labels, work.batch))
-    cases.append(half_case(plan, work))
+    cases.append(half)
     exported: tuple[Exported, ...] = ("onnxruntime", "openvino", "openvino bfloat16")
     some = exported if openvino_rounds(plan.device) else exported[:2]
     for runtime in () if plan.on_gpu else some:

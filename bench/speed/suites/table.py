@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from hcma_fast.bench.shared.machine import describe_machine
 from hcma_fast.bench.speed.harness.contestants import SD14, weights_hash_of
 from hcma_fast.bench.speed.harness.plan import Plan, extent, side_by_side
-from hcma_fast.bench.speed.harness.report import Report
-from hcma_fast.bench.speed.harness.rounds import Group, run_group
+from hcma_fast.bench.speed.harness.report import Report, Row
+from hcma_fast.bench.speed.harness.round_log import RoundLog, SuiteKey
+from hcma_fast.bench.speed.harness.rounds import Group, in_words, run_group
 from hcma_fast.bench.speed.plain_and_ours import ours_case, plain_case
 from hcma_fast.bench.speed.suites.kernel_times import kernels
 from hcma_fast.bench.speed.suites.ladder import ladder
@@ -99,25 +102,73 @@ def check_suites(names: Sequence[str], plan: Plan) -> None:
     weights_hash_of(plan.model)
 
 
-def run_suite(name: str, plan: Plan, progress: Callable[[str], None] = lambda line: None) -> Report:
+def run_suite(
+    name: str,
+    plan: Plan,
+    progress: Callable[[str], None] = lambda line: None,
+    *,
+    rounds_file: Path | None = None,
+    resume: bool = False,
+    keep: Callable[[Report], None] = lambda report: None,
+) -> Report:
     """Run a suite; a case that cannot run is in the report's ``failed``, and the others go on.
 
     Args:
         name: one that :func:`check_suites` has seen.
         progress: called with a line of text before each run.
+        rounds_file: keeps each finished round, and is deleted at the end.
+        resume: go on after the rounds of that file.
+        keep: called after each round with the report so far.
+
+    Raises:
+        InputError: the file's rounds are of another plan, machine or commit.
     """
     groups, usual = SUITES[name]
     rounds = 1 if name in ONCE else plan.rounds or (1 if plan.quick else usual)
-    failed: dict[str, str] = {}
-    rows = [row for group in groups(plan) for row in run_group(group, rounds, progress, failed)]
-    return Report(
+    machine = describe_machine(clocks=False)
+    key = SuiteKey(
         suite=name,
         model=plan.model,
         device=plan.device,
+        backends=plan.backends,
         rounds=rounds,
         quick=plan.quick,
-        rows=tuple(rows),
-        failed=failed,
-        fits=fit_scaling(rows) if name == "scaling" else (),
-        machine=describe_machine(clocks=False),
+        cpu=machine.cpu,
+        commit=machine.commit,
     )
+    log = RoundLog(rounds_file, key, resume=resume)
+    failed: dict[str, str] = {}
+    left_out: dict[str, str] = {}
+
+    def report(rows: Sequence[Row], *, finished: bool) -> Report:
+        return Report(
+            suite=name,
+            model=plan.model,
+            device=plan.device,
+            rounds=rounds,
+            quick=plan.quick,
+            rows=tuple(rows),
+            failed=dict(failed),
+            left_out=dict(left_out),
+            finished=finished,
+            fits=fit_scaling(rows) if finished and name == "scaling" else (),
+            machine=describe_machine(clocks=False),
+        )
+
+    rows: list[Row] = []
+    planned, started = groups(plan), time.perf_counter()
+    for number, group in enumerate(planned):
+        for case, why in group.left_out.items():
+            left_out[f"{group.name}: {case}"] = why
+            progress(f"left out: {case}: {why}")
+        left = (time.perf_counter() - started) / (number or 1) * (len(planned) - number)
+        about = f", about {in_words(left)} left of this suite" if number else ""
+        progress(f"group {number + 1} of {len(planned)}, {group.name}{about}")
+
+        def keep_rows(some: tuple[Row, ...], before: tuple[Row, ...] = tuple(rows)) -> None:
+            keep(report([*before, *some], finished=False))
+
+        rows += run_group(group, rounds, progress, failed, log, keep_rows)
+    finished = report(rows, finished=True)
+    log.close()
+    return finished

@@ -24,6 +24,7 @@ from hcma_fast.bench.speed.harness.workers import Contestant
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.train.aligner.objective import AlignerFeatures, draw_noised, stage1_losses
 from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.image_files import open_image_file
 from hcma_fast.train.data.latent_cache import (
     HEADER_FILE,
     LABELS_FILE,
@@ -88,8 +89,8 @@ class Uncached(LatentCache):
         found = super().batch(indices, caption_draws, flip_draws)
         crops = []
         for index in indices:
-            with Image.open(self.files[index % len(self.files)]) as image:
-                crop = crop_image(image, self.encoders.image_size)
+            opened = open_image_file(self.files[index % len(self.files)], "an image")
+            crop = crop_image(opened.image, self.encoders.image_size)
             crops.append(torch.from_numpy(np.array(crop)).permute(2, 0, 1))
         latents = self.encoders.posterior(torch.stack(crops))
         texts = [self.texts[index % len(self.texts)] for index in indices]

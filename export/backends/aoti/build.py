@@ -10,10 +10,11 @@ import platform
 import tempfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
 from hcma_fast.export.onnx.trace import dynamic_shapes, example_inputs, traceable
+from hcma_fast.export.signature import Tensors, check_signature
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 _launching = threading.Lock()
@@ -28,6 +30,9 @@ _ALIGNED = 16
 """Bytes that the addresses of a GPU's inputs are multiples of"""
 TARGET_KEY = "HCMA_TARGET"
 """Entry of the file's metadata that holds :func:`target`."""
+SIGNATURE_KEY = "HCMA_SIGNATURE"
+"""Entry of the file's metadata that holds the graph's inputs and outputs as JSON. AOTInductor's own
+names no tensor, and the code takes them by position."""
 
 
 def target(device: str = "cpu") -> str:
@@ -70,6 +75,8 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
             module = copy.deepcopy(module).to(device)
         example = tuple(value.to(device) for value in example_inputs(spec))
         program = export_program(spec, module, example)
+        tensors = _tensors(spec, program)
+        check_signature(spec, *tensors)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             partial = Path(folder) / path.name
             torch._inductor.aoti_compile_and_package(
@@ -78,7 +85,10 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
                 inductor_configs={
                     # the number of threads is the user's of that day, not the builder's
                     "cpp.dynamic_threads": True,
-                    "aot_inductor.metadata": {TARGET_KEY: target(device)},
+                    "aot_inductor.metadata": {
+                        TARGET_KEY: target(device),
+                        SIGNATURE_KEY: json.dumps(tensors),
+                    },
                     # whose allocator counts its failures, and shares what it has kept
                     "aot_inductor.weight_use_caching_allocator": device != "cpu",
                 },
@@ -99,11 +109,11 @@ def runner(path: Path, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[st
     second run on: the first one loads kernels and folds constants.
 
     Raises:
-        EngineError: the file cannot be read, or was compiled for another CPU, GPU or torch, whose
-            instructions could end this process.
+        EngineError: the file cannot be read, has other inputs or outputs than ``spec``, or was
+            compiled for another CPU, GPU or torch, whose instructions could end this process.
         DeviceMemoryError: the GPU has no memory left.
     """
-    device = _check_target(path)
+    device = _check_metadata(path, spec)
     on_gpu = device.type == "cuda"
     # Otherwise than single-threaded, the model's container records an event after each run, and
     # queries it before the next, or waits for it (torch's aoti_runtime/model_container.h). A
@@ -268,15 +278,41 @@ def _fits(tensor: TensorSpec, value: Tensor) -> bool:
     )
 
 
-def _check_target(path: Path) -> torch.device:
+def _tensors(spec: IOSpec, program: torch.export.ExportedProgram) -> tuple[Tensors, Tensors]:
+    """The program's inputs and outputs, by the spec's names and in its order."""
+    values = {node.name: node.meta["val"] for node in program.graph.nodes if "val" in node.meta}
+    signature = program.graph_signature
+
+    def described(tensors: tuple[TensorSpec, ...], names: Sequence[Any]) -> Tensors:
+        found = {}
+        for tensor, name in zip(tensors, names, strict=True):
+            shape = tuple(n if isinstance(n, int) else -1 for n in values[name].shape)
+            found[tensor.name] = (shape, str(values[name].dtype).removeprefix("torch."))
+        return found
+
+    return (
+        described(spec.inputs, signature.user_inputs),
+        described(spec.outputs, signature.user_outputs),
+    )
+
+
+def _check_metadata(path: Path, spec: IOSpec) -> torch.device:
     """Read what the file was compiled for, and nothing else of it: where it will run."""
     try:
         with zipfile.ZipFile(path) as archive:
             name = next(n for n in archive.namelist() if n.endswith("wrapper_metadata.json"))
             metadata = json.loads(archive.read(name))
         compiled_for, device = metadata[TARGET_KEY], metadata["AOTI_DEVICE_KEY"]
-    except (OSError, zipfile.BadZipFile, StopIteration, ValueError, KeyError) as error:
+        inputs, outputs = (
+            {name: (tuple(shape), dtype) for name, (shape, dtype) in tensors.items()}
+            for tensors in json.loads(metadata[SIGNATURE_KEY])
+        )
+    except (
+        *(OSError, zipfile.BadZipFile, StopIteration),
+        *(ValueError, KeyError, TypeError, AttributeError),
+    ) as error:
         raise _unreadable(path, repr(error)) from error
+    check_signature(spec, inputs, outputs)
     here = target(device)
     if compiled_for != here:
         raise EngineError(

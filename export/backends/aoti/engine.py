@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -10,14 +10,15 @@ from torch import Tensor
 
 from hcma_fast.errors import DeviceMemoryError
 from hcma_fast.export.backends.aoti.build import gpu_misses, runner
+from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import IOSpec
 
 
 class CompiledEngine:
     """Runs one .pt2 file of :func:`..build.compile_aoti`, on its device.
 
-    Loading runs native code from the file, so the caller must have compared its sha256 with the
-    manifest's before.
+    Loading runs native code from the file, so the caller must have compared the sha256 of the
+    opened file with the manifest's before. The file is not needed after that.
 
     It holds no state of a shape or a stream, so it has no :meth:`fork`: see the comment in
     :func:`runner`. On a GPU it must outlive the CUDA graphs that captured it, which read its
@@ -28,9 +29,9 @@ class CompiledEngine:
         DeviceMemoryError: the GPU has no memory left.
     """
 
-    def __init__(self, path: Path, spec: IOSpec) -> None:
+    def __init__(self, source: Path | OpenedFile, spec: IOSpec) -> None:
         self.spec = spec
-        self._run = runner(path, spec)
+        self._run = _load(source, spec)
         self._misses = gpu_misses()
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -55,3 +56,14 @@ class CompiledEngine:
                     remedy="Generate fewer images at once.",
                 ) from error
             raise
+
+
+def _load(
+    source: Path | OpenedFile, spec: IOSpec
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    if isinstance(source, Path):
+        return runner(source, spec)
+    # torch takes a path only, and one that ends in .pt2; it unpacks the file before it returns
+    name = source.path.name
+    with private_folder({name: source}, origin=source.path.parent) as folder:
+        return runner(folder / name, spec)

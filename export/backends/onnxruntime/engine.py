@@ -25,6 +25,7 @@ from hcma_fast.export.backends.onnxruntime.session import (
 )
 from hcma_fast.export.backends.split_batch import cut, join, rows_of
 from hcma_fast.export.kernel_cache import drop_damaged, note_hashes
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.specs import IOSpec
 
 _Run = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -42,6 +43,7 @@ class OrtEngine:
     A smaller batch is run as a whole, by all threads together.
 
     Args:
+        source: the graph. On a CPU every session is made from the content that it has now.
         device: "cpu", "cuda" or "cuda:N"; tensors must lie there.
         threads: of the CPU; default torch's number.
         tensorrt: folder in which ONNX Runtime's TensorRT provider keeps its engine and its timings;
@@ -50,12 +52,13 @@ class OrtEngine:
     Raises:
         BackendError: ONNX Runtime is missing, or has no CUDA or no TensorRT, or the latter does not
             take the whole graph.
-        EngineError: the file cannot be read; on a CPU at the first call.
+        EngineError: the file cannot be read; what is wrong with the graph is known on a CPU at the
+            first call.
     """
 
     def __init__(
         self,
-        path: Path,
+        source: Path | OnnxFile,
         spec: IOSpec,
         *,
         device: str = "cpu",
@@ -63,7 +66,6 @@ class OrtEngine:
         tensorrt: Path | None = None,
     ) -> None:
         self.spec = spec
-        self._path = path
         self._threads = threads or torch.get_num_threads()
         self._cuda: _Run | None = None
         # sessions are opened when they are needed: each prepares weights of its own
@@ -74,12 +76,17 @@ class OrtEngine:
         if device == "cuda" and torch.cuda.is_available():
             place = torch.device("cuda", torch.cuda.current_device())
         if tensorrt is not None:
-            self._cuda = cuda_runner(_tensorrt_session(path, spec, place, tensorrt), spec, place)
+            session = _tensorrt_session(source, spec, place, tensorrt)
+            self._cuda = cuda_runner(session, spec, place)
         elif place.type == "cuda":
             # ONNX Runtime's own default rounds the inputs of float32 products to TF32
             card = {"device_id": str(place.index or 0), "use_tf32": "0"}
-            session = open_session(path, CUDA, provider_options=card)
+            session = open_session(source, CUDA, provider_options=card)
             self._cuda = cuda_runner(session, spec, place)
+        elif isinstance(source, Path):
+            source = OnnxFile.open(source)
+        #: of every session on the CPU, whenever it is made
+        self._source = source
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.engine.Engine`.
@@ -112,16 +119,18 @@ class OrtEngine:
     def _session(self, threads: int) -> _Run:
         with self._opening:
             if threads not in self._sessions:
-                session = open_session(self._path, threads=threads)
+                session = open_session(self._source, threads=threads)
                 self._sessions[threads] = runner(session, self.spec)
             return self._sessions[threads]
 
 
-def _tensorrt_session(path: Path, spec: IOSpec, device: torch.device, folder: Path) -> Any:
+def _tensorrt_session(
+    source: Path | OnnxFile, spec: IOSpec, device: torch.device, folder: Path
+) -> Any:
     # ONNX Runtime reads what it finds there; what was cut off or changed it must not find
     drop_damaged(folder)
     options = tensorrt_options(spec, folder, device)
-    session = open_session(path, TENSORRT, provider_options=options)
+    session = open_session(source, TENSORRT, provider_options=options)
     note_hashes(folder)
     return session
 

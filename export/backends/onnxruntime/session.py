@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, EngineError
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.specs import BATCH, IOSpec
 
 CPU = ("CPUExecutionProvider",)
 CUDA = ("CUDAExecutionProvider",)
 TENSORRT = ("TensorrtExecutionProvider",)
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def onnxruntime_version() -> str:
@@ -28,15 +31,17 @@ def onnxruntime_version() -> str:
 
 
 def open_session(
-    path: Path,
+    source: Path | OnnxFile,
     providers: Sequence[str] = CPU,
     *,
     threads: int = 0,
     provider_options: Mapping[str, str] | None = None,
 ) -> Any:
-    """An ``onnxruntime.InferenceSession`` over the file at ``path``.
+    """An ``onnxruntime.InferenceSession`` over a graph.
 
     Args:
+        source: a path is read by ONNX Runtime as it lies there now, an opened file from its
+            descriptors.
         threads: that run a graph together; 0 for as many as there are cores.
         provider_options: of the first provider, see :func:`tensorrt_options`.
 
@@ -59,10 +64,13 @@ def open_session(
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     settings: list[dict[str, str]] = [{} for _ in providers]
     settings[0].update(provider_options or {})
+    path = source if isinstance(source, Path) else source.path
+    how = {"providers": list(providers), "provider_options": settings}
     try:
-        session = onnxruntime.InferenceSession(
-            str(path), options, providers=list(providers), provider_options=settings
-        )
+        if isinstance(source, Path):
+            session = onnxruntime.InferenceSession(str(source), options, **how)
+        else:
+            session = _opened_session(onnxruntime, source, options, how)
     except Exception as error:  # onnxruntime raises kinds of its own that share no base class
         if "fallback to CPU EP has been explicitly disabled" in str(error):
             raise BackendError(
@@ -78,6 +86,38 @@ def open_session(
     if session.get_providers()[: len(providers)] != list(providers):
         raise _no_provider(list(providers))
     return session
+
+
+def _opened_session(
+    onnxruntime: Any, source: OnnxFile, options: Any, how: Mapping[str, Any]
+) -> Any:
+    """A session from the graph's bytes; it maps the weights by the paths of their descriptors.
+
+    ONNX Runtime can take weights from memory too, but makes a copy of all of them meanwhile.
+    """
+    # it refuses the path of a descriptor whose file has lost its name: that one is copied
+    plain = not all(file.has_name for file in source.weights.values())
+    while True:
+        with contextlib.ExitStack() as stack:
+            paths = {
+                name: stack.enter_context(file.named(plain=plain))
+                for name, file in source.weights.items()
+            }
+            model = source.model()
+            for tensor in model.graph.initializer:
+                for entry in tensor.external_data:
+                    if entry.key == "location":
+                        # relative to the root, since absolute ones are refused
+                        path = paths[entry.value]
+                        entry.value = path.relative_to(path.anchor).as_posix()
+            for path in paths.values():
+                options.add_session_config_entry(_WEIGHTS_FOLDER, path.anchor)
+            try:
+                return onnxruntime.InferenceSession(model.SerializeToString(), options, **how)
+            except Exception:
+                if plain or all(file.has_name for file in source.weights.values()):
+                    raise
+        plain = True  # the name was lost meanwhile
 
 
 def tensorrt_options(spec: IOSpec, folder: Path, device: torch.device) -> dict[str, str]:

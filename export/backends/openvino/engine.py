@@ -21,6 +21,7 @@ from hcma_fast.export.backends.openvino.model import (
     weight_bytes,
 )
 from hcma_fast.export.backends.split_batch import cut, join, rows_of
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.specs import BATCH, GraphName, IOSpec
 
 __all__ = ["OpenVINOEngine", "openvino_version"]
@@ -48,7 +49,7 @@ class OpenVINOEngine:
     them side by side as there are threads. Large graphs are compiled once, for all batches.
 
     Args:
-        path: the .onnx file; weights outside of it are read from its folder.
+        source: the graph; it is read and its weights are mapped here, not at the first call.
         precision: of the products inside; inputs and outputs keep the spec's dtypes.
         threads: default: torch's number.
 
@@ -60,16 +61,17 @@ class OpenVINOEngine:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | OnnxFile,
         spec: IOSpec,
         *,
         precision: OpenVINOPrecision = "float32",
         threads: int | None = None,
     ) -> None:
         self.spec = spec
-        self._path, self._precision = path, precision
+        self._source = source = OnnxFile.open(source) if isinstance(source, Path) else source
+        self._precision = precision
         self._threads = threads or torch.get_num_threads()
-        model = read_model(path, precision=precision)
+        model = read_model(source, precision=precision)
         # a request serves one call at a time, and a model is one shape at a time
         self._lock = threading.Lock()
         self._requests: dict[tuple[int, int], list[Any]] = {}
@@ -79,8 +81,8 @@ class OpenVINOEngine:
             size, count = next(waves(spec.batch.opt, self._threads))
             self._requests[size, count] = self._compile(size, count)
         else:
-            compiled = compile_model(model, path, precision=precision, threads=self._threads)
-            self._whole = runner(compiled, spec)
+            compiled = compile_model(model, source.path, precision=precision, threads=self._threads)
+            self._whole = runner(compiled, spec, source)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """See :class:`hcma_fast.engine.Engine`.
@@ -127,7 +129,7 @@ class OpenVINOEngine:
         }
         compiled = compile_model(
             self._model,
-            self._path,
+            self._source.path,
             precision=self._precision,
             threads=self._threads,
             streams=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import onnx
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.precision import graph_precision
 from hcma_fast.schedule import TRAIN_STEPS
 from hcma_fast.specs import GraphName, IOSpec
@@ -50,11 +53,12 @@ def precision_of(name: GraphName, precision: str) -> OpenVINOPrecision:
 
 
 def open_model(
-    path: Path, *, precision: OpenVINOPrecision = "float32", threads: int | None = None
+    source: OnnxFile, *, precision: OpenVINOPrecision = "float32", threads: int | None = None
 ) -> Any:
-    """An ``openvino.CompiledModel`` of the ONNX file at ``path`` for all its batch sizes.
+    """An ``openvino.CompiledModel`` of an ONNX graph for all its batch sizes.
 
     Args:
+        source: what it reads its weights from, as long as it is used: hold on to it.
         precision: of the products inside; inputs and outputs keep the file's dtypes.
         threads: default: all cores.
 
@@ -63,12 +67,14 @@ def open_model(
         EngineError: the file cannot be read as a graph.
         DeviceMemoryError: the host has no memory left.
     """
-    model = read_model(path, precision=precision)
-    return compile_model(model, path, precision=precision, threads=threads)
+    model = read_model(source, precision=precision)
+    return compile_model(model, source.path, precision=precision, threads=threads)
 
 
-def read_model(path: Path, *, precision: OpenVINOPrecision = "float32") -> Any:
-    """The ``openvino.Model`` of the ONNX file at ``path``, fit to be compiled in ``precision``.
+def read_model(source: OnnxFile, *, precision: OpenVINOPrecision = "float32") -> Any:
+    """The ``openvino.Model`` of an ONNX graph, fit to be compiled in ``precision``.
+
+    Its weights are those of ``source``, where they lie in memory: hold on to it.
 
     Raises:
         BackendError: OpenVINO is missing, or this CPU lacks the precision.
@@ -78,13 +84,41 @@ def read_model(path: Path, *, precision: OpenVINOPrecision = "float32") -> Any:
     openvino = _openvino()
     if not computes(precision):
         raise _no_precision(precision)
-    with _errors_named(path):
-        # by name: read_model would try every format that it knows on a file that is none
-        frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
-        model = frontend.convert(frontend.load(str(path)))
+    with _errors_named(source.path):
+        model = _converted(openvino, source)
         _part_shared_weights(openvino, model)
         if precision == "bfloat16":
             look_up_sinusoids(openvino, model)
+    return model
+
+
+def _converted(openvino: Any, source: OnnxFile) -> Any:
+    """The graph as OpenVINO has it, over the weights in memory.
+
+    Its reader copies weights that it is given in memory. So it reads a graph that takes them as
+    inputs, and these become constants that use the memory.
+    """
+    graph, weights = source.model(), source.arrays()
+    kept = [tensor for tensor in graph.graph.initializer if tensor.name not in weights]
+    inputs = [
+        onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
+        for tensor in graph.graph.initializer
+        if tensor.name in weights
+    ]
+    del graph.graph.initializer[:]
+    graph.graph.initializer.extend(kept)
+    graph.graph.input.extend(inputs)
+    # by name: read_model would try every format that it knows on a file that is none
+    frontend = openvino.frontend.FrontEndManager().load_by_framework("onnx")
+    model = frontend.convert(frontend.load(io.BytesIO(graph.SerializeToString())))
+    for parameter in model.get_parameters():
+        name = parameter.get_friendly_name()
+        if name in weights:
+            shared = openvino.Tensor(weights[name], shared_memory=True)
+            constant = openvino.op.Constant(shared, shared_memory=True)
+            constant.set_friendly_name(name)
+            parameter.output(0).replace(constant.output(0))
+            model.remove_parameter(parameter)
     return model
 
 
@@ -151,19 +185,22 @@ def _errors_named(path: Path) -> Iterator[None]:
         ) from error
 
 
-def runner(compiled: Any, spec: IOSpec) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
-    """A function that runs ``compiled`` on CPU tensors, from any thread.
+def runner(
+    compiled: Any, spec: IOSpec, source: OnnxFile
+) -> Callable[[Mapping[str, Tensor]], dict[str, Tensor]]:
+    """A function that runs ``compiled``, made from ``source``, on CPU tensors, from any thread.
 
     Inputs are read where they lie. Outputs are copied out of OpenVINO's buffers, which the next
     call overwrites, so that they are the caller's.
     """
-    request = compiled.create_infer_request()
+    # the weights are read from the source's memory
+    held = (compiled.create_infer_request(), source)
     lock = threading.Lock()  # a request serves one call at a time
 
     def run(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         feed = {name: inputs[name].contiguous().numpy() for name in spec.input_names}
         with lock:
-            found = request.infer(feed, share_inputs=True, share_outputs=False)
+            found = held[0].infer(feed, share_inputs=True, share_outputs=False)
         return {name: torch.from_numpy(found[name]) for name in spec.output_names}
 
     return run

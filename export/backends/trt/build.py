@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from hcma_fast.errors import (
     HcmaError,
     UsageError,
 )
+from hcma_fast.export.signature import check_signature
 from hcma_fast.files import write_whole
-from hcma_fast.specs import BATCH, BatchRange, IOSpec, TensorSpec
+from hcma_fast.specs import BATCH, IOSpec
 
 TRTLibrary = Literal["tensorrt", "tensorrt-rtx"]
 #: library -> its module, and the extra that installs it
@@ -44,9 +45,6 @@ _OUT_OF_MEMORY = re.compile(r"OutOfMemory|out of memory|bad_alloc|cudaError 2\b"
 #: 35: no driver or too old a one; 100: no GPU
 _NO_DRIVER = re.compile(r"cudaError (35|100)\b")
 _log = logging.getLogger("hcma_fast")
-
-#: shape (-1 for a size that varies) and dtype of each tensor by name
-Tensors = Mapping[str, tuple[tuple[int, ...], str]]
 
 
 @dataclass(frozen=True)
@@ -173,8 +171,15 @@ def build_trt(onnx_path: Path, spec: IOSpec, engine_path: Path, options: TRTOpti
             heard = [*parser_errors(parser), *errors]
             raise trt_failure(f"TensorRT cannot read {spec.graph}", heard, value=str(onnx_path))
         inputs = [network.get_input(i) for i in range(network.num_inputs)]
-        tensors = [*inputs, *(network.get_output(i) for i in range(network.num_outputs))]
-        check_signature(spec, {t.name: (tuple(t.shape), dtype_name(t.dtype)) for t in tensors})
+        outputs = [network.get_output(i) for i in range(network.num_outputs)]
+        check_signature(
+            spec,
+            *(
+                {t.name: (tuple(t.shape), dtype_name(t.dtype)) for t in tensors}
+                for tensors in (inputs, outputs)
+            ),
+            ordered=False,
+        )
         layers, products = _prepare_layers(trt, network)
         config = builder.create_builder_config()
         _configure(trt, config, options)
@@ -200,36 +205,6 @@ def build_trt(onnx_path: Path, spec: IOSpec, engine_path: Path, options: TRTOpti
         network_dtypes=dict(layers),
         network_product_dtypes=dict(products),
     )
-
-
-def check_signature(spec: IOSpec, found: Tensors) -> None:
-    """Whether a network's or an engine's inputs and outputs are those of the spec, in any order.
-
-    Raises:
-        EngineError: a tensor too many, too few, or of another shape or dtype.
-    """
-    expected = {tensor.name: tensor for tensor in (*spec.inputs, *spec.outputs)}
-    wrong = [f"{name} is not in the signature" for name in found if name not in expected]
-    for name, tensor in expected.items():
-        if name not in found:
-            wrong.append(f"{name} is missing")
-        elif not _agrees(tensor, *found[name], spec.batch):
-            shape, dtype = found[name]
-            wrong.append(f"{name} is {dtype} {shape}, not {tensor.dtype} {tensor.shape}")
-    if wrong:
-        raise EngineError(
-            f"the compiled graph {spec.graph} is not what its signature says",
-            value="; ".join(wrong),
-            remedy="Build it again: hcma-fast build --force.",
-        )
-
-
-def _agrees(tensor: TensorSpec, shape: tuple[int, ...], dtype: str, batch: BatchRange) -> bool:
-    fixed = batch.min if batch.static else None
-    wanted = [fixed if size == BATCH else size for size in tensor.shape]
-    if len(shape) != len(wanted) or dtype != tensor.dtype:
-        return False
-    return all(found in (-1, size) for found, size in zip(shape, wanted, strict=True))
 
 
 def dtype_name(dtype: Any) -> str:

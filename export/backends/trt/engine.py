@@ -18,7 +18,6 @@ from hcma_fast.errors import (
 )
 from hcma_fast.export.backends.trt.build import (
     TRTLibrary,
-    check_signature,
     dtype_name,
     parser_errors,
     trt_failure,
@@ -27,6 +26,8 @@ from hcma_fast.export.backends.trt.build import (
     typed_errors,
 )
 from hcma_fast.export.backends.trt.context import REBUILD, TRTContext, out_of_memory, shape_of
+from hcma_fast.export.signature import check_signature
+from hcma_fast.opened import OpenedFile
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
 
 
@@ -39,8 +40,8 @@ class TRTEngine:
     it until its work is done.
 
     Args:
-        path: the engine file; read here, so check its hash before.
-        weights_onnx: the ONNX file that a stripped engine was built from.
+        source: the engine file; read here.
+        weights_onnx: the ONNX file that a stripped engine was built from; read here.
         runtime_cache: where TensorRT-RTX keeps the kernels that it compiles for this GPU; read if
             it is there, and written after the first call, and by :meth:`save_runtime_cache`.
         user_allocation: whether a TensorRT-RTX engine was built so that it allocates nothing
@@ -56,7 +57,7 @@ class TRTEngine:
 
     def __init__(
         self,
-        path: Path,
+        source: Path | OpenedFile,
         spec: IOSpec,
         library: TRTLibrary,
         *,
@@ -72,22 +73,21 @@ class TRTEngine:
         trt = trt_module(library)
         self.spec = spec
         self._library = library
-        self._engine = load_engine(path, library)
+        self._engine = load_engine(source, library)
         if not torch.cuda.is_available():
             raise BackendError(
                 "this torch has no CUDA, which TensorRT's inputs and outputs need",
                 remedy="Install a CUDA build of torch: see pytorch.org/get-started.",
             )
         self.device = torch.device("cuda", torch.cuda.current_device())
-        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
-        check_signature(spec, {name: self._found(name) for name in names})
+        self._check_signature(trt)
         self._check_range()
         if weights_onnx is not None:
             refit_trt(self._engine, weights_onnx, library)
         elif self._engine.get_engine_stat(trt.EngineStat.STRIPPED_WEIGHTS_SIZE) > 0:
             raise EngineError(
                 f"the engine of {spec.graph} was built without its weights",
-                value=str(path),
+                value=str(source if isinstance(source, Path) else source.path),
                 remedy="Give the ONNX file that it was built from, or build it with weights.",
             )
         self._capturable = library == "tensorrt" or user_allocation
@@ -225,6 +225,16 @@ class TRTEngine:
         shape = tuple(self._engine.get_tensor_shape(name))
         return shape, dtype_name(self._engine.get_tensor_dtype(name))
 
+    def _check_signature(self, trt: Any) -> None:
+        """Whether the engine's inputs and outputs are the spec's, in any order."""
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        modes = (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+        inputs, outputs = (
+            {n: self._found(n) for n in names if self._engine.get_tensor_mode(n) == mode}
+            for mode in modes
+        )
+        check_signature(self.spec, inputs, outputs, ordered=False)
+
     def _check_range(self) -> None:
         """Whether the engine takes all batch sizes of the spec."""
         batch = self.spec.batch
@@ -241,7 +251,7 @@ class TRTEngine:
                 )
 
 
-def load_engine(path: Path, library: TRTLibrary) -> Any:
+def load_engine(source: Path | OpenedFile, library: TRTLibrary) -> Any:
     """The file as an ``ICudaEngine``.
 
     Raises:
@@ -251,12 +261,13 @@ def load_engine(path: Path, library: TRTLibrary) -> Any:
     """
     trt, log = trt_module(library), trt_log(library)
     what = f"{library} cannot load this engine"
+    path = source if isinstance(source, Path) else source.path
     try:
-        data = path.read_bytes()
+        opened = OpenedFile(source) if isinstance(source, Path) else source
     except OSError as error:
         raise EngineError(what, value=str(path), remedy=REBUILD) from error
     with typed_errors(log, what) as errors:
-        engine = trt.Runtime(log).deserialize_cuda_engine(data)
+        engine = trt.Runtime(log).deserialize_cuda_engine(opened.memory)
         if engine is None:
             raise trt_failure(what, errors, value=str(path), remedy=REBUILD)
     return engine

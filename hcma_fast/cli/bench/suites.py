@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -12,14 +13,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
-from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
+from hcma_fast.files import read_json
 
 if TYPE_CHECKING:
     from hcma_fast.bench.shared.bootstrap import Estimate
     from hcma_fast.bench.soak.report import SoakReport
+    from hcma_fast.bench.speed.harness.plan import Plan
     from hcma_fast.bench.speed.harness.report import Report
 
 RESULTS_FILE = "bench.json"
+_RESULTS_BYTES = 2**28
 
 
 def run(
@@ -55,13 +59,17 @@ def run(
         Path | None,
         typer.Option(help=f"Folder for {RESULTS_FILE}, and per suite a table, CSV and plot."),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on after the last finished round in --out."),
+    ] = False,
     json_: Annotated[bool, typer.Option("--json", help="JSON instead of tables.")] = False,
     csv: Annotated[bool, typer.Option("--csv", help="CSV instead of tables.")] = False,
 ) -> None:
     """Run suites: cases side by side and in turns, each in a process of its own.
 
     A row whose result does not agree with the plain loop's is void. Ends with an error if any row
-    is void, or could not run.
+    is void, or could not run. With --out, rows are written after each round.
     """
     from hcma_fast.bench.shared.plots import check_installed
     from hcma_fast.bench.speed.harness.plan import Plan
@@ -70,6 +78,8 @@ def run(
 
     if json_ and csv:
         raise UsageError("--json and --csv exclude each other", remedy="Use one of them.")
+    if resume and out is None:
+        raise UsageError("--resume needs the rounds in --out", remedy="Add --out FOLDER.")
     plan = Plan(model, device, tuple(backend or ()), rounds, quick)
     every = [name for name in SUITES if plan.on_gpu or name not in ON_GPU]
     names = every if suites == ["all"] else suites
@@ -77,22 +87,44 @@ def run(
     _tell_if_busy()
     reports: list[Report] = []
 
-    def results() -> Results:
-        return Results(command=shlex.join(["hcma-fast", *sys.argv[1:]]), reports=tuple(reports))
+    def results(more: Sequence[Report] = ()) -> Results:
+        command = shlex.join(["hcma-fast", *sys.argv[1:]])
+        return Results(command=command, reports=(*reports, *more))
+
+    def write(folder: Path, more: Sequence[Report] = ()) -> None:
+        write_file(folder / RESULTS_FILE, results(more).model_dump_json(indent=2).encode())
 
     def measure(folder: Path | None) -> None:
-        for name in names:
+        if folder is not None and resume:
+            reports.extend(_finished(folder, names, plan))
+        for name in names[len(reports) :]:
             print_note(f"suite {name}")
-            reports.append(run_suite(name, plan, print_note))
-            if folder is not None:
-                _write(folder, reports[-1])
-                # after each suite: what was measured is not lost with a later one
-                write_file(folder / RESULTS_FILE, results().model_dump_json(indent=2).encode())
+            if folder is None:
+                reports.append(run_suite(name, plan, print_note))
+                continue
+            rounds_file = folder / f"{name}.rounds.jsonl"
+
+            def keep(report: Report, folder: Path = folder) -> None:
+                write(folder, [report])
+
+            reports.append(
+                run_suite(
+                    name,
+                    plan,
+                    print_note,
+                    rounds_file=rounds_file,
+                    resume=resume,
+                    keep=keep,
+                )
+            )
+            _write(folder, reports[-1])
+            write(folder)
 
     if out is None:
         measure(None)
     else:
         check_installed()
+        _check_place(out, names)
         with output_folder(out) as folder:
             measure(folder)
     if json_:
@@ -111,6 +143,24 @@ def run(
         )
 
 
+def _check_place(folder: Path, names: Sequence[str]) -> None:
+    """Refuse to replace files of our names in a folder that no run of suites has written."""
+    ours = [RESULTS_FILE, "ladder.png", "scaling.png"]
+    ours += [f"{name}.{suffix}" for name in names for suffix in ("md", "csv")]
+    taken = [folder / name for name in ours if os.path.lexists(folder / name)]
+    try:
+        values = read_json(folder / RESULTS_FILE, "the results", limit=_RESULTS_BYTES)
+    except InputError:
+        values = None
+    if taken and not (isinstance(values, dict) and {"command", "reports"} <= values.keys()):
+        raise OutputError(
+            f"this file is not of hcma-fast bench run, whose {RESULTS_FILE} is not beside it, and "
+            "is not replaced",
+            value=str(taken[0]),
+            remedy="Give another --out, or move the file away.",
+        )
+
+
 def _write(folder: Path, report: Report) -> None:
     from hcma_fast.bench.speed.harness.report import report_markdown, rows_csv
     from hcma_fast.bench.speed.suites.ladder import ladder_png
@@ -122,6 +172,29 @@ def _write(folder: Path, report: Report) -> None:
         write_file(folder / "ladder.png", ladder_png(report.rows))
     if report.fits:
         write_file(folder / "scaling.png", scaling_png(report.fits))
+
+
+def _finished(folder: Path, names: Sequence[str], plan: Plan) -> list[Report]:
+    """The first suites of an interrupted run, as far as they are finished.
+
+    Raises:
+        InputError: the results there are of other suites.
+    """
+    from hcma_fast.bench.speed.harness.report import read_results
+
+    if not (folder / RESULTS_FILE).is_file():
+        return []
+    there = [report for report in read_results(folder / RESULTS_FILE).reports if report.finished]
+    found = [report.suite for report in there]
+    wanted = (plan.model, plan.device, plan.quick)
+    same = all((report.model, report.device, report.quick) == wanted for report in there)
+    if found != list(names[: len(found)]) or not same:
+        raise InputError(
+            "the results here are of other suites, or of another model, device or size",
+            value=", ".join(found),
+            remedy="Give the options of the run that was interrupted, or another --out.",
+        )
+    return there
 
 
 def _tell_if_busy() -> None:

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import TaskID
 
-from hcma_fast.cli.eval.inputs import check_benchmark, choose_instruments, choose_items
+from hcma_fast.cli.eval.inputs import (
+    check_benchmark,
+    choose_instruments,
+    choose_items,
+    leave_out_too_few,
+)
 from hcma_fast.cli.output import (
     BuildProgress,
     counting_bar,
@@ -64,6 +69,16 @@ def evaluate(
         Path | None,
         typer.Option(help="JSONL instead of --data: id, prompt, phrases, boxes, mentions, image."),
     ] = None,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder below which names of real images may be absolute or have '..'.",
+            show_default="names must stay in the manifest's or split's folder",
+        ),
+    ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out COCO's unusable records, and list them.")
+    ] = False,
     count: Annotated[
         int | None,
         typer.Option(min=1, help="Layouts.", show_default="500; COCO 30000; a file all"),
@@ -165,7 +180,7 @@ def evaluate(
     check_pairs(methods, pairs)
     if "report" in stages and not force:
         _check_absent(out)
-    items, source, benchmark = choose_items(data, manifest, count)
+    items, source, benchmark = choose_items(data, manifest, count, root=root, skip_bad=skip_bad)
     check_benchmark(benchmark, export, scores, stages, part.count)
     named = [split_scores(text, methods) for text in scores or ()]
     instruments = choose_instruments(
@@ -177,6 +192,7 @@ def evaluate(
         resize_real,
         needed=benchmark is None and stages != ("generate",),
     )
+    instruments = leave_out_too_few(instruments, items)
     instruments.check(items)
     runner = _runner(model, aligner, backend, device, methods, attention_factor)
     pipe = runner.pipe
@@ -214,7 +230,14 @@ def evaluate(
                 )
             if "measure" in stages:
                 measure(
-                    instruments, methods, items, run, out, shard=part, progress=bars.of("measuring")
+                    instruments,
+                    methods,
+                    items,
+                    run,
+                    out,
+                    shard=part,
+                    progress=bars.of("measuring"),
+                    note=print_note,
                 )
         if export is not None and benchmark is not None:
             benchmark.export(methods, run, out, export, force=force)

@@ -6,41 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hcma_fast.cli.output import print_note
 from hcma_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from hcma_fast.bench.quality.items import EvalItem
     from hcma_fast.bench.quality.measure import Instruments
     from hcma_fast.bench.quality.protocols.scorer_files import Benchmark
+    from hcma_fast.train.data.coco_records import BadRecord
 
 _EMOJI = {"emoji-scenes": "test", "emoji-scenes:test": "test", "emoji-scenes:val": "val"}
 
 
 def choose_items(
-    data: str, manifest: Path | None, count: int | None
+    data: str,
+    manifest: Path | None,
+    count: int | None,
+    *,
+    root: Path | None = None,
+    skip_bad: bool = False,
 ) -> tuple[list[EvalItem], str, Benchmark | None]:
     """The layouts, where they are from in words, and the benchmark that they belong to, if any.
+
+    Args:
+        root: images' names may be absolute or have "..", as long as they lie in this folder.
+        skip_bad: leave out COCO's bad records, which are errors otherwise, and list them.
 
     Raises:
         UsageError, InputError: unknown data, unusable files, or fewer layouts than asked for.
     """
-    from hcma_fast.bench.quality.items import COCO_COUNT, coco_items, emoji_items, read_items
+    from hcma_fast.bench.quality.items import emoji_items, read_items
 
     if manifest is not None:
-        items = read_items(manifest)
+        items = read_items(manifest, image_root=root)
         return _first(items, count), manifest.name, None
     if data in _EMOJI:
         split = _EMOJI[data]
         scenes = emoji_items("val" if split == "val" else "test", count or 500)
         return scenes, f"EmojiScenes {split}", None
     kind, _, place = data.partition("=")
-    if kind == "coco2014" and place:
-        return coco_items(Path(place), count or COCO_COUNT), "COCO 2014 validation", None
-    if kind == "gligen-coco" and place:
-        from hcma_fast.bench.quality.protocols.gligen_coco import GligenCoco
-
-        gligen = GligenCoco.read(Path(place), count)
-        return gligen.items, gligen.title, gligen
+    if kind in ("coco2014", "gligen-coco") and place:
+        return _coco(kind, Path(place), count, root, skip_bad)
     if kind == "coco-mig" and place:
         from hcma_fast.bench.quality.protocols.coco_mig import CocoMig
 
@@ -52,6 +58,28 @@ def choose_items(
         remedy="Use emoji-scenes, coco2014=FOLDER, gligen-coco=FOLDER, coco-mig=FILE, or "
         "--manifest.",
     )
+
+
+def _coco(
+    kind: str, folder: Path, count: int | None, root: Path | None, skip_bad: bool
+) -> tuple[list[EvalItem], str, Benchmark | None]:
+    from hcma_fast.bench.quality.items import COCO_COUNT, coco_items
+    from hcma_fast.bench.quality.protocols.gligen_coco import GligenCoco
+
+    bad: list[BadRecord] = []
+    skipped = bad if skip_bad else None
+    benchmark = None
+    if kind == "coco2014":
+        items = coco_items(folder, count or COCO_COUNT, skipped=skipped, image_root=root)
+        title = "COCO 2014 validation"
+    else:
+        benchmark = GligenCoco.read(folder, count, skipped=skipped, image_root=root)
+        items, title = benchmark.items, benchmark.title
+    for record in bad:
+        print_note(f"skipped: {record.why} ({record.path})")
+    if bad:
+        print_note(f"{len(bad)} records skipped")
+    return items, title, benchmark
 
 
 def _first(items: list[EvalItem], count: int | None) -> list[EvalItem]:
@@ -153,3 +181,15 @@ def choose_instruments(
         detector=Detector(detector) if detector else None,
         resize_real=resize_real,
     )
+
+
+def leave_out_too_few(instruments: Instruments, items: Sequence[EvalItem]) -> Instruments:
+    """Leave out the metrics that these layouts are too few for, and say so.
+
+    Raises:
+        InputError: none would be left.
+    """
+    kept = instruments.without_too_few(items)
+    for why in kept.too_few(items).values():
+        print_note(f"left out: {why}")
+    return kept

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from hcma_fast.cli.generate.jobs import MAX_SEED, Job, check_outputs, parse_request, read_requests
+from hcma_fast.box_lists import SHARES, BoxNotation
+from hcma_fast.cli.generate.jobs import Job, check_outputs, parse_request, read_requests
 from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
-from hcma_fast.config import BACKENDS, GRAD_BACKENDS
-from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED
+from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.sampling.savings import parse_savings
 
@@ -36,12 +37,28 @@ def generate(
     layout: Annotated[
         Path | None, typer.Option(help="JSON file with phrases and boxes, instead of --box.")
     ] = None,
+    box_format: Annotated[
+        Literal["xyxy", "xywh"] | None,
+        typer.Option(help="What the four numbers of a box are.", show_default="xyxy"),
+    ] = None,
+    box_units: Annotated[
+        Literal["share", "pixel"] | None,
+        typer.Option(help="Shares of the image, or pixels.", show_default="share"),
+    ] = None,
+    box_size: Annotated[
+        tuple[float, float] | None,
+        typer.Option(
+            metavar="WIDTH HEIGHT",
+            help="Size of the image that boxes in pixels belong to.",
+            show_default="none",
+        ),
+    ] = None,
     input_: Annotated[
         Path | None,
         typer.Option(
             "--input",
-            help="JSONL file, a line per image: prompt, and if wanted phrases, boxes, seed, "
-            "negative_prompt, id.",
+            help="JSONL file (a line per image) or JSON array: prompt, and if wanted phrases, "
+            "boxes, seed, negative_prompt, id, box_format, box_units, box_size.",
         ),
     ] = None,
     from_sidecar: Annotated[
@@ -51,6 +68,13 @@ def generate(
             "settings are the sidecar's."
         ),
     ] = None,
+    allow_download: Annotated[
+        bool,
+        typer.Option(
+            "--allow-download",
+            help="Fetch the model that --from-sidecar names from the hub, if it is not here.",
+        ),
+    ] = False,
     model: Annotated[
         str | None,
         typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
@@ -64,6 +88,13 @@ def generate(
     backend: Annotated[
         str | None,
         typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
+    ] = None,
+    verify_key: Annotated[
+        Path | None,
+        typer.Option(
+            help="Public key (PEM) that must have signed the engine folder of --model.",
+            show_default="none",
+        ),
     ] = None,
     device: Annotated[
         str | None,
@@ -160,6 +191,14 @@ def generate(
         Path, typer.Option(help="Folder for the images.", show_default="the current one")
     ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace files that exist.")] = False,
+    skip_existing: Annotated[
+        bool,
+        typer.Option(
+            "--skip-existing",
+            help="Leave out images that are in --out already, whole and of the same request and "
+            "settings: to go on after an interruption.",
+        ),
+    ] = False,
     json_: Annotated[
         bool, typer.Option("--json", help="Print a JSON report instead of the paths.")
     ] = False,
@@ -184,6 +223,9 @@ def generate(
             "--num-images": num_images,
             "--steps": steps,
             "--negative-prompt": negative_prompt,
+            "--box-format": box_format,
+            "--box-units": box_units,
+            "--box-size": box_size,
             "--eta0": eta0,
             "--align-window": align_window,
             "--guidance-scale": guidance_scale,
@@ -193,6 +235,11 @@ def generate(
             "--saving": saving,
         },
     )
+    if allow_download and from_sidecar is None:
+        raise UsageError(
+            "--allow-download goes with --from-sidecar",
+            remedy="Leave it out: a hub id that you give as --model is fetched anyway.",
+        )
     savings = parse_savings(saving or ())
     original = read_sidecar(from_sidecar) if from_sidecar else None
     if original is not None:
@@ -208,19 +255,27 @@ def generate(
             grad_backend=grad_backend or original.grad_backend,
             cuda_graphs=original.cuda_graphs if cuda_graphs is None else cuda_graphs,
             savings=original.savings,
+            verify_key=verify_key,
+            offline=model is None and not allow_download,
         )
     else:
+        notation = BoxNotation(box_format or "xyxy", box_units or "share", box_size)
         if input_ is not None:
             requests = read_requests(input_)
         else:
-            given = _read_layout(box or [], layout)
+            given = _read_layout(box or [], layout, notation)
+            notation = SHARES
             fields = {"phrases": list(given.phrases), "boxes": [list(b) for b in given.boxes]}
             requests = [("", parse_request({"prompt": prompt, **fields}))]
         jobs = [
             job
             for where, request in requests
             for job in request.jobs(
-                num_images=num_images or 1, seed=seed, negative=negative_prompt or "", where=where
+                num_images=num_images or 1,
+                seed=seed,
+                negative=negative_prompt or "",
+                where=where,
+                notation=notation,
             )
         ]
         name = model or "tiny"
@@ -236,17 +291,27 @@ def generate(
             grad_backend,
             bool(cuda_graphs),
             savings,
+            verify_key,
         )
     if plan.backend not in (None, "auto", *BACKENDS):
-        raise BackendError(
+        raise UsageError(
             "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
         )
     # the sidecar fixes the seed, and its own folder has the first image
     other = "another --out" + ("" if original is not None else " or --seed")
-    check_outputs(jobs, out, force=force, other=other)
+    check_outputs(jobs, out, force=force or skip_existing, other=other)
     with output_folder(out):
         pipe = open_pipeline(plan, jobs, original)
-        written = render(pipe, plan, jobs, out, batch_size=batch_size, overlay=overlay)
+        written = render(
+            pipe,
+            plan,
+            jobs,
+            out,
+            batch_size=batch_size,
+            overlay=overlay,
+            skip_existing=skip_existing,
+            force=force,
+        )
     if original is not None and written[0].record.image_sha256 != original.image_sha256:
         print_note(
             "note: the file differs from the sidecar's image_sha256. Another backend, version or "
@@ -289,10 +354,10 @@ def _check_combination(
         )
 
 
-def _read_layout(boxes: Sequence[str], path: Path | None) -> Layout:
+def _read_layout(boxes: Sequence[str], path: Path | None, notation: BoxNotation) -> Layout:
     if path is not None:
-        return Layout.from_file(path)
-    parsed = [Layout.parse_box(text) for text in boxes]
+        return Layout.from_file(path, notation)
+    parsed = [Layout.parse_box(text, notation) for text in boxes]
     return Layout([phrase for phrase, _ in parsed], [box for _, box in parsed])
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,16 +13,20 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from hcma_fast.cli.generate.jobs import Job, at
+from hcma_fast.cli.generate.resume import Finished, find_finished
 from hcma_fast.cli.generate.sidecar import FinalLosses, Sidecar, current_versions
-from hcma_fast.cli.output import BuildProgress, stderr, write_file
+from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
 from hcma_fast.config import PRESETS, AlignmentSettings, devices_of
-from hcma_fast.errors import InputError, OutputError
+from hcma_fast.errors import InputError, OutputError, WeightsError
+from hcma_fast.files import is_file
 from hcma_fast.sampling.savings import EXACT, Savings
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from hcma_fast.runtime.pipeline import HCMAOutput, HCMAPipeline
+    from hcma_fast.models.checkpoint.located import Checkpoint
+    from hcma_fast.runtime.output import HCMAOutput
+    from hcma_fast.runtime.pipeline import HCMAPipeline
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Plan:
     grad_backend: str | None = None
     cuda_graphs: bool = False
     savings: Savings = EXACT
+    verify_key: Path | None = None
+    """must have signed the engine folder that ``model`` names"""
+    offline: bool = False
+    """never ask the hub for ``model``: it is named by a file, not by the user"""
 
 
 @dataclass(frozen=True)
@@ -50,6 +59,8 @@ class Written:
     sidecar: Path
     overlay: Path | None
     record: Sidecar
+    skipped: bool = False
+    """it was there already"""
 
     def as_json(self) -> dict[str, Any]:
         """What ``--json`` prints."""
@@ -57,13 +68,14 @@ class Written:
             "image": str(self.image),
             "sidecar": str(self.sidecar),
             "overlay": str(self.overlay) if self.overlay else None,
+            "skipped": self.skipped,
             "record": self.record.model_dump(mode="json"),
         }
 
 
 def is_engine_folder(model: str) -> bool:
     """Does ``model`` name a folder that ``hcma-fast build`` wrote?"""
-    return (Path(model) / "manifest.json").is_file()
+    return is_file(Path(model) / "manifest.json")
 
 
 def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> HCMAPipeline:
@@ -86,20 +98,20 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
         # before minutes go into building engines; of theirs it asks again, when they are open
         device = plan.device or devices_of(plan.backend)[0]
         check_capturable("step", device, plan.backend, plan.grad_backend, {})
-    if original is not None and not is_engine_folder(plan.model):
-        _check_checkpoint(plan, original)
+    source = plan.model if original is None else _same_weights(plan, original)
     announcement = (
         f"Building engines for {plan.backend}, once for this model; the next run finds them in "
         "the cache."
     )
     with BuildProgress(announcement) as progress:
         pipe = HCMAPipeline.from_pretrained(
-            plan.model,
+            source,
             backend=plan.backend,
             device=plan.device,
             precision=plan.precision,
             aligner=plan.aligner,
             grad_backend=plan.grad_backend,
+            verify_key=plan.verify_key,
             progress=progress,
         )
     if plan.cuda_graphs:
@@ -118,14 +130,33 @@ def open_pipeline(plan: Plan, jobs: Sequence[Job], original: Sidecar | None) -> 
     return pipe
 
 
-def _check_checkpoint(plan: Plan, original: Sidecar) -> None:
-    """Refuse wrong weights before minutes go into building engines of them."""
-    from hcma_fast.models.checkpoint.info import PARTS, hash_weights, resolve_folder
+def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
+    """The model, located; its weights' hash is compared before anything of it is loaded.
 
-    folder = resolve_folder(plan.model)
-    aligner = plan.aligner or folder / "aligner"
-    if aligner.is_dir() and all((folder / part).is_dir() for part in PARTS):
-        original.check_weights(hash_weights(folder, aligner))
+    Raises:
+        WeightsError: it is not on this machine and may not be downloaded, or has other weights.
+        EngineError: an engine folder is damaged.
+    """
+    from hcma_fast.export.manifest import read_manifest
+    from hcma_fast.models.checkpoint.info import is_hub_id
+    from hcma_fast.models.checkpoint.located import locate
+
+    if is_engine_folder(plan.model):
+        original.check_weights(read_manifest(Path(plan.model)).weights_hash)
+        return plan.model
+    try:
+        checkpoint = locate(plan.model, aligner=plan.aligner, offline=plan.offline)
+    except WeightsError as error:
+        if not (plan.offline and is_hub_id(plan.model)):
+            raise
+        raise WeightsError(
+            "the sidecar names a model that is not on this machine",
+            value=plan.model,
+            remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
+            "hub; or give the model as --model.",
+        ) from error
+    original.check_weights(checkpoint.weights_hash)
+    return checkpoint
 
 
 def render(
@@ -136,27 +167,21 @@ def render(
     *,
     batch_size: int,
     overlay: bool,
+    skip_existing: bool = False,
+    force: bool = False,
 ) -> list[Written]:
     """Make the images in batches; each batch is on the disk before the next one starts.
+
+    Args:
+        skip_existing: leave out images that are there, see :func:`.resume.find_finished`.
 
     Raises:
         UsageError: the latent diverged. DeviceMemoryError: the batch is too large.
         OutputError: a file cannot be written.
     """
-    from hcma_fast.runtime.requests import call_arguments, override_settings
+    from hcma_fast.runtime.requests import override_settings
 
     settings = override_settings(pipe.settings, **plan.overrides)
-    batch_size = min(batch_size, pipe.batch_range.max)
-    least = len(jobs) % batch_size or batch_size
-    if least < pipe.batch_range.min:
-        raise InputError(
-            f"these engines make batches of {pipe.batch_range} images, the last one would have "
-            f"{least}",
-            value=len(jobs),
-            remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
-            f"{batch_size}.",
-        )
-    batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
     common: dict[str, Any] = {
         "num_inference_steps": plan.steps,
         "settings": settings,
@@ -176,7 +201,64 @@ def render(
         "engine_hash": pipe.engine_hash,
         "versions": current_versions(pipe.backend),
     }
-    written: list[Written] = []
+    finished = (
+        find_finished(jobs, out, common, force=force) if skip_existing else [None] * len(jobs)
+    )
+    todo = [job for job, match in zip(jobs, finished, strict=True) if match is None]
+    made: list[Written] = []
+    if len(todo) < len(jobs):
+        print_note(f"{len(jobs) - len(todo)} of {len(jobs)} images are there already.")
+    try:
+        for batch in _batches(pipe, plan, todo, batch_size):
+            made.extend(_make(pipe, plan, batch, out, overlay, common))
+    except (KeyboardInterrupt, SystemExit):
+        with suppress(OSError):  # the terminal may be gone
+            done = len(jobs) - len(todo) + len(made)
+            go_on = " To go on, run the same command with --skip-existing." if done else ""
+            print_note(f"Stopped: {done} of {len(jobs)} images are done, in {out}.{go_on}")
+        raise
+    rest = iter(made)
+    return [next(rest) if match is None else _kept(match, out, overlay) for match in finished]
+
+
+def _kept(match: Finished, out: Path, overlay: bool) -> Written:
+    image, sidecar, overlay_path = match.job.files(out)
+    if overlay and not overlay_path.exists():
+        from PIL import Image
+
+        from hcma_fast.overlay import draw_layout
+
+        with Image.open(image) as picture:
+            write_file(overlay_path, _png(draw_layout(picture, match.job.layout)))
+    return Written(image, sidecar, overlay_path if overlay else None, match.record, skipped=True)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    jobs: Sequence[Job]
+    on_step: Callable[..., None]
+
+
+def _batches(
+    pipe: HCMAPipeline, plan: Plan, jobs: Sequence[Job], batch_size: int
+) -> Iterator[_Batch]:
+    """``jobs`` in batches that the engines can make, with a bar of their steps on stderr.
+
+    Raises:
+        InputError: the last batch is too small.
+    """
+    if not jobs:
+        return
+    batch_size = min(batch_size, pipe.batch_range.max)
+    least = len(jobs) % batch_size or batch_size
+    if least < pipe.batch_range.min:
+        raise InputError(
+            f"these engines make batches of {pipe.batch_range} images, the last one would have "
+            f"{least}",
+            value=len(jobs),
+            remedy=f"Ask for a multiple of {batch_size} images, or build with a range: --batch 1:1:"
+            f"{batch_size}.",
+        )
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -185,22 +267,39 @@ def render(
         console=stderr,
         redirect_stdout=False,
     ) as progress:
-        task = progress.add_task("steps", total=plan.steps * len(batches))
-        for batch in batches:
-            output = pipe(
-                [job.prompt for job in batch],
-                [job.layout for job in batch],
-                num_inference_steps=plan.steps,
-                negative_prompt=[job.negative_prompt for job in batch],
-                seed=[job.seed for job in batch],
-                callback_on_step_end=lambda *_: progress.advance(task),
-                savings=plan.savings,
-                **call_arguments(settings),
-            )
-            for row, job in enumerate(batch):
-                losses = _final_losses(output, row, len(job.layout))
-                record = {**common, "batch_size": len(batch), "losses": losses}
-                written.append(_write(job, output.images[row], out, overlay, record))
+        starts = range(0, len(jobs), batch_size)
+        task = progress.add_task("steps", total=plan.steps * len(starts))
+        for start in starts:
+            yield _Batch(jobs[start : start + batch_size], lambda *_: progress.advance(task))
+
+
+def _make(
+    pipe: HCMAPipeline,
+    plan: Plan,
+    batch: _Batch,
+    out: Path,
+    overlay: bool,
+    common: dict[str, Any],
+) -> list[Written]:
+    """The images of a batch, written."""
+    from hcma_fast.runtime.requests import call_arguments
+
+    jobs = batch.jobs
+    output = pipe(
+        [job.prompt for job in jobs],
+        [job.layout for job in jobs],
+        num_inference_steps=plan.steps,
+        negative_prompt=[job.negative_prompt for job in jobs],
+        seed=[job.seed for job in jobs],
+        callback_on_step_end=batch.on_step,
+        savings=plan.savings,
+        **call_arguments(common["settings"]),
+    )
+    written = []
+    for row, job in enumerate(jobs):
+        losses = _final_losses(output, row, len(job.layout))
+        record = {**common, "batch_size": len(jobs), "losses": losses}
+        written.append(_write(job, output.images[row], out, overlay, record))
     return written
 
 

@@ -8,10 +8,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from hcma_fast.cli.generate.jobs import MAX_SEED, STEM_BYTES, check_name, explain
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.cli.generate.jobs import STEM_BYTES, at, check_name, explain
+from hcma_fast.config import MAX_SEED, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
-from hcma_fast.files import read_file
+from hcma_fast.files import parse_json, read_text
 from hcma_fast.layout import Layout
 from hcma_fast.sampling.savings import Savings
 
@@ -90,8 +90,10 @@ def read_sidecar(path: Path) -> Sidecar:
     Raises:
         InputError: it cannot be read or is not a sidecar.
     """
+    text = read_text(path, "the sidecar")
+    data = at("not a sidecar of hcma-fast", parse_json, text, "it")
     try:
-        sidecar = Sidecar.model_validate_json(read_file(path, "the sidecar"))
+        sidecar = Sidecar.model_validate(data)
     except (ValidationError, TypeError) as error:  # TypeError: a layout without its keys
         problem = explain(error) if isinstance(error, ValidationError) else str(error)
         raise InputError(

@@ -67,8 +67,16 @@ def cache(
     ] = None,
     flip: Annotated[bool, typer.Option(help="Also encode the mirrored images.")] = True,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Leave out unusable images, and list them.")
+        bool,
+        typer.Option("--skip-bad", help="Leave out unusable records and images, and list them."),
     ] = False,
+    root: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder below which file names of images may be absolute or have '..'.",
+            show_default="names must stay in SPLIT/",
+        ),
+    ] = None,
     shard_size: Annotated[int, typer.Option(min=1, help="Images in a file.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Images encoded at once.")] = 16,
     workers: Annotated[
@@ -115,9 +123,10 @@ def cache(
             batch_size=batch_size,
             workers=workers,
             share=part,
+            image_root=root,
             progress=advance,
         )
-    _print_skipped(report)
+    _print_findings(report)
     if json_:
         print_json(asdict(report))
         return
@@ -127,9 +136,13 @@ def cache(
     )
 
 
-def _print_skipped(report: CacheReport) -> None:
-    for image in report.skipped:
-        print_note(f"skipped: {image.why} ({image.path})")
+def _print_findings(report: CacheReport) -> None:
+    for record in report.skipped:
+        print_note(f"skipped: {record.why} ({record.path})")
+    for change, count in sorted(report.changes.items()):
+        print_note(f"images {change}: {count}")
+    if report.empty_boxes:
+        print_note(f"boxes left out, as they have no area inside the image: {report.empty_boxes}")
     if report.cut_captions:
         print_note(f"{report.cut_captions} captions were longer than the text encoder takes: cut.")
 
@@ -196,16 +209,16 @@ def aligner(
     base = TINY if chosen == "tiny" else AlignerTraining()
     training = training_settings(base, locals(), "aligner")
 
-    import torch
     from accelerate import PartialState
 
     from hcma_fast.models.aligner import Aligner
+    from hcma_fast.seeds import seed_torch
     from hcma_fast.train.aligner.settings import architecture
     from hcma_fast.train.aligner.train import train_aligner
     from hcma_fast.train.loop.run_folder import check_provenance
 
     samples = _samples(header, sample_every, sample_data, sample_model)
-    torch.manual_seed(seed)
+    seed_torch(seed)
     if init is not None:
         check_provenance(init, header)
         model = Aligner.from_pretrained(init)

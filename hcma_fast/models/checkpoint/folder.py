@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.models.aligner import Aligner, AlignStep
 from hcma_fast.models.checkpoint.info import (
-    PARTS,
     CheckpointInfo,
-    check_safe,
-    first_line,
-    hash_weights,
+    check_parts,
     read_info,
-    resolve_folder,
 )
+from hcma_fast.models.checkpoint.located import Checkpoint, locate
+from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import TextEncoder
 from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
 from hcma_fast.specs import (
@@ -37,6 +31,7 @@ from hcma_fast.specs import (
     IOSpec,
     graph_specs,
 )
+from hcma_fast.torch_state import neutral_torch
 
 __all__ = [
     "Checkpoint",
@@ -45,8 +40,6 @@ __all__ = [
     "ModelSource",
     "VAEDecoder",
     "load_components",
-    "load_part",
-    "load_tokenizer",
     "locate",
 ]
 
@@ -193,46 +186,7 @@ class Components:
         )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where the files of a model lie; nothing is loaded yet."""
-
-    folder: Path
-    aligner_folder: Path
-
-    @cached_property
-    def weights_hash(self) -> str:
-        """sha256 of the files' contents, the same wherever the folder lies."""
-        return hash_weights(self.folder, self.aligner_folder)
-
-
-def locate(
-    name_or_path: str | Path, *, aligner: str | Path | None = None, offline: bool = False
-) -> Checkpoint:
-    """Find a model and refuse what is incomplete or unsafe, without loading it.
-
-    Args and errors: see :func:`load_components`.
-    """
-    folder = resolve_folder(name_or_path, offline=offline)
-    check_safe(folder)
-    missing = [part for part in PARTS if not (folder / part).is_dir()]
-    if missing:
-        raise WeightsError(
-            f"the checkpoint lacks {', '.join(missing)}",
-            value=str(folder),
-            remedy=f"Give a folder in diffusers' layout, with {', '.join(PARTS)} and aligner.",
-        )
-    aligner_folder = Path(aligner) if aligner is not None else folder / "aligner"
-    if not aligner_folder.is_dir():
-        raise WeightsError(
-            "the checkpoint has no aligner",
-            value=str(aligner_folder),
-            remedy="Pass the folder of one that was trained for this model as aligner=.",
-        )
-    check_safe(aligner_folder)
-    return Checkpoint(folder, aligner_folder)
-
-
+@neutral_torch()
 def load_components(
     name_or_path: str | Path | Checkpoint,
     *,
@@ -250,107 +204,67 @@ def load_components(
     Raises:
         WeightsError: missing, damaged, unsafe (pickles, remote code), or of parts that do not fit.
     """
-    checkpoint = (
-        name_or_path
-        if isinstance(name_or_path, Checkpoint)
-        else locate(name_or_path, aligner=aligner, offline=offline)
-    )
-    folder = checkpoint.folder
-    info = read_info(folder)
-    unet = load_part(UNet2DConditionModel, folder / "unet")
-    vae = load_part(AutoencoderKL, folder / "vae")
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    components = Components(
-        preset=info.preset if info else "sd14",
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        text_encoder=load_part(CLIPTextModel, folder / "text_encoder"),
-        unet=unet,
-        vae=vae,
-        aligner=Aligner.from_pretrained(checkpoint.aligner_folder),
-        settings=info.alignment if info else AlignmentSettings(),
-        image_size=info.image_size if info else int(unet.config.sample_size * factor),
-        weights_hash=checkpoint.weights_hash,
-        source=folder,
-    )
+    checkpoint = locate(name_or_path, aligner=aligner, offline=offline)
+    with checkpoint.opened() as (folder, aligner_folder):
+        check_parts(folder)
+        components = _load(checkpoint, folder, aligner_folder)
     _check_fit(components)
-    for module in (components.text_encoder, unet, vae, components.aligner):
+    for module in (
+        components.text_encoder,
+        components.unet,
+        components.vae,
+        components.aligner,
+    ):
         module.eval().requires_grad_(False)
     return components
 
 
-def load_tokenizer(folder: Path) -> CLIPTokenizer:
-    """CLIP's tokenizer from tokenizer.json, or vocab.json and merges.txt.
-
-    Raises:
-        WeightsError: neither is there, or they are damaged.
-    """
-    legacy = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
-    try:
-        if not legacy and not (folder / "tokenizer.json").is_file():
-            # transformers would return a tokenizer without a vocabulary
-            raise FileNotFoundError("no vocabulary in this folder")
-        return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises plain Exception
-        raise WeightsError(
-            f"cannot load the tokenizer: {first_line(error)}",
-            value=str(folder),
-            remedy="It needs tokenizer.json, or vocab.json and merges.txt.",
-        ) from error
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars and load reports of transformers: what matters becomes a WeightsError."""
-    verbosity, bars = (
-        transformers_logging.get_verbosity(),
-        transformers_logging.is_progress_bar_enabled(),
+def _load(checkpoint: Checkpoint, folder: Path, aligner_folder: Path) -> Components:
+    """The parts from ``folder``, as they are."""
+    info = read_info(folder)
+    unet = load_part(UNet2DConditionModel, folder / "unet")
+    vae = load_part(AutoencoderKL, folder / "vae")
+    text_encoder = load_part(CLIPTextModel, folder / "text_encoder")
+    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
+        _rename(model, str(checkpoint.folder / part))
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return Components(
+        preset=info.preset if info else "sd14",
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        text_encoder=text_encoder,
+        unet=unet,
+        vae=vae,
+        aligner=Aligner.from_pretrained(aligner_folder),
+        settings=info.alignment if info else AlignmentSettings(),
+        image_size=info.image_size if info else trained_size(unet, folder) * factor,
+        weights_hash=checkpoint.weights_hash,
+        source=checkpoint.folder,
     )
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
-def load_part(cls: Any, folder: Path) -> Any:
-    """One part in float32; refuses what the libraries only warn of, above all missing weights.
+def _rename(model: Any, name: str) -> None:
+    """Let the model's config say that it was loaded from ``name``: a saved config keeps it."""
+    if isinstance(model, CLIPTextModel):
+        model.config.name_or_path = name
+    else:
+        model.register_to_config(_name_or_path=name)
 
-    Args:
-        cls: its class in diffusers or transformers; folder: of this part.
+
+def trained_size(model: UNet2DConditionModel | AutoencoderKL, folder: Path) -> int:
+    """``sample_size`` of a part's config, where there is no hcma.json to say the image size.
 
     Raises:
-        WeightsError: it is missing, damaged, or lacks weights.
+        WeightsError: the config does not have it.
     """
-    names = {path.name for path in folder.glob("*.safetensors")}
-    half_only = bool(names) and all(".fp16." in name for name in names)
-    dtype_name = "dtype" if cls is CLIPTextModel else "torch_dtype"
-    try:
-        with quiet_transformers():
-            model, report = cls.from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-                variant="fp16" if half_only else None,
-                **{dtype_name: torch.float32},
-            )
-    except Exception as error:  # diffusers and transformers raise many kinds for a damaged file
+    size = model.config.sample_size
+    if size is None:
         raise WeightsError(
-            f"cannot load {folder.name}: {first_line(error)}",
+            "neither hcma.json nor the part's config says at which size it was trained",
             value=str(folder),
-            remedy="It is damaged or of another model: download or build the checkpoint again.",
-        ) from error
-    lost = sorted({*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])})
-    if lost:
-        raise WeightsError(
-            f"{folder.name} lacks {len(lost)} weights, or has them in another shape: {lost[0]}",
-            value=str(folder),
-            remedy="Config and weights are of different models: get the checkpoint again.",
+            remedy="Write sample_size into its config.json: 64 for the UNet of SD 1.x, 512 for "
+            "its VAE.",
         )
-    return model
+    return int(size)
 
 
 def _check_fit(parts: Components) -> None:
@@ -376,6 +290,7 @@ def _check_fit(parts: Components) -> None:
         ("the aligner's latent size", aligner.latent_size, latent_size),
         ("the image size's remainder", parts.image_size % parts.side_multiple, 0),
         ("the tokenizer's vocabulary", max(len(parts.tokenizer), text.vocab_size), text.vocab_size),
+        ("the text encoder's end token", text.eos_token_id, _end_token(parts)),
     ):
         if value != expected:
             raise WeightsError(
@@ -383,3 +298,13 @@ def _check_fit(parts: Components) -> None:
                 value=value,
                 remedy="Take all parts, the aligner included, from one model.",
             )
+
+
+def _end_token(parts: Components) -> int:
+    """The id at which the text encoder should pool: that of the tokenizer's end token.
+
+    An encoder that says 2 pools at the highest id of a text, as all of SD 1.x do.
+    """
+    end = int(parts.tokenizer.eos_token_id)
+    legacy = parts.text_encoder.config.eos_token_id == 2 and end == len(parts.tokenizer) - 1
+    return 2 if legacy else end

@@ -5,13 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import WeightsError
+from hcma_fast.models.checkpoint.configs import (
+    OTHER_CONFIGS,
+    PART_KINDS,
+    TOKENIZER_CLASSES,
+    PartName,
+    check_class,
+    check_keys,
+    read_config,
+    refused_code,
+)
+from hcma_fast.models.checkpoint.json_files import (
+    VOCABULARY_BYTES,
+    files_in,
+    open_file,
+    read_json,
+    read_object,
+    shorten,
+    tell_once,
+)
+from hcma_fast.models.checkpoint.scheduler import SCHEDULER_FILE, check_scheduler
+from hcma_fast.opened import OpenedFile
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae")
 """Sub-folders of diffusers' layout that we read; others (safety_checker) are never opened."""
@@ -19,7 +42,23 @@ PARTS = ("tokenizer", "text_encoder", "unet", "vae")
 INFO_FILE = "hcma.json"
 READ_SUFFIXES = (".json", ".txt", ".safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
-_LIBRARIES = {"diffusers", "transformers", None}
+INDEX_FILE = "model_index.json"
+_CLASSES: dict[str, tuple[str, ...]] = {
+    **{str(part): kind.classes for part, kind in PART_KINDS.items()},
+    "tokenizer": TOKENIZER_CLASSES,
+}
+_KNOWN_ENTRIES = {
+    *(*PARTS, "aligner", "scheduler", INDEX_FILE, INFO_FILE),
+    # parts of diffusers' pipelines that nearly every folder has
+    *("safety_checker", "feature_extractor"),
+}
+_DOCUMENTS = re.compile(r".*\.(md|txt|png|jpe?g)|LICENSE|NOTICE")
+_PART_FILES = {
+    *("config.json", "vocab.json", "merges.txt", "added_tokens.json"),
+    *OTHER_CONFIGS,
+}
+_WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)[.-].*(safetensors|json)")
+_SHOWN_UNUSED = 5
 
 
 class CheckpointInfo(BaseModel):
@@ -29,7 +68,7 @@ class CheckpointInfo(BaseModel):
 
     format: Literal[1] = 1
     preset: str = "sd14"
-    image_size: int = Field(512, gt=0, description="side of the square images, in pixels")
+    image_size: int = Field(512, gt=0, le=2**16, description="side of the square images, in pixels")
     alignment: AlignmentSettings = AlignmentSettings()
 
 
@@ -42,9 +81,13 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     name = str(name_or_path)
     if name in PRESETS:
         return PRESETS[name]
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return path
+    try:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return path
+        known = path.exists()
+    except (OSError, RuntimeError, ValueError):  # too long for a path, or of no known user
+        known = False
     if name == "sd14":
         raise WeightsError(
             "the weights of sd14 do not come with the package",
@@ -52,7 +95,7 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
             remedy="Give a folder in diffusers' layout, or a hub id such as "
             "masterful/gligen-1-4-generation-text-box; to build only, add --random-weights.",
         )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or path.exists():
+    if known or not is_hub_id(name):
         raise WeightsError(
             "no such preset or folder",
             value=name,
@@ -63,7 +106,9 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     wanted = [f"{part}/*{suffix}" for part in (*PARTS, "aligner") for suffix in READ_SUFFIXES]
     try:
         found = snapshot_download(
-            name, local_files_only=offline, allow_patterns=["model_index.json", INFO_FILE, *wanted]
+            name,
+            local_files_only=offline,
+            allow_patterns=[INDEX_FILE, INFO_FILE, SCHEDULER_FILE, *wanted],
         )
     except Exception as error:  # huggingface_hub raises many kinds, its HTTP client's among them
         raise WeightsError(
@@ -75,62 +120,146 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     return Path(found)
 
 
+def is_hub_id(name: str) -> bool:
+    """Does ``name`` read owner/name, if no folder is called so?"""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+
+
 def check_safe(folder: Path) -> None:
-    """Refuse what would run code: pickled weights without safetensors beside them, and remote code.
+    """Refuse a model folder that would run code, or that was trained for another noise schedule.
+
+    What lies in it and is not used is told once.
+
+    Raises:
+        WeightsError: names the file, and the key or class.
+    """
+    parts = [folder / part for part in PARTS if (folder / part).is_dir()]
+    complete = len(parts) == len(PARTS)
+    for place in parts if complete else [folder, *parts]:
+        _check_files(place)
+    _check_index(folder / INDEX_FILE)
+    check_scheduler(folder)
+    if complete:
+        _tell_unused(folder)
+
+
+def check_parts(folder: Path) -> None:
+    """Refuse parts that would run code; :func:`check_safe` looks at the rest of the folder too.
+
+    Raises:
+        WeightsError: names the file, and the key or class.
+    """
+    for part in PARTS:
+        _check_files(folder / part)
+
+
+def check_aligner(folder: Path) -> None:
+    """Refuse an aligner's folder that would run code.
 
     Raises:
         WeightsError: names the file.
     """
-    parts = [folder / part for part in PARTS if (folder / part).is_dir()]
-    # a .ckpt beside complete parts is never opened; alone, it is what the user meant
-    places = parts if len(parts) == len(PARTS) else [folder, *parts]
-    for path in sorted(path for place in places for path in place.iterdir()):
-        if path.suffix in _PICKLE_SUFFIXES and not any(path.parent.glob("*.safetensors")):
+    _check_files(folder)
+
+
+def _check_files(folder: Path) -> None:
+    """Pickles without safetensors beside them, and the JSON files and weights that are no such."""
+    files = files_in(folder)
+    tensors = any(path.suffix == ".safetensors" for path in files)
+    for path in files:
+        if path.suffix in _PICKLE_SUFFIXES and not tensors:
             raise WeightsError(
                 "this checkpoint holds weights in a format that can run code when it is read",
                 value=str(path),
                 remedy="Convert them to safetensors: load in diffusers where you trust the file, "
                 "then save_pretrained(folder).",
             )
-        if path.suffix == ".json" and "auto_map" in _json_object(path):
-            _refuse_code(path)
-    index = folder / "model_index.json"
-    for part, value in _json_object(index).items() if index.is_file() else ():
-        if part in PARTS and isinstance(value, list) and {*value[:1]} - _LIBRARIES:
-            _refuse_code(index)
+        if path.suffix == ".json" and folder.name in PARTS:
+            known = path.name in OTHER_CONFIGS
+            data = read_json(path, VOCABULARY_BYTES)
+            if known and isinstance(data, dict):
+                check_keys(path, data, OTHER_CONFIGS[path.name])
+        elif path.suffix in READ_SUFFIXES:
+            open_file(path).close()
+    if folder.name in get_args(PartName) and (folder / "config.json").exists():
+        read_config(cast(PartName, folder.name), folder / "config.json")
 
 
-def _refuse_code(path: Path) -> None:
-    raise WeightsError(
-        "this checkpoint asks to run code of its own",
-        value=str(path),
-        remedy="Use a checkpoint of the libraries' own classes; remote code is never run.",
-    )
+def _check_index(path: Path) -> None:
+    """model_index.json names the class of each part; a class of another library is code."""
+    if not path.exists() and not path.is_symlink():
+        return
+    for key, value in read_object(path).items():
+        if key not in _CLASSES:
+            # a part that is not loaded, or a value that describes the pipeline
+            if key.startswith("_") or isinstance(value, list | bool | None):
+                continue
+            raise refused_code(path, f"the key {shorten(key)!r}")
+        library, name = value if isinstance(value, list) and len(value) == 2 else ("?", value)
+        if library not in ("diffusers", "transformers", None):
+            raise refused_code(path, f"the library {shorten(library)} of {key}")
+        check_class(path, key, name, _CLASSES[key])
 
 
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise WeightsError(
-            f"this file of the checkpoint is not JSON ({error})",
-            value=str(path),
-            remedy="It is damaged: download or build the checkpoint again.",
-        ) from error
-    return data if isinstance(data, dict) else {}
+def _tell_unused(folder: Path) -> None:
+    """Say what a user may take for a part of the model: a LoRA file, weights of another format."""
+    extra = [
+        path.name
+        for path in files_in(folder)
+        if path.name not in _KNOWN_ENTRIES and not _DOCUMENTS.fullmatch(path.name)
+    ]
+    for part in PARTS:
+        extra += [
+            f"{part}/{path.name}"
+            for path in files_in(folder / part)
+            if path.name not in _PART_FILES
+            and path.suffix not in _PICKLE_SUFFIXES
+            and not _DOCUMENTS.fullmatch(path.name)
+            and not _WEIGHTS.fullmatch(path.name)
+        ]
+    if extra:
+        shown = ", ".join(extra[:_SHOWN_UNUSED]) + (", ..." if len(extra) > _SHOWN_UNUSED else "")
+        tell_once(f"note: not used of the model {folder}: {shown}")
+
+
+def open_weights(folder: Path, aligner_folder: Path) -> dict[str, OpenedFile]:
+    """Every file that loading may read, wherever it lies, opened: by part and name.
+
+    Raises:
+        WeightsError: one cannot be read.
+    """
+    files = {f"{part}/{path.name}": path for part in PARTS for path in files_in(folder / part)}
+    files |= {f"aligner/{path.name}": path for path in files_in(aligner_folder)}
+    files[INFO_FILE] = folder / INFO_FILE
+    opened = {}
+    for name, path in sorted(files.items()):
+        if path.suffix in READ_SUFFIXES and path.is_file():
+            try:
+                opened[name] = OpenedFile(path)
+            except OSError as error:
+                raise WeightsError(
+                    f"this file of the checkpoint cannot be read ({error.strerror})",
+                    value=str(path),
+                    remedy="Check its permissions, or get the checkpoint again.",
+                ) from error
+    return opened
+
+
+def hash_opened(files: Mapping[str, OpenedFile]) -> str:
+    """sha256 over names and contents of what :func:`open_weights` opened."""
+    digest = hashlib.sha256()
+    for name, file in sorted(files.items()):
+        digest.update(name.encode() + b"\0" + bytes.fromhex(file.sha256))
+    return digest.hexdigest()
 
 
 def hash_weights(folder: Path, aligner_folder: Path) -> str:
-    """sha256 over names and contents of every file that loading may read, wherever it lies."""
-    files = {f"{part}/{path.name}": path for part in PARTS for path in (folder / part).iterdir()}
-    files |= {f"aligner/{path.name}": path for path in aligner_folder.iterdir()}
-    files[INFO_FILE] = folder / INFO_FILE
-    digest = hashlib.sha256()
-    for name, path in sorted(files.items()):
-        if path.suffix in READ_SUFFIXES and path.is_file():
-            with path.open("rb") as file:
-                digest.update(name.encode() + b"\0" + hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    """sha256 over names and contents of every file that loading may read, wherever it lies.
+
+    Raises:
+        WeightsError: one cannot be read.
+    """
+    return hash_opened(open_weights(folder, aligner_folder))
 
 
 def read_info(folder: Path) -> CheckpointInfo | None:
@@ -140,11 +269,11 @@ def read_info(folder: Path) -> CheckpointInfo | None:
         WeightsError: it is there, but not valid.
     """
     path = folder / INFO_FILE
-    if not path.exists():
+    if not path.exists() and not path.is_symlink():
         return None
     try:
-        return CheckpointInfo.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        return CheckpointInfo.model_validate(read_object(path))
+    except ValidationError as error:
         raise WeightsError(
             f"hcma.json is not valid: {first_line(error)}",
             value=str(path),

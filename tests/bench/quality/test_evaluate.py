@@ -14,7 +14,7 @@ from hcma_fast.bench.quality.evaluate import QualityReport, evaluate, measure
 from hcma_fast.bench.quality.metrics.judge.model import Judge
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.pipeline import HCMAOutput
+from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, render_scene, sample_scene
 
 FEW: dict[str, Any] = {"count": 4, "batch_size": 2, "num_inference_steps": 2}

@@ -198,6 +198,12 @@ def test_another_run_does_not_overwrite_without_force(
         open_run(tmp_path, other, force=False)
     before = image_files(tmp_path, METHODS[0], items[0])[0].read_bytes()
     open_run(tmp_path, other, force=True)
+    for content in ("{}", "[]", "", '{"name": "another program"}'):
+        (tmp_path / "run.json").write_text(content)
+        for force in (False, True):
+            with pytest.raises(InputError, match="not one of hcma-fast eval"):
+                open_run(tmp_path, other, force=force)
+        assert (tmp_path / "run.json").read_text() == content
     assert generate(runner, METHODS[:1], items, other, tmp_path, batch_size=8) == COUNT
     assert image_files(tmp_path, METHODS[0], items[0])[0].read_bytes() != before
 
@@ -348,7 +354,7 @@ def test_manifest_is_read(tmp_path: Path) -> None:
         item.real_image(32, 32, resize=False)
     assert item.real_image(32, 32, resize=True).size == (32, 32)
     (tmp_path / "dog.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="cannot read the real image of a"):
         item.real_image(64, 64, resize=False)
 
 
@@ -402,3 +408,32 @@ def test_coco_protocol_reads_the_files_as_they_are(tmp_path: Path) -> None:
     assert item.real_image(512, 512, resize=True).size == (512, 512)
     with pytest.raises(InputError, match="fewer"):
         coco_items(tmp_path, 2)
+
+
+def test_metrics_that_need_more_layouts_are_left_out(items: list[EvalItem]) -> None:
+    every = judge_instruments("judge", "fid", "kid", "precision-recall")
+    for count, lost in ((1, ("fid", "kid", "precision-recall")), (3, ("fid", "precision-recall"))):
+        some = items[:count]
+        kept = every.without_too_few(some)
+        assert set(kept.metrics) == {"judge", "fid", "kid", "precision-recall"} - set(lost)
+        kept.check(some)
+        told = kept.too_few(some)
+        assert set(lost) <= set(told) and "it needs 257 images" in told["fid"]
+    bare = [item.model_copy(update={"layout": Layout.empty()}) for item in items]
+    assert "0" in every.too_few(bare)["kid of boxes"]
+    with pytest.raises(InputError, match="no metric that was asked for"):
+        judge_instruments("fid").without_too_few(items)
+
+
+def test_names_of_real_images_stay_in_the_manifests_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    manifest, picture = tmp_path / "run" / "m.jsonl", tmp_path / "real.png"
+    Image.new("RGB", (4, 4)).save(picture)
+    for name in ("../real.png", str(picture)):
+        manifest.write_text(json.dumps({"id": "x", "prompt": "a", "image": name}))
+        with pytest.raises(InputError, match="line 1: an image's file name is absolute or leaves"):
+            read_items(manifest)
+        assert read_items(manifest, image_root=tmp_path)[0].image == picture
+    manifest.write_text("\ufeff" + json.dumps({"id": "x", "prompt": "a", "image": "x" * 5000}))
+    with pytest.raises(InputError, match="real images are missing"):
+        read_items(manifest)

@@ -29,7 +29,8 @@ from hcma_fast.bench.quality.methods.targets import Target, find_targets
 from hcma_fast.config import PRESETS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.layout import Layout
-from hcma_fast.models.checkpoint.folder import Components, load_tokenizer
+from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.unet import attention_blocks
 
 TARGETS = (Target((2,), ((0.0, 0.0, 0.5, 0.5),)), Target((4, 5), ((0.5, 0.5, 1.0, 1.0),)))
@@ -119,6 +120,55 @@ def test_refinement_stops_at_its_threshold_or_limit(random_components: Component
     assert passes(10, thresholds={0.2: 0.0}) == (1, 1)
     assert passes(9) == (1, 1)
     assert passes(25) == (0, 0)
+
+
+def published_step(
+    peer: AttendAndExcite | BoxDiff, z: Tensor, step: GuidanceStep, alpha: float, threshold: float
+) -> tuple[Tensor, int]:
+    """One step of the authors' repositories, in their order of operations: the latent, and how
+    often it moved."""
+    worst = peer.energy if isinstance(peer, AttendAndExcite) else peer.worst_inner
+    leaf, maps = step.forward(z)
+    value, moves, rest = float(worst(maps)), 0, None
+    if value > 1 - threshold:
+        if isinstance(peer, BoxDiff):
+            rest = peer.outside(maps).detach()
+        while value > max(0, 1 - threshold):
+            moves += 1
+            leaf, maps = step.forward(z)
+            loss = worst(maps)
+            value = float(loss)
+            z = z - alpha * step.gradient(loss, leaf)
+            if moves >= 20:
+                break
+        leaf, maps = step.forward(z)
+    loss = peer.energy(maps)
+    if rest is not None and isinstance(peer, BoxDiff):
+        loss = peer.inner(maps) + rest
+    return z - alpha * step.gradient(loss, leaf), moves
+
+
+def test_refinement_is_that_of_the_published_code(random_components: Components) -> None:
+    maps = AttentionUNet(random_components.unet)
+    states = context(random_components.unet, hidden())
+    step = GuidanceStep(0, 50, torch.tensor([981]), states, maps)
+    for kind in (AttendAndExcite, BoxDiff):
+        peer = kind(TARGETS, 2)
+        worst = peer.energy if isinstance(peer, AttendAndExcite) else peer.worst_inner
+        start = float(worst(step.forward(noise())[1]))
+        moved = []
+        for drop in (-0.01, 1e-4, 3e-4):
+            # reached at once, by some moves, and by many or never
+            threshold = 1 - (start - drop)
+            updates = RefinedUpdates(thresholds={0.0: threshold})
+            expected, moves = published_step(peer, noise(), step, 20.0, threshold)
+            maps.passes.backward = 0
+            found, _ = kind(TARGETS, 2, updates)(noise(), step)
+            assert torch.equal(found, expected), (kind, drop)
+            assert maps.passes.backward == moves + 1
+            moved.append(moves)
+        assert moved[0] == 0 and 2 <= moved[1] < 20, (kind, moved)
+        assert moved[1] <= moved[2] <= 20, (kind, moved)
 
 
 def test_layout_guidance_ends_for_good_once_it_is_there(random_components: Components) -> None:

@@ -26,7 +26,7 @@ from hcma_fast.bench.quality.tuning.search import search
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.runtime.pipeline import HCMAOutput
+from hcma_fast.runtime.output import HCMAOutput
 from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
 
 PLAN = Plan(

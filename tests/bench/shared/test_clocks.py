@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from hcma_fast.bench.shared.clocks import Clocks, query_gpu, read_clocks
-from hcma_fast.bench.shared.machine import Machine, describe_machine
+from hcma_fast.bench.shared.machine import Machine, commit_of_copy, describe_machine
 from hcma_fast.bench.speed.harness import workers
 from hcma_fast.bench.speed.harness.workers import Contestant
 
@@ -110,3 +111,22 @@ def test_clocks_are_read_right_after_the_run(monkeypatch: pytest.MonkeyPatch) ->
     run = workers._cuda_timed(contestant("cuda:1"))
     assert (run.seconds, run.device_peak_mib, run.clocks.cpu_mhz) == (0.007, 1, 5)
     assert events == ["record", "run", "record", "wait", "clocks GPU-ab-cd", "figures"]
+
+
+def test_the_commit_of_an_installed_copy_is_told(tmp_path: Path) -> None:
+    checkout, package = tmp_path / "checkout", tmp_path / "site-packages" / "hcma_fast"
+    for folder in (checkout / "hcma_fast", checkout / "bench", package / "bench"):
+        folder.mkdir(parents=True)
+    for name in ("hcma_fast/__init__.py", "bench/code.py"):
+        (checkout / name).write_text(f'"""{name}"""\n')
+    (package / "__init__.py").write_text('"""hcma_fast/__init__.py"""\n')
+    (package / "bench" / "code.py").write_text('"""bench/code.py"""\n')
+    assert commit_of_copy(package, checkout) is None
+    assert commit_of_copy(package, tmp_path / "gone") is None
+    who = ("-c", "user.name=a", "-c", "user.email=a@b")
+    for words in (("init", "-q"), ("add", "-A"), (*who, "commit", "-q", "-m", "first")):
+        subprocess.run(["git", *words], cwd=checkout, check=True)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=checkout, text=True)
+    assert commit_of_copy(package, checkout) == head[:12]
+    (package / "bench" / "code.py").write_text("edited = True\n")
+    assert commit_of_copy(package, checkout) == f"{head[:12]}+changes"

@@ -50,7 +50,7 @@ def test_contestants_take_turns_there_and_back_after_one_warm_up() -> None:
     said: list[str] = []
     rows = rows_of({name: recording(name, GOOD, calls) for name in "ABC"}, 2, said=said)
     assert calls == list("ABCCBAABC")
-    assert said[0] == "A, warm-up" and said[-1] == "C, round 2 of 2"
+    assert said[0] == "A, warm-up" and said[-1] == "C, round 2 of 2, about 0 s left of this group"
     assert [row.name for row in rows] == list("ABC")
     for row in rows:
         assert len(row.seconds) == 2 and not row.void and row.load_s == 2

@@ -67,6 +67,10 @@ class StandIn:
     def get_tensor_name(self, index: int) -> str:
         return list(self.shapes)[index]
 
+    def get_tensor_mode(self, name: str) -> Any:
+        modes = trt_module("tensorrt-rtx").TensorIOMode
+        return modes.OUTPUT if name in SPEC.output_names else modes.INPUT
+
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.batch or -1 if size == -1 else size for size in self.shapes[name])
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,13 @@ from hcma_fast import HCMAPipeline
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
 from hcma_fast.export import cache
 from hcma_fast.export.backends.aoti import build as aoti
-from hcma_fast.export.backends.aoti.build import TARGET_KEY, compile_aoti, target
+from hcma_fast.export.backends.aoti.build import SIGNATURE_KEY, TARGET_KEY, compile_aoti, target
 from hcma_fast.export.backends.aoti.engine import CompiledEngine
 from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.target import Target
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.models.checkpoint.folder import Components, load_components
+from hcma_fast.opened import OpenedFile
 from hcma_fast.specs import GRAPH_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 SPEC = IOSpec(
@@ -157,6 +160,23 @@ def test_inputs_that_native_code_would_misread_are_refused(
         engine({**draw(2), **change})
 
 
+def test_an_opened_file_is_loaded_whatever_lies_under_its_name(
+    tmp_path: Path, file: Path, engine: CompiledEngine
+) -> None:
+    inputs = draw(2)
+    expected = engine(inputs)
+    path = Path(shutil.copy(file, tmp_path / "x.pt2"))
+    opened = [OpenedFile(path) for _ in range(2)]
+    (tmp_path / "other").write_bytes(b"other")
+    (tmp_path / "other").replace(path)
+    engines = [CompiledEngine(opened[0], SPEC)]
+    path.unlink()
+    engines.append(CompiledEngine(opened[1], SPEC))
+    for loaded in engines:
+        found = loaded(inputs)
+        assert all(torch.equal(found[name], expected[name]) for name in SPEC.output_names)
+
+
 def test_a_file_that_is_no_engine(tmp_path: Path, file: Path) -> None:
     path = tmp_path / "x.pt2"
     with pytest.raises(EngineError, match=r"x\.pt2"):
@@ -166,10 +186,44 @@ def test_a_file_that_is_no_engine(tmp_path: Path, file: Path) -> None:
         CompiledEngine(path, SPEC)
     # right metadata, and nothing to run
     with zipfile.ZipFile(path, "w") as archive:
-        metadata = {TARGET_KEY: target(), "AOTI_DEVICE_KEY": "cpu"}
-        archive.writestr("x/data/aotinductor/model/wrapper_metadata.json", json.dumps(metadata))
+        archive.writestr(*_metadata("cpu"))
     with pytest.raises(EngineError, match=r"x\.pt2"):
         CompiledEngine(path, SPEC)
+
+
+def _metadata(device: str) -> tuple[str, str]:
+    """Name and content of the archive's entry for a graph of ``SPEC``."""
+    tensors = [
+        {t.name: [[-1 if n == "batch" else n for n in t.shape], t.dtype] for t in way}
+        for way in (SPEC.inputs, SPEC.outputs)
+    ]
+    entries = {
+        TARGET_KEY: target(device),
+        SIGNATURE_KEY: json.dumps(tensors),
+        "AOTI_DEVICE_KEY": device,
+    }
+    return "x/data/aotinductor/model/wrapper_metadata.json", json.dumps(entries)
+
+
+def test_an_edited_signature_is_refused_before_code_is_loaded(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code takes its tensors by position: a name that is changed would go unnoticed."""
+    monkeypatch.setattr(
+        torch._inductor, "aoti_load_package", lambda *_, **__: pytest.fail("loaded")
+    )
+    first = SPEC.inputs[0]
+    for inputs, word in (
+        ((replace(first, name="zz"), *SPEC.inputs[1:]), "zz"),
+        ((replace(first, shape=("batch", *first.shape[1:-1], 1)), *SPEC.inputs[1:]), first.name),
+        ((replace(first, dtype="float16"), *SPEC.inputs[1:]), "float16"),
+        (SPEC.inputs[1:], first.name),
+        (SPEC.inputs[::-1], "order"),
+    ):
+        with pytest.raises(EngineError, match=word):
+            CompiledEngine(file, replace(SPEC, inputs=inputs))
+    with pytest.raises(EngineError, match=first.name):
+        CompiledEngine(file, replace(SPEC, outputs=(*SPEC.outputs, first)))
 
 
 def test_code_of_another_machine_is_not_loaded(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -211,8 +265,7 @@ def on_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Model
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch._inductor, "aoti_load_package", model.open)
     with zipfile.ZipFile(path, "w") as archive:
-        metadata = {TARGET_KEY: target("cuda"), "AOTI_DEVICE_KEY": "cuda"}
-        archive.writestr("x/data/aotinductor/model/wrapper_metadata.json", json.dumps(metadata))
+        archive.writestr(*_metadata("cuda"))
     return path, model
 
 

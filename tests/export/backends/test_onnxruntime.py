@@ -11,7 +11,7 @@ import torch
 from hcma_fast.errors import DeviceMemoryError, UsageError
 from hcma_fast.export.backends.onnxruntime import engine as ort
 from hcma_fast.export.backends.onnxruntime.engine import OrtEngine, splits
-from hcma_fast.export.manifest import load_manifest
+from hcma_fast.export.manifest import VerifiedFolder, load_manifest
 from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.open import open_engines
 from hcma_fast.models.checkpoint.folder import Components
@@ -104,12 +104,13 @@ def test_tensorrt_says_how_to_choose_another_card(
     opened: list[str] = []
     monkeypatch.setattr(
         "hcma_fast.export.open.open_engine",
-        lambda folder, found, name, device: opened.append(name),
+        lambda folder, name, device: opened.append(name),
     )
-    open_engines(random_engine, manifest, "cuda:0")
+    folder = VerifiedFolder(random_engine, manifest, {})
+    open_engines(folder, "cuda:0")
     assert len(opened) == 6
     with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES=1"):
-        open_engines(random_engine, manifest, "cuda:1")
+        open_engines(folder, "cuda:1")
     # not asked where it does not matter: without a GPU that would be an error of torch's own
     monkeypatch.delattr(torch.cuda, "current_device")
-    open_engines(random_engine, manifest, "cuda")
+    open_engines(folder, "cuda")

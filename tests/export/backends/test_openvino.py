@@ -24,6 +24,7 @@ from hcma_fast.export.backends.openvino import model as openvino_model
 from hcma_fast.export.backends.openvino.engine import OpenVINOEngine, openvino_version
 from hcma_fast.export.backends.openvino.model import open_model
 from hcma_fast.export.onnx.export import export_onnx
+from hcma_fast.export.onnx.file import OnnxFile
 from hcma_fast.export.onnx.trace import random_inputs
 from hcma_fast.export.validate import TOLERANCES, measure
 from hcma_fast.export.weights_file import WeightsFile
@@ -142,7 +143,9 @@ def test_sinusoids_of_timesteps_are_looked_up(tmp_path: Path, factors: tuple[str
         model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
     )
     timestep = torch.tensor([0, 1, 796, 999])
-    found = openvino_model.runner(compiled, spec)({"timestep": timestep})
+    found = openvino_model.runner(compiled, spec, OnnxFile.open(tmp_path / "x.onnx"))(
+        {"timestep": timestep}
+    )
     angles = timestep[:, None].float() * torch.tensor([1, 0.7, 0.1, 1e-4])
     torch.testing.assert_close(found["image"], angles.cos(), rtol=0, atol=1e-6)
     torch.testing.assert_close(found["other"], angles.sin(), rtol=0, atol=1e-6)
@@ -206,14 +209,15 @@ def test_a_file_that_is_no_graph(tmp_path: Path, content: bytes | None) -> None:
     if content is not None:
         (tmp_path / "x.onnx").write_bytes(content)
     with pytest.raises(EngineError, match=r"x\.onnx"):
-        open_model(tmp_path / "x.onnx")
+        open_model(OnnxFile.open(tmp_path / "x.onnx"))
 
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert openvino_version().startswith("20")
+    (tmp_path / "x.onnx").write_bytes(b"")  # an empty graph
     monkeypatch.setitem(sys.modules, "openvino", None)
     with pytest.raises(BackendError, match=r'pip install "hcma-fast\[cpu\]"'):
-        open_model(tmp_path / "x.onnx")
+        open_model(OnnxFile.open(tmp_path / "x.onnx"))
     with pytest.raises(BackendError):
         openvino_version()
 
@@ -248,16 +252,18 @@ def test_bfloat16_is_refused_where_it_would_be_float32(
     lies = Lies(openvino_model._openvino(), claimed, actual)
     monkeypatch.setattr(openvino_model, "_openvino", lambda: lies)
     with pytest.raises(BackendError, match="bfloat16"):
-        open_model(random_engine / "text_encoder.onnx", precision="bfloat16")
+        open_model(OnnxFile.open(random_engine / "text_encoder.onnx"), precision="bfloat16")
 
 
 _SIGNAL = """
 import faulthandler, gc, os, signal, sys
 from pathlib import Path
 from hcma_fast.export.backends.openvino.model import open_model
+from hcma_fast.export.onnx.file import OnnxFile
 faulthandler.enable()
 signal.signal(signal.SIGUSR1, lambda *_: print("heard", flush=True))
-first, second = (open_model(Path(sys.argv[1])) for _ in range(2))
+source = OnnxFile.open(Path(sys.argv[1]))
+first, second = (open_model(source) for _ in range(2))
 del first
 gc.collect()
 del second
@@ -311,7 +317,7 @@ def test_out_of_memory_is_typed_and_the_rest_is_not_hidden(
         engine({})
     monkeypatch.setattr(openvino_model, "_part_shared_weights", fail)
     with pytest.raises(DeviceMemoryError if "alloc" in message else EngineError):
-        open_model(random_engine / "grounding.onnx")
+        open_model(OnnxFile.open(random_engine / "grounding.onnx"))
 
 
 def test_weights_in_a_file_beside_the_graph(
@@ -329,5 +335,5 @@ def test_weights_in_a_file_beside_the_graph(
     vocabulary = len(random_components.tokenizer)
     assert measure(spec, module, engine, vocabulary=vocabulary) < TOLERANCES["float32"]
     (moved / "w.bin").unlink()
-    with pytest.raises(EngineError, match=r"g\.onnx"):
+    with pytest.raises(EngineError, match=r"w\.bin"):
         OpenVINOEngine(moved / "g.onnx", spec)

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, UsageError
 from hcma_fast.export.backends.trt.build import TRTReport, trt_module
+from hcma_fast.export.manifest import VerifiedFolder
 from hcma_fast.export.open import open_engine
+from hcma_fast.opened import OpenedFile
 from hcma_fast.sampling.capture import check_capturable
 
 from trt_graph import expected, make_inputs
@@ -137,12 +139,16 @@ def test_the_record_of_a_build_decides_what_may_be_captured(
         network_dtypes={},
         network_product_dtypes={},
     )
+    engine_file = tmp_path / "a.engine"
+    engine_file.write_bytes(b"engine")
     assert not report.user_allocation, "a record from before there was this entry"
     for found in (report, report.model_copy(update={"user_allocation": True})):
         record = SimpleNamespace(file="a.engine", sha256="0" * 64, spec=stand_in.spec, engine=found)
         target = SimpleNamespace(strip_weights=False)
         manifest = SimpleNamespace(graphs={"align": record}, backend="tensorrt-rtx", target=target)
-        engine = open_engine(tmp_path, manifest, "align", "cuda")  # type: ignore[arg-type]
+        files = {"a.engine": OpenedFile(engine_file)}
+        folder = VerifiedFolder(tmp_path, manifest, files)  # type: ignore[arg-type]
+        engine = open_engine(folder, "align", "cuda")
         if found.user_allocation:
             check_capturable("step", "cuda", "tensorrt-rtx", None, {"align": engine})
         else:

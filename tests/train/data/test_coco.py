@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from PIL import Image
 
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.data.coco import BadImage, CocoExample, open_image, read_split
+from hcma_fast.train.data.coco import CocoExample, open_image, read_captions, read_split
+from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.emoji_scenes import sample_scene, write_coco
+from hcma_fast.train.data.image_folder import ImageFolder
 
 Document = dict[str, Any]
 
@@ -75,10 +79,10 @@ Change = Callable[[Document, Document], object]
 
 
 def read_2014(
-    folder: Path, change: Change | None = None, skipped: list[BadImage] | None = None
+    folder: Path, change: Change | None = None, skipped: list[BadRecord] | None = None
 ) -> list[CocoExample]:
     instances, captions = coco_2014()
-    (folder / "train2014").mkdir()
+    (folder / "train2014").mkdir(exist_ok=True)
     for image in instances["images"]:
         (folder / "train2014" / image["file_name"]).touch()
     if change is not None:
@@ -151,27 +155,27 @@ WRONG: dict[str, tuple[str, str, Change]] = {
         lambda i, c: i["categories"].append({"id": 18, "name": "cat"}),
     ),
     "unknown category": (
-        "image 9: a malformed COCO annotation: KeyError 77",
+        "annotation 1768: category 77 cannot be used",
         "instances",
         lambda i, c: i["annotations"][0].update(category_id=77),
     ),
     "three numbers": (
-        r"annotations\.0\.bbox",
+        r"annotation 1768: bbox\.3 is missing",
         "instances",
         lambda i, c: i["annotations"][0].update(bbox=[1, 2, 3]),
     ),
     "not a number": (
-        "image 9: a malformed COCO annotation",
+        r"annotation 1768: bbox\.2: Input should be a finite number",
         "instances",
         lambda i, c: i["annotations"][0].update(bbox=[0, 0, float("nan"), 9]),
     ),
     "no size": (
-        r"images\.1\.width",
+        r"image 9: width: Input should be greater than 0",
         "instances",
         lambda i, c: i["images"][1].update(width=0),
     ),
     "a path as file name": (
-        r"images\.1\.file_name",
+        r"image 9: an image's file name is absolute or leaves",
         "instances",
         lambda i, c: i["images"][1].update(file_name="../secret.jpg"),
     ),
@@ -216,17 +220,178 @@ def test_missing_folder_of_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "kept"),
-    [("image without caption", 9), ("missing image file", 9), ("not a number", 57870)],
+    [
+        *(("image without caption", 9), ("missing image file", 9)),
+        *(("no size", 57870), ("a path as file name", 57870)),
+    ],
 )
 def test_bad_images_are_listed_where_that_is_asked_for(
     tmp_path: Path, name: str, kept: int
 ) -> None:
     problem, file, change = WRONG[name]
-    skipped: list[BadImage] = []
+    skipped: list[BadRecord] = []
     (example,) = read_2014(tmp_path, change, skipped)
     assert example.image_id == kept
     (bad,) = skipped
-    assert bad.image_id == 9 + 57870 - kept and file in bad.path and problem in bad.why
+    assert (bad.kind, bad.id) == ("image", 9 + 57870 - kept)
+    assert file in bad.path and re.search(problem, bad.why)
+
+
+BIG = 10**400
+BAD_BOXES: dict[str, tuple[dict[str, Any], str]] = {
+    "no bbox": ({"bbox": ...}, "bbox is missing"),
+    "null bbox": ({"bbox": None}, "bbox: .* tuple"),
+    "empty bbox": ({"bbox": []}, "bbox.0 is missing"),
+    "five numbers": ({"bbox": [1, 2, 3, 4, 5]}, "bbox: .* at most 4"),
+    "text in bbox": ({"bbox": [1, 2, "3", 4]}, "bbox.2: .* number"),
+    "infinite": ({"bbox": [1, 2, float("inf"), 4]}, "bbox.2: .* finite"),
+    "huge": ({"bbox": [1, 2, BIG, 4]}, "bbox"),
+    "negative width": ({"bbox": [34, 4, -30, 30]}, "the width or height of the box is negative"),
+    "null iscrowd": ({"iscrowd": None}, "iscrowd: .* integer"),
+    "null category": ({"category_id": None}, "category_id: .* integer"),
+    "huge image id": ({"image_id": BIG}, "image_id: .* less than"),
+}
+
+
+def test_a_bad_annotation_is_listed_and_its_image_stays(tmp_path: Path) -> None:
+    for number, (name, (update, problem)) in enumerate(BAD_BOXES.items()):
+
+        def change(
+            instances: Document, captions: Document, update: dict[str, Any] = update
+        ) -> None:
+            record = instances["annotations"][0]
+            extra = {**record, "id": 5, "bbox": [0, 0, 64, 48]}
+            instances["annotations"].append(extra)
+            for key, value in update.items():
+                record[key] = value
+                if value is ...:
+                    del record[key]
+
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        skipped: list[BadRecord] = []
+        table, dog = read_2014(folder, change, skipped)
+        assert (table.image_id, dog.image_id) == (57870, 9), name
+        # the other box of the same image
+        assert dog.layout == Layout(["dog"], [[0, 0, 0.1, 0.1]]), name
+        (bad,) = skipped
+        assert (bad.kind, bad.id) == ("annotation", 1768), name
+        assert bad.why.startswith("annotation 1768: ") and re.search(problem, bad.why), bad.why
+        assert len(bad.why) < 200, name
+        with pytest.raises(InputError, match="annotation 1768: ") as caught:
+            read_split(folder, "train2014")
+        assert "--skip-bad" in caught.value.remedy and caught.value.exit_code == 3
+
+
+def test_bad_captions_images_and_categories_are_listed(tmp_path: Path) -> None:
+    def change(instances: Document, captions: Document) -> None:
+        captions["annotations"][0]["caption"] = None
+        captions["annotations"] += [{"image_id": 57870}, 7, {"id": 8, "image_id": 9}]
+        bad = {"id": 11, "file_name": "x.jpg", "width": 64, "height": BIG}
+        instances["images"] += [bad, None, {"id": 12, "file_name": 3, "width": 1, "height": 1}]
+        # of an image that is left out, and of one whose id cannot be read
+        for number, image in ((60, 11), (61, 77)):
+            new = {"id": number, "image_id": image, "category_id": 18, "bbox": [0, 0, 9, 9]}
+            instances["annotations"].append(new)
+        instances["categories"] += [{"id": 19, "name": None}, {"id": 20, "name": " "}]
+        new = {"id": 62, "image_id": 9, "category_id": 19, "bbox": [0, 0, 9, 9]}
+        instances["annotations"].append(new)
+
+    skipped: list[BadRecord] = []
+    table, dog = read_2014(tmp_path, change, skipped)
+    assert (table.captions, dog.captions) == (("An empty table.",), ("One more dog.",))
+    assert dog.layout == Layout(["dog"], [[0.5, 0.25, 1.0, 0.75]])
+    found = [(record.kind, record.id) for record in skipped]
+    assert found == [
+        *(("image", 11), ("image", None), ("image", 12)),
+        *(("category", 19), ("category", 20), ("annotation", 61), ("annotation", 62)),
+        *(("caption", 787980), ("caption", None), ("caption", None), ("caption", 8)),
+    ]
+    with pytest.raises(InputError, match=r"image 11: height: .*; 10 more cannot be used"):
+        read_split(tmp_path, "train2014")
+    # the captions alone, as stage 2 reads them
+    with pytest.raises(InputError, match="caption 787980: caption: "):
+        read_captions(tmp_path, "train2014")
+    texts = read_captions(tmp_path, "train2014", skip_bad=True)
+    assert texts[9] == dog.captions and texts[57870] == table.captions
+
+
+def test_boxes_without_area_in_the_image_are_counted(tmp_path: Path) -> None:
+    def change(instances: Document, captions: Document) -> None:
+        for number, bbox in enumerate(([700, 0, 9, 9], [5, 5, 0, 9], [-20, -20, 10, 10])):
+            new = {"id": number, "image_id": 9, "category_id": 18, "bbox": bbox}
+            instances["annotations"].append(new)
+
+    _, dog = read_2014(tmp_path, change)
+    assert len(dog.layout) == 1 and dog.empty_boxes == 3
+
+
+def test_the_issues_huge_integer(tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name, document in (
+        ("instances", {"images": [{"id": 1, "file_name": "a.png", "width": 64, "height": BIG}]}),
+        ("captions", {}),
+    ):
+        path = tmp_path / "annotations" / f"{name}_s.json"
+        path.write_text(json.dumps({"categories": [], "annotations": [], **document}))
+    with pytest.raises(InputError, match="image 1: height: "):
+        read_split(tmp_path, "s")
+
+
+def test_file_names_with_folders_and_accents(tmp_path: Path) -> None:
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    names = ["cam0/a.jpg", "cam0\\b.jpg", f"{composed}/{decomposed}.jpg", f"{decomposed}.jpg"]
+    stored = ["cam0/a.jpg", "cam0/b.jpg", f"{decomposed}/{composed}.jpg", f"{composed}.jpg"]
+    for number, (name, file) in enumerate(zip(names, stored, strict=True)):
+        folder = tmp_path / str(number)
+        target = folder / "train2014" / file
+        target.parent.mkdir(parents=True)
+        target.touch()
+
+        def change(instances: Document, captions: Document, name: str = name) -> None:
+            instances["images"][1]["file_name"] = name
+
+        _, dog = read_2014(folder, change)
+        assert dog.path == target
+        assert dog.path.is_file()
+
+
+def test_names_that_leave_the_folder_need_a_root(tmp_path: Path) -> None:
+    outside = tmp_path / "elsewhere" / "dog.jpg"
+    outside.parent.mkdir()
+    outside.touch()
+    for number, name in enumerate((str(outside), "../../elsewhere/dog.jpg")):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+
+        def change(instances: Document, captions: Document, name: str = name) -> None:
+            instances["images"][1]["file_name"] = name
+
+        with pytest.raises(InputError, match="leaves the folder of images"):
+            read_2014(folder, change)
+        _, dog = read_split(folder, "train2014", image_root=tmp_path)
+        assert dog.path == outside
+        with pytest.raises(InputError, match="leaves the folder of --root"):
+            read_split(folder, "train2014", image_root=folder)
+    folder = ImageFolder(tmp_path / "elsewhere")
+    for name in ("", ".", "a\0b", "C:\\x.jpg", "._dog.jpg", "sub/._dog.jpg"):
+        with pytest.raises(InputError):
+            folder.find(name)
+    assert folder.find("dog.jpg") == outside and folder.find("dog.jpg/x") is None
+
+
+def test_a_byte_order_mark_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
+    read_2014(tmp_path)
+    for name in ("instances", "captions"):
+        path = tmp_path / "annotations" / f"{name}_train2014.json"
+        content = path.read_bytes()
+        path.write_bytes(codecs.BOM_UTF8 + content)
+        assert len(read_split(tmp_path, "train2014")) == 2
+        path.write_bytes(content.decode().encode("utf-16"))
+        with pytest.raises(InputError, match="UTF-16"):
+            read_split(tmp_path, "train2014")
+        path.write_bytes(content)
 
 
 @pytest.mark.parametrize("name", ["image id twice", "annotation of an unknown image", "no image"])

@@ -15,8 +15,10 @@ from PIL import Image
 from hcma_fast.errors import InputError, OutputError
 from hcma_fast.layout import Layout
 from hcma_fast.train.data.coco import open_image, read_split
+from hcma_fast.train.data.emoji_scenes import write_coco
 from hcma_fast.train.data.encode import CacheReport, make_cache
 from hcma_fast.train.data.encoders import Encoders
+from hcma_fast.train.data.image_files import ORIENTED, SCALED
 from hcma_fast.train.data.latent_cache import HEADER_FILE, LatentCache, shard_file
 from hcma_fast.train.data.views import crop_image, crop_layout, flip_layout, mentions_side, part_of
 
@@ -225,3 +227,29 @@ def test_a_full_disk_is_named(
         make(emoji_coco, encoders, tmp_path / "cache")
     assert caught.value.value == str(tmp_path / "cache" / HEADER_FILE)
     assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_images_that_are_turned_or_deep_are_counted_and_an_empty_cache_is_refused(
+    encoders: Encoders, tmp_path: Path
+) -> None:
+    data = tmp_path / "data"
+    write_coco(data, "train", 3, 24)
+    examples = read_split(data, "train")
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    with Image.open(examples[0].path) as file:
+        upright = file.convert("RGB")
+    upright.transpose(Image.Transpose.ROTATE_180).save(examples[0].path, exif=exif)
+    Image.fromarray(np.full((24, 24), 32768, np.uint16)).save(examples[1].path)
+    assert np.array_equal(np.asarray(open_image(examples[0])), np.asarray(upright))
+    report = make(data, encoders, tmp_path / "cache")
+    assert report.changes == {ORIENTED: 1, SCALED: 1} and report.images == 3
+    # told again when the cache is there already
+    assert make(data, encoders, tmp_path / "cache").changes == report.changes
+    for example in examples:
+        example.path.write_bytes(b"no image")
+    with pytest.raises(InputError, match="no image of this split can be used") as caught:
+        make(data, encoders, tmp_path / "empty", skip_bad=True)
+    assert caught.value.exit_code == 3
+    with pytest.raises(InputError, match="the cache has no image"):
+        LatentCache(tmp_path / "empty")

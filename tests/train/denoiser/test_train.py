@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from hcma_fast import HCMAPipeline, Layout
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError, WeightsError
-from hcma_fast.models.checkpoint.folder import load_part
 from hcma_fast.models.checkpoint.info import CheckpointInfo, read_info, write_info
+from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.train.data.latent_cache import LatentCache
 from hcma_fast.train.denoiser.settings import DenoiserTraining
 from hcma_fast.train.denoiser.train import train_denoiser

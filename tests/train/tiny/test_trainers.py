@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 
 from hcma_fast.cli.app import main
 from hcma_fast.models.aligner import Aligner
-from hcma_fast.models.checkpoint.folder import load_components, load_part
+from hcma_fast.models.checkpoint.folder import load_components
+from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.program import run_program
 from hcma_fast.train.aligner.settings import architecture
 from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
