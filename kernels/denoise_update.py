@@ -9,6 +9,7 @@ CUDA tensors the kernel. The exported step graph computes the reference, too.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,35 @@ NEUTRAL = tuple(float(column in _ONE) for column in range(PLAN_COLUMNS))
 """For each column the value with which it can be left out of the update."""
 EVERY = (True,) * PLAN_COLUMNS
 
+Factor = Any
+"""A number for all images, or a tensor with one for each; None is 1"""
+Terms = tuple[tuple[int, Factor], ...]
+"""Operands and their factors"""
+
+_Z, _STORED, _MOVE, _NOISE, _PREDICTION, _PAST = range(6)
+_PARTS: dict[str, tuple[tuple[int, int], ...]] = {
+    "prediction": ((_PREDICTION, Column.PREDICTION_EPS), (_Z, Column.PREDICTION_Z)),
+    "combined": (
+        (_PREDICTION, Column.NEXT_0),
+        *((_PAST + back, Column.NEXT_1 + back) for back in range(HISTORY)),
+    ),
+    "moved": (
+        (_Z, Column.NEXT_Z),
+        (_STORED, Column.NEXT_STORED),
+        (_MOVE, Column.NEXT_MOVE),
+        (_NOISE, Column.NEXT_NOISE),
+    ),
+    "held": (
+        (_Z, Column.STORED_Z),
+        (_STORED, Column.STORED_STORED),
+        (_MOVE, Column.STORED_MOVE),
+        (_NOISE, Column.STORED_NOISE),
+        (_PREDICTION, Column.STORED_0),
+        *((_PAST + back, Column.STORED_1 + back) for back in range(HISTORY)),
+    ),
+}
+"""Which column is whose factor; the first of each part is the only one with the neutral value 1."""
+
 _BLOCK = 1024
 
 
@@ -48,70 +78,135 @@ def columns_of(rows: Tensor, dim: int) -> tuple[Tensor, ...]:
     return tuple(column.view(shape) for column in rows.unbind(1))
 
 
+class Update(NamedTuple):
+    """One evaluation's update: of each sum of ``specs.Column`` the terms that have an effect."""
+
+    guidance: Factor
+    prediction: Terms
+    combined: Terms
+    moved: Terms
+    scale: Factor
+    held: Terms
+    """without any the stored latent stays as it is"""
+    pushes: Factor
+    active: Factor
+    shared: bool
+    """all factors are numbers"""
+
+
+def update_of(
+    columns: Sequence[float] | Sequence[Tensor],
+    used: Sequence[bool] = EVERY,
+    *,
+    holds: bool = True,
+) -> Update:
+    """The update by the columns of a row.
+
+    Args:
+        columns: numbers, for all images, or tensors of :func:`columns_of`.
+        used: for each whether it differs from ``NEUTRAL`` somewhere. The others are left out, which
+            changes no result.
+        holds: whether a later evaluation reads the stored latent.
+    """
+    shared = not isinstance(columns[0], Tensor)
+    if shared:
+        used = [column != neutral for column, neutral in zip(columns, NEUTRAL, strict=True)]
+    factors: list[Factor] = [
+        column if needed else (None if neutral else 0.0)
+        for column, needed, neutral in zip(columns, used, NEUTRAL, strict=True)
+    ]
+    sums = {}
+    for name, part in _PARTS.items():
+        terms = tuple((operand, factors[column]) for operand, column in part)
+        # a number 0 has no effect; a sum keeps its first term
+        effective = tuple(term for term in terms if isinstance(term[1], Tensor) or term[1] != 0)
+        sums[name] = effective or terms[:1]
+    if not holds:
+        sums["held"] = ()
+    return Update(
+        **sums,
+        guidance=columns[Column.GUIDANCE],
+        scale=columns[Column.NEXT_SCALE],
+        pushes=factors[Column.PUSHES],
+        active=factors[Column.ACTIVE],
+        shared=shared,
+    )
+
+
+def _sum(terms: Terms, operands: Sequence[Tensor | None], shared: bool) -> Tensor:
+    total: Tensor | None = None
+    for operand, factor in terms:
+        value = operands[operand]
+        if value is None:
+            continue
+        if total is None:
+            total = value if factor is None else factor * value
+        elif shared:
+            total = torch.add(total, value, alpha=factor)
+        else:
+            total = torch.addcmul(total, factor, value)
+    if total is None:
+        # the sum of nothing but an input that was left out
+        z = operands[_Z]
+        assert z is not None
+        total = torch.zeros_like(z)
+    return total
+
+
 def denoise_update_rows(
     z: Tensor,
     stored: Tensor,
-    history: Tensor,
+    history: Sequence[Tensor],
     eps_uncond: Tensor | None,
     eps_cond: Tensor,
     move: Tensor | None,
     noise: Tensor | None,
-    columns: Sequence[Tensor],
-    used: Sequence[bool] = EVERY,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The update by the columns of each image's row; ``specs.Column`` has the formula.
+    update: Update,
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """The update of one evaluation; ``specs.Column`` has the formula.
 
     Args:
-        z, stored: (B, ...); history: (B, HISTORY, ...), the newest first; eps_uncond, eps_cond:
-        (B, ...) predictions, the first None without guidance; move, noise: (B, ...), None is 0;
-        columns: see :func:`columns_of`; used: for each whether it differs from ``NEUTRAL``
-        somewhere. The others are left out, which changes no result. float64 in gives float64 out.
+        z, stored: (B, ...); history: HISTORY times (B, ...), the newest first; eps_uncond, eps_cond: (B, ...) predictions, the first None without guidance; move, noise:
+        (B, ...), None is 0. float64 in gives float64 out.
 
     Returns:
-        z, stored and history of the next evaluation; stored may be an input itself.
+        z, stored and history of the next evaluation; those that do not change may be inputs.
     """
-    dtype = working_dtype(z.dtype)
-    wide, kept = z.to(dtype), stored.to(dtype)
-    past = history.to(dtype)
-
-    def times(column: int, value: Tensor) -> Tensor:
-        return columns[column] * value if used[column] else value
-
-    def plus(total: Tensor, column: int, value: Tensor | None) -> Tensor:
-        if value is None or not used[column]:
-            return total
-        return torch.addcmul(total, columns[column], value)
-
-    eps = eps_cond.to(dtype)
+    if update.shared and update.active == 0:
+        return z, stored, history
+    dtype, shared = working_dtype(z.dtype), update.shared
+    wide, kept, eps, past = z, stored, eps_cond, history
+    if z.dtype != dtype or eps.dtype != dtype or stored.dtype != dtype:
+        wide, kept, eps = z.to(dtype), stored.to(dtype), eps_cond.to(dtype)
+        past = [earlier.to(dtype) for earlier in history]
     if eps_uncond is not None:
-        unconditional = eps_uncond.to(dtype)
-        eps = unconditional + columns[Column.GUIDANCE] * (eps - unconditional)
-    prediction = plus(times(Column.PREDICTION_EPS, eps), Column.PREDICTION_Z, wide)
-
-    combined = times(Column.NEXT_0, prediction)
-    earlier = past.unbind(1)
-    for back in range(HISTORY):
-        combined = plus(combined, Column.NEXT_1 + back, earlier[back])
-    moved = plus(times(Column.NEXT_Z, wide), Column.NEXT_STORED, kept)
-    moved = plus(moved, Column.NEXT_MOVE, move)
-    moved = plus(moved, Column.NEXT_NOISE, noise)
-    moved = torch.addcmul(moved, columns[Column.NEXT_SCALE], combined)
-
-    held = plus(times(Column.STORED_Z, wide), Column.STORED_STORED, kept)
-    held = plus(held, Column.STORED_MOVE, move)
-    held = plus(held, Column.STORED_NOISE, noise)
-    held = plus(held, Column.STORED_0, prediction)
-    for back in range(HISTORY):
-        held = plus(held, Column.STORED_1 + back, earlier[back])
-
-    recent = torch.stack([prediction, *earlier[:-1]], 1)
-    if used[Column.PUSHES]:
-        recent = torch.where(columns[Column.PUSHES].unsqueeze(1) != 0, recent, past)
-    if used[Column.ACTIVE]:
+        unconditional = eps_uncond if eps_uncond.dtype == dtype else eps_uncond.to(dtype)
+        eps = unconditional + update.guidance * (eps - unconditional)
+    prediction = _sum(update.prediction, (wide, kept, move, noise, eps), shared)
+    operands = (wide, kept, move, noise, prediction, *past)
+    combined = _sum(update.combined, operands, shared)
+    moved = _sum(update.moved, operands, shared)
+    scale = update.scale
+    if shared:
+        moved = torch.add(moved, combined, alpha=scale)
+    else:
+        moved = torch.addcmul(moved, scale, combined)
+    held = _sum(update.held, operands, shared) if update.held else kept
+    recent: Sequence[Tensor] = (prediction, *past[: HISTORY - 1])
+    pushes, active = update.pushes, update.active
+    if not shared and pushes is not None:
+        pushed = pushes != 0
+        recent = [torch.where(pushed, *pair) for pair in zip(recent, past, strict=True)]
+    elif pushes == 0:
+        recent = past
+    if not shared and active is not None:
         # a factor of 0 would not keep a prediction that is not finite out
-        active = columns[Column.ACTIVE] != 0
-        moved, held = torch.where(active, moved, wide), torch.where(active, held, kept)
-    return moved.to(z.dtype), held.to(stored.dtype), recent.to(history.dtype)
+        running = active != 0
+        moved, held = torch.where(running, moved, wide), torch.where(running, held, kept)
+    if past is not history:
+        moved, held = moved.to(z.dtype), held.to(stored.dtype)
+        recent = [new.to(old.dtype) for new, old in zip(recent, history, strict=True)]
+    return moved, held, recent
 
 
 def denoise_update_reference(
@@ -134,8 +229,11 @@ def denoise_update_reference(
     rows, inside = rows_at(plan.to(working_dtype(z.dtype)), step, len(z))
     # a row that is not active and pushes nothing changes nothing
     idle = torch.zeros_like(rows)
-    columns = columns_of(torch.where(inside.unsqueeze(1), rows, idle), z.dim())
-    return denoise_update_rows(z, stored, history, eps_uncond, eps_cond, move, noise, columns)
+    update = update_of(columns_of(torch.where(inside.unsqueeze(1), rows, idle), z.dim()))
+    moved, held, recent = denoise_update_rows(
+        z, stored, history.unbind(1), eps_uncond, eps_cond, move, noise, update
+    )
+    return moved, held, torch.stack([*recent], 1)
 
 
 @jit

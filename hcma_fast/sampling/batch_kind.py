@@ -7,32 +7,66 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from hcma_fast.errors import InputError
-from hcma_fast.kernels.denoise_update import NEUTRAL
+from hcma_fast.errors import InputError, UsageError
+from hcma_fast.kernels.denoise_update import NEUTRAL, Update, update_of
 from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.sampling.solvers import SolverTable
 from hcma_fast.specs import PLAN_COLUMNS, Column
 
 _MOVES = [Column.NEXT_MOVE, Column.STORED_MOVE]
+_NOISE = [Column.NEXT_NOISE, Column.STORED_NOISE]
 
 
 def used_columns(schedules: Sequence[Schedule]) -> list[tuple[bool, ...]]:
     """For each evaluation and column of the update: whether it has an effect for some image."""
-    used = torch.zeros(max(len(s.table) for s in schedules), PLAN_COLUMNS, dtype=torch.bool)
-    for schedule in schedules:
-        count = len(schedule.table)
-        used[:count] |= differing_columns(schedule.table)
+    return _used_columns(tuple(dict.fromkeys(schedule.table for schedule in schedules)))
+
+
+@lru_cache(maxsize=64)
+def _used_columns(tables: tuple[SolverTable, ...]) -> list[tuple[bool, ...]]:
+    used = torch.zeros(max(len(table) for table in tables), PLAN_COLUMNS, dtype=torch.bool)
+    for table in tables:
+        count = len(table)
+        used[:count] |= table.columns != torch.tensor(NEUTRAL, dtype=torch.float64)
         # behind its end an image waits for the others
         used[count:, [Column.ACTIVE, Column.PUSHES]] = True
     return [tuple(row) for row in used.tolist()]
 
 
+def holds(used: Sequence[Sequence[bool]]) -> list[bool]:
+    """For each evaluation: whether a later one reads the latent that it stores."""
+    found = [False]
+    for row in reversed(used[1:]):
+        read = row[Column.NEXT_STORED] or (found[-1] and row[Column.STORED_STORED])
+        found.append(read)
+    return found[::-1]
+
+
+def shared_updates(schedule: Schedule) -> list[Update]:
+    """The update of each evaluation, for images that all have this schedule."""
+    return _shared_updates(schedule.table, schedule.guidance_scale)
+
+
 @lru_cache(maxsize=64)
-def differing_columns(table: SolverTable) -> Tensor:
-    """(K, COLUMNS) bool: which columns of the update have an effect."""
-    return table.columns != torch.tensor(NEUTRAL, dtype=torch.float64)
+def _shared_updates(table: SolverTable, guidance: float) -> list[Update]:
+    rows = table.columns.clone()
+    rows[:, Column.GUIDANCE] = guidance
+    later = holds(_used_columns((table,)))
+    return [update_of(row, holds=held) for row, held in zip(rows.tolist(), later, strict=True)]
+
+
+def check_deterministic(schedules: Sequence[Schedule]) -> None:
+    """Refuse what the sampler does not do yet.
+
+    Raises:
+        UsageError: a solver that adds noise.
+    """
+    if any(row[column] for row in used_columns(schedules) for column in _NOISE):
+        raise UsageError(
+            "this solver adds noise in its steps, which the sampler does not draw yet",
+            remedy="Use a deterministic solver.",
+        )
 
 
 class Kind(NamedTuple):

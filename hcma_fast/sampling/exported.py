@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows
+from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows, update_of
 from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.specs import PLAN_ROWS, STEP_NAMES, Column, GraphName
 
@@ -63,9 +63,17 @@ class FusedStep(nn.Module):
             halves.append(torch.stack([gate, gate], 1).flatten())
         (eps,) = self.unet(doubled, torch.stack([time, time], 1).flatten(), *halves)
         unconditional, conditional = eps.unflatten(0, (z.shape[0], 2)).unbind(1)
-        moved, held, history = denoise_update_rows(
-            aligned, stored, history, unconditional, conditional, aligned - z, None, columns
+        moved, held, recent = denoise_update_rows(
+            aligned,
+            stored,
+            history.unbind(1),
+            unconditional,
+            conditional,
+            aligned - z,
+            None,
+            update_of(columns),
         )
+        history = torch.stack([*recent], 1)
         following = (index + 1).clamp(max=PLAN_ROWS - 1)
         return moved, held, history, following, loss_global, loss_local
 

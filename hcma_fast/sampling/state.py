@@ -17,20 +17,25 @@ from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.engine import Engine, Stateful
-from hcma_fast.errors import UsageError
 from hcma_fast.kernels.align_update import align_update_, align_update_reference
 from hcma_fast.kernels.denoise_update import (
+    Update,
     columns_of,
     denoise_update_,
     denoise_update_rows,
+    update_of,
 )
 from hcma_fast.kernels.launch import triton
-from hcma_fast.sampling.batch_kind import Kind, differing_columns, used_columns
+from hcma_fast.sampling.batch_kind import (
+    Kind,
+    check_deterministic,
+    holds,
+    shared_updates,
+    used_columns,
+)
 from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column, GraphName
-
-_NOISE = [Column.NEXT_NOISE, Column.STORED_NOISE]
 
 
 class State(ABC):
@@ -38,9 +43,8 @@ class State(ABC):
 
     Args:
         like, z, schedules: a batch, for its shapes, dtypes and kind.
-        captured: True: CUDA graphs will hold what the engines do; False: they will not, but the
-            state stays, with forks of the engines that hold state; None: for one trajectory, by
-            the engines themselves.
+        captured: whether CUDA graphs will hold what the engines do. Engines that hold state are
+            forked in any case.
     """
 
     def __init__(
@@ -50,7 +54,7 @@ class State(ABC):
         z: Tensor,
         schedules: Sequence[Schedule],
         *,
-        captured: bool | None,
+        captured: bool,
     ) -> None:
         self.kind = Kind.of(schedules)
         device, dtype, batch = z.device, self.kind.dtype, len(z)
@@ -89,11 +93,7 @@ class State(ABC):
         Raises:
             UsageError: a solver that adds noise.
         """
-        if any(bool(differing_columns(schedule.table)[:, _NOISE].any()) for schedule in schedules):
-            raise UsageError(
-                "this solver adds noise in its steps, which the sampler does not draw yet",
-                remedy="Use a deterministic solver.",
-            )
+        check_deterministic(schedules)
         self.z.copy_(z)
         # of a batch before: what is not finite there stays so at a weight of 0
         self.stored.zero_()
@@ -141,8 +141,6 @@ class State(ABC):
 
     def _engine(self, name: GraphName, guided: bool) -> Engine:
         """An engine that is captured for one shape must not be set to another."""
-        if self._captured is None:
-            return self._engines[name]
         found = self._forks.get((name, guided))
         if found is None:
             engine = self._engines[name]
@@ -161,15 +159,16 @@ class SeparateGraphs(State):
         z: Tensor,
         schedules: Sequence[Schedule],
         *,
-        captured: bool | None,
+        captured: bool,
     ) -> None:
         super().__init__(engines, like, z, schedules, captured=captured)
         device, batch = z.device, self.batch
         halves = len(like.text_context) // batch
         # without a capture and a GPU the op would only run its reference
-        self._by_kernel = bool(captured) or (device.type == "cuda" and triton is not None)
+        self._by_kernel = captured or (device.type == "cuda" and triton is not None)
         # without a capture the host knows the evaluation, and what its update can leave out
-        self._used, self._evaluation = list[tuple[bool, ...]](), 0
+        self._updates, self._evaluation = list[Update](), 0
+        self._known = dict[tuple[tuple[bool, ...], bool], Update]()
         # what the engines read; the latent itself where that is as wide
         self.wide = self.z if self.z.dtype == torch.float32 else self.z.float()
         self.gradient = torch.zeros(self.z.shape, device=device)
@@ -181,6 +180,7 @@ class SeparateGraphs(State):
         # this evaluation's row of each plan, and what the engines take of it
         self.row = torch.zeros(batch, PLAN_COLUMNS, device=device)
         self._columns = columns_of(self.row, z.dim())
+        self._slots = self.history.unbind(1)
         self._plans = self.plan.view(-1, PLAN_COLUMNS)
         self._row_time = self.row[:, Column.TIMESTEP]
         self._row_eta = self.row[:, Column.ETA]
@@ -292,20 +292,38 @@ class SeparateGraphs(State):
         if self._by_kernel:
             denoise_update_(z, stored, history, *eps, self.move, None, self.plan, self.step)
             return
-        used = self._used[self._evaluation]
+        update = self._updates[self._evaluation]
         self._evaluation += 1
-        moved, held, past = denoise_update_rows(
-            z, stored, history, *eps, self.move, None, self._columns, used
+        moved, held, recent = denoise_update_rows(
+            z, stored, self._slots, *eps, self.move, None, update
         )
-        # the latent last: it may be what is stored
-        self.stored.copy_(held)
-        self.history.copy_(past)
+        if update.held:
+            # before the latent, which it may be
+            self.stored.copy_(held)
+        if recent is not self._slots:
+            # the oldest first: each moves on by one
+            for slot, prediction in zip(self._slots[::-1], recent[::-1], strict=True):
+                slot.copy_(prediction)
         self.z.copy_(moved)
+
+    def _updates_of(self, schedules: Sequence[Schedule]) -> list[Update]:
+        first = schedules[0]
+        if all(
+            s.table is first.table and s.guidance_scale == first.guidance_scale for s in schedules
+        ):
+            return shared_updates(first)
+        used = used_columns(schedules)
+        for key in zip(used, holds(used), strict=True):
+            if key not in self._known:
+                self._known[key] = update_of(self._columns, key[0], holds=key[1])
+        return [self._known[key] for key in zip(used, holds(used), strict=True)]
 
     def load(self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]) -> None:
         """See :meth:`State.load`."""
         super().load(z, conditioning, schedules)
-        self._used, self._evaluation = used_columns(schedules), 0
+        self._evaluation = 0
+        if not self._by_kernel:
+            self._updates = self._updates_of(schedules)
         self.gradient.zero_()
         if self.kind.repeats:
             self.rates.copy_(self.plan[:, :, Column.REPEAT])
@@ -328,7 +346,7 @@ class StepGraphs(State):
         z: Tensor,
         schedules: Sequence[Schedule],
         *,
-        captured: bool | None,
+        captured: bool,
     ) -> None:
         super().__init__(engines, like, z, schedules, captured=captured)
         self.conditioning = {

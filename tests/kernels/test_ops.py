@@ -28,6 +28,7 @@ from hcma_fast.kernels.denoise_update import (
     denoise_update_,
     denoise_update_op,
     denoise_update_rows,
+    update_of,
 )
 from hcma_fast.kernels.region_pool import (
     region_pool,
@@ -160,11 +161,17 @@ def test_columns_that_are_neutral_everywhere_may_be_left_out() -> None:
         used = used_columns([schedule])
         for k in range(len(schedule.table)):
             columns = columns_of(schedule.plan[k : k + 1], z.dim())
-            state = (z, stored, history, *eps)
-            found = denoise_update_rows(*state, move, noise, columns, used[k])
-            every = denoise_update_rows(*state, None, None, columns)
-            for one, other in zip(found, every, strict=True):
+            state = (z, stored, history.unbind(1), *eps)
+            found = denoise_update_rows(*state, move, noise, update_of(columns, used[k]))
+            every = denoise_update_rows(*state, None, None, update_of(columns))
+            numbers = update_of(schedule.plan[k].tolist())
+            shared = denoise_update_rows(*state, move, noise, numbers)
+            for one, other, third in zip(found[:2], every[:2], shared[:2], strict=True):
                 assert torch.equal(one, other)
+                torch.testing.assert_close(third, one)
+            for one, other, third in zip(found[2], every[2], shared[2], strict=True):
+                assert torch.equal(one, other)
+                torch.testing.assert_close(third, one)
 
 
 def test_opcheck() -> None:

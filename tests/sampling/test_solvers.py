@@ -10,11 +10,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from step_contract import SHAPE, SOLVERS, align, expected, make_schedule, predict, start
+from step_contract import SOLVERS, align, expected, make_schedule, predict, start
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows
+from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows, update_of
 from hcma_fast.sampling.savings import Savings
 from hcma_fast.sampling.schedule import Schedule, eta_table
 from hcma_fast.sampling.solvers import Solver, dpmpp_2m, plms
@@ -46,14 +46,16 @@ def test_whole_trajectories_equal_diffusers_schedulers_in_float64(solver: str) -
         schedule = make_schedule(solver, steps, eta0=0.0 if steps == 20 else 0.1)
         truth = expected(solver, schedule, 0)
         z = start(0).unsqueeze(0)
-        stored, history = torch.zeros_like(z), torch.zeros(1, HISTORY, *SHAPE, dtype=torch.float64)
+        stored, history = torch.zeros_like(z), [torch.zeros_like(z)] * HISTORY
         assert len(truth) == len(schedule.table) == steps + (solver == "plms")
         for k, expected_z in enumerate(truth):
             row = schedule.plan[k : k + 1]
+            # the factors as tensors, and as numbers
+            update = update_of(columns_of(row, 4) if k % 2 else row[0].tolist())
             z = align(z, row[:, Column.ETA])
             halves = (predict(z, row[:, Column.TIMESTEP], half) for half in (0, 1))
             z, stored, history = denoise_update_rows(
-                z, stored, history, *halves, None, None, columns_of(row, 4)
+                z, stored, history, *halves, None, None, update
             )
             error = float((z[0] - expected_z).norm() / expected_z.norm())
             assert error < 1e-9, f"evaluation {k} of {len(truth)}"
