@@ -166,8 +166,9 @@ def denoise_update_rows(
     """The update of one evaluation; ``specs.Column`` has the formula.
 
     Args:
-        z, stored: (B, ...); history: HISTORY times (B, ...), the newest first; eps_uncond, eps_cond: (B, ...) predictions, the first None without guidance; move, noise:
-        (B, ...), None is 0. float64 in gives float64 out.
+        z, stored: (B, ...); history: HISTORY times (B, ...), the newest first; eps_uncond,
+        eps_cond: (B, ...) predictions, the first None without guidance; move, noise: (B, ...), None
+        is 0. float64 in gives float64 out.
 
     Returns:
         z, stored and history of the next evaluation; those that do not change may be inputs.

@@ -156,8 +156,7 @@ class Schedule:
         return plan
 
 
-@dataclass(frozen=True)
-class StepLosses:
+class StepLosses(NamedTuple):
     """Losses before one step's alignment; left on the device, so nothing waits for them."""
 
     step: int

@@ -90,11 +90,25 @@ def test_lambdas_are_each_images_own_in_a_step_graph(
         assert relative(together[row : row + 1], alone) < 1e-5
 
 
+def test_images_of_a_step_graph_have_steps_and_guidance_of_their_own(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    for other in (plan(steps=7), plan(guidance=4.0)):
+        calls = Counter[str]()
+        counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
+        schedules = [plan(), other]
+        given = conditioned(random_components, engines, [0, 1])
+        together, _ = ReplaySampler(counting, "cpu")(noise([0, 1]), given, schedules)
+        assert set(calls) == {"step_grounded"}
+        for row, schedule in enumerate(schedules):
+            given = conditioned(random_components, engines, [row])
+            alone, _ = sample(engines, noise([row]), given, schedule)
+            assert relative(together[row : row + 1], alone) < 1e-5
+
+
 @pytest.mark.parametrize(
     ("schedules", "guided"),
     [
-        ([plan(), plan(steps=7)], True),
-        ([plan(), plan(guidance=4.0)], True),
         ([plan(), plan(window=(0.0, 0.6))], True),
         ([plan(eta0=0.0)], True),
         ([plan(window=(0.0, 0.5))], True),
@@ -104,8 +118,6 @@ def test_lambdas_are_each_images_own_in_a_step_graph(
         ([plan(guidance=1.0)], False),
     ],
     ids=[
-        "steps",
-        "guidance",
         "windows",
         "unaligned",
         "window",
