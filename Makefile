@@ -11,13 +11,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # no byte code for what is never imported: that is most of torch and transformers
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: help demo test test-slow lint type bench bench-gpu clean
+.PHONY: help demo test test-slow lint type docs bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       compile the embedded model, draw grounded images into demo/"
 	@echo "make test       the quick tests; make test-slow: the others that need no GPU"
 	@echo "make lint type  ruff, mypy"
+	@echo "make docs       tables of docs/performance.md, docs/cli.md, API reference into build/docs"
 	@echo "make bench      speed beside a plain diffusers loop, and of training, into bench-results/"
 	@echo "make bench-gpu  all suites on an NVIDIA GPU, into bench-gpu/ (docs/gpu.md)"
 	@echo "make clean      remove what these made, but not $(VENV)"
@@ -61,6 +62,14 @@ type: $(VENV)/.installed-dev
 	@rm -rf $(TYPES) && mkdir -p $(TYPES)/hcma_fast
 	@ln -s $(CURDIR)/hcma_fast/* $(addprefix $(CURDIR)/,kernels export train bench) $(TYPES)/hcma_fast
 	MYPYPATH=$(TYPES) $(BIN)/mypy -p hcma_fast
+
+# pdoc finds sub-packages by folder, and these lie beside hcma_fast
+docs: $(VENV)/.installed-dev
+	@mkdir -p build
+	$(BIN)/python -m hcma_fast.bench.speed.tables docs/results docs/performance.md
+	$(BIN)/python -m hcma_fast.cli.reference > build/cli.md && mv build/cli.md docs/cli.md
+	$(BIN)/python -m pdoc --docformat google --output-directory build/docs hcma_fast \
+		$(addprefix hcma_fast.,kernels export train bench)
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/hcma-fast bench run peers train --out bench-results

@@ -20,6 +20,7 @@ PACKAGE_DIR = {
 PACKAGE_DATA = {
     "hcma_fast": [f"assets/**/*.{suffix}" for suffix in ("safetensors", "json", "txt", "md")],
     "hcma_fast.bench.quality.metrics.judge": ["assets/*"],
+    "hcma_fast.bench.quality.metrics.likeness": ["assets/*"],
     "hcma_fast.train.data": ["assets/*"],
 }
 
@@ -65,6 +66,8 @@ EXTRAS_REQUIRE = {
         "tensorboard>=2.19,<3",
         "tokenizers>=0.22,<1",
     ],
+    # draws EmojiScenes' art anew, for who changes it
+    "art": ["resvg-py>=0.5,<1"],
     # torchmetrics' FID needs scipy
     "eval": [
         "faster-coco-eval>=1.7,<2",
@@ -76,6 +79,11 @@ EXTRAS_REQUIRE = {
     "dev": [
         "cryptography>=45,<51",
         "hypothesis>=6.130,<7",
+        # the notebook of examples/, run by a test
+        "ipykernel>=7,<8",
+        "nbclient>=0.11,<1",
+        # make docs
+        "pdoc>=16,<17",
         "mypy>=2.1,<3",
         # the reference for the COCO reader
         "pycocotools>=2.0.10,<3",

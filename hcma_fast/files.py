@@ -180,6 +180,8 @@ def read_file(
                     remedy="Write its contents to a file, and give that.",
                 )
             content = file.read(limit + 1)
+    except HcmaError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise kind(
             f"cannot read {what}: {getattr(error, 'strerror', None) or error}",

@@ -76,8 +76,8 @@ def generate_images(
 
 
 def scene_layout(scene: Scene) -> Layout:
-    """Its objects, named by their categories."""
-    return Layout([o.category for o in scene.objects], [o.box for o in scene.objects])
+    """Its objects, named by their phrases."""
+    return Layout([o.phrase for o in scene.objects], [o.box for o in scene.objects])
 
 
 def _read(path: Path, count: int) -> NDArray[np.uint8] | None:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hcma_fast.config import MAX_OBJECTS, AlignmentSettings
-from hcma_fast.errors import DivergenceError, HcmaError, InputError, UsageError
+from hcma_fast.errors import DivergenceError, HcmaError, InputError, SettingsError, UsageError
 from hcma_fast.layout import Layout
 
 if TYPE_CHECKING:
@@ -68,9 +68,9 @@ def bad_requests(settings: AlignmentSettings) -> tuple[BadRequest, ...]:
         "negative seed": (partial(Request, "a", seed=-1), InputError),
         "too few steps": (partial(Request, "a", num_inference_steps=1), UsageError),
         "too many steps": (partial(Request, "a", num_inference_steps=1000), UsageError),
-        "guidance of NaN": (partial(with_setting, guidance_scale=math.nan), UsageError),
-        "infinite rate": (partial(with_setting, eta0=math.inf), UsageError),
-        "negative lambda": (partial(with_setting, lambda_local=-1.0), UsageError),
+        "guidance of NaN": (partial(with_setting, guidance_scale=math.nan), SettingsError),
+        "infinite rate": (partial(with_setting, eta0=math.inf), SettingsError),
+        "negative lambda": (partial(with_setting, lambda_local=-1.0), SettingsError),
     }
     found = [BadRequest(what, *made) for what, made in wrong.items()]
     found += [

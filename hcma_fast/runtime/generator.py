@@ -120,20 +120,7 @@ class BatchGenerator:
             DeviceMemoryError: not even one image fits into memory.
         """
         requests = _as_requests(requests)
-        schedules = []
-        known: set[tuple[str, str]] = set()
-        for number, request in enumerate(requests):
-            with _naming(number):
-                schedules.append(self._schedule(request))
-                spread_seeds(request.seed, 1)
-                self._check_texts(request, known)
-        give_hints(
-            self.pipe.tokenizer,
-            self.pipe.preset,
-            [request.prompt for request in requests],
-            [request.layout for request in requests],
-        )
-        groups = group_requests(schedules)
+        schedules, groups = self._plan(requests)
         waiting = [
             group[start : start + self.max_batch]
             for group in groups
@@ -172,6 +159,24 @@ class BatchGenerator:
                 finish = None
         if finish is not None:
             yield from finish()
+
+    @neutral_torch()
+    def _plan(self, requests: Sequence[Request]) -> tuple[list[Schedule], list[list[int]]]:
+        """Each request's schedule, all checked, and the numbers of those that share batches."""
+        schedules = []
+        known: set[tuple[str, str]] = set()
+        for number, request in enumerate(requests):
+            with _naming(number):
+                schedules.append(self._schedule(request))
+                spread_seeds(request.seed, 1)
+                self._check_texts(request, known)
+        give_hints(
+            self.pipe.tokenizer,
+            self.pipe.preset,
+            [request.prompt for request in requests],
+            [request.layout for request in requests],
+        )
+        return schedules, group_requests(schedules)
 
     def _schedule(self, request: Request) -> Schedule:
         settings = self.pipe.settings

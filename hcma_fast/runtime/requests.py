@@ -13,6 +13,7 @@ from torch import Tensor
 from hcma_fast.config import MAX_SEED, AlignmentSettings, devices_of
 from hcma_fast.errors import BackendError, InputError, Remedy, UsageError, WeightsError
 from hcma_fast.layout import Layout
+from hcma_fast.models.checkpoint.located import Checkpoint
 from hcma_fast.scalars import plain, whole_number
 from hcma_fast.seeds import seeded_generator
 
@@ -266,6 +267,8 @@ def check_names(model: object, aligner: object, *words: object) -> None:
         if word is not None and not isinstance(word, str):
             raise UsageError("this must be a name", value=word, remedy='Write backend="eager".')
     for path in (model,) if aligner is None else (model, aligner):
+        if isinstance(path, Checkpoint):
+            continue  # located before
         if not isinstance(path, str | os.PathLike):
             raise UsageError(
                 "a model must be a name or a path", value=path, remedy='Write "tiny", or a folder.'

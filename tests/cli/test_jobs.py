@@ -160,6 +160,8 @@ def test_files_of_others_under_our_names_are_never_replaced(tmp_path: Path) -> N
             check_outputs([_job("a-1")], tmp_path, force=True)
     (tmp_path / "a-1.json").unlink()
     (tmp_path / "a-1-overlay.png").touch()
+    check_outputs([_job("a-1")], tmp_path, force=True)  # killed before the sidecar, which is last
+    (tmp_path / "a-1.png").unlink()
     with pytest.raises(OutputError, match=r"in the way[\s\S]*a-1-overlay\.png"):
         check_outputs([_job("a-1")], tmp_path, force=True)
 

@@ -71,7 +71,7 @@ def test_an_interrupted_batch_goes_on(
     forced = cli(*base, "--skip-existing", "--eta0", 0.1, "--force", "--json")
     assert not any(entry["skipped"] for entry in json.loads(forced.out)["images"])
     (out / "one-1.json").write_text("[]")
-    cli(*base, "--skip-existing", "--eta0", 0.1).failed(3, "no sidecar", "one-1.json")
+    cli(*base, "--skip-existing", "--eta0", 0.1).failed(3, "did not write it", "one-1.json")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])

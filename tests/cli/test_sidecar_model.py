@@ -116,7 +116,7 @@ def test_the_hash_is_compared_before_a_file_is_understood(
     change(sidecar, model=str(engine))
     opened: list[object] = []
     monkeypatch.setattr(
-        "hcma_fast.export.manifest.load_manifest", lambda _: SimpleNamespace(weights_hash="0" * 64)
+        "hcma_fast.export.manifest.read_manifest", lambda _: SimpleNamespace(weights_hash="0" * 64)
     )
     monkeypatch.setattr(
         "hcma_fast.runtime.pipeline.HCMAPipeline.from_pretrained", lambda *a, **_: opened.append(a)

@@ -143,7 +143,7 @@ def test_the_recipe_is_the_model_cards_and_gives_the_embedded_settings(parse: Pa
     (recipe,) = [block for block in blocks(PAGE) if "train text" in block[0]]
     (cards,) = [block for block in blocks(CARD) if "train text" in block[0]]
     assert recipe == cards
-    (line,) = [line for line in recipe if "train.pack" in line]
+    (line,) = [line for line in recipe if "tiny.pack" in line]
     options, info = parse(line), read_info(PRESETS["tiny"])
     assert info is not None
     settings = info.alignment.model_dump()

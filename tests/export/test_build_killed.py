@@ -18,6 +18,7 @@ import os, shutil, signal, sys
 from pathlib import Path
 
 import hcma_fast.export.build as build
+from hcma_fast import torch_state
 from hcma_fast.config import cache_root
 from hcma_fast.export.cache import cached_engine, find_or_build, list_cache, prune_cache
 from hcma_fast.export.manifest import load_manifest
@@ -56,6 +57,7 @@ def run(kill_at=None):
     if child:
         return os.waitpid(child, 0)[1]
     try:
+        torch_state._Owner.pid = os.getpid()  # the child computes nothing
         build._export_one = copied
         os.fsync = lambda file: None  # kill -9 takes nothing from the page cache
         if kill_at is not None:

@@ -29,7 +29,7 @@ from hcma_fast.export.cache import (
     prune_cache,
 )
 from hcma_fast.export.key import key_of, key_parts
-from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
+from hcma_fast.export.manifest import MANIFEST_FILE, VerifiedFolder, load_manifest
 from hcma_fast.export.target import Target
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BatchRange
@@ -180,6 +180,10 @@ def test_list_and_prune(cached: Path, random_engine: Path, monkeypatch: pytest.M
     ]
 
 
+def _path(found: VerifiedFolder | None) -> Path | None:
+    return None if found is None else found.path
+
+
 def test_an_engine_under_another_ones_name_is_a_miss(
     cached: Path,
     random_engine: Path,
@@ -188,9 +192,10 @@ def test_an_engine_under_another_ones_name_is_a_miss(
 ) -> None:
     """Key, weights hash and target are compared; the folder's name alone says nothing."""
     hashed = random_components.weights_hash
-    assert cached_engine(hashed, ORT) == cached
+    assert _path(cached_engine(hashed, ORT)) == cached
     # no batch sizes, and the default ones, are the same target
-    assert cached_engine(hashed, Target("onnxruntime", batch=ORT.batch_range)) == cached
+    default = Target("onnxruntime", batch=ORT.batch_range)
+    assert _path(cached_engine(hashed, default)) == cached
     for change, word in (
         (lambda v: v["key_parts"].update(weights="0" * 64), "another weights"),
         (lambda v: v.update(weights_hash="0" * 64), "another weights"),

@@ -20,6 +20,8 @@ NO_GRAPH_CODE = {
     "files": "how files are written",
     "engine": "the protocol of what runs a graph",
     "opened": "how files are opened",
+    "scalars": "numbers that users pass",
+    "torch_state": "torch's defaults around a call",
     "kernels.launch": "how Triton kernels are launched",
     "kernels.step_table": "how a kernel finds its row of a table",
     "sampling.savings": "settings of the sampler",

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from hcma_fast.config import AlignerConfig, RegionMode
-from hcma_fast.errors import WeightsError
+from hcma_fast.errors import SettingsError, WeightsError
 from hcma_fast.losses import local_mean
 from hcma_fast.models.aligner import Aligner, AlignStep
 from hcma_fast.models.regions import cell_coverage
@@ -225,8 +224,8 @@ def test_damaged_files(tmp_path: Path, name: str, content: bytes | None) -> None
 
 
 def test_config_is_checked() -> None:
-    with pytest.raises(ValidationError, match="multiple of patch_size"):
+    with pytest.raises(SettingsError, match="multiple of patch_size"):
         AlignerConfig(latent_size=30, patch_size=4)
-    with pytest.raises(ValidationError, match="multiple of heads"):
+    with pytest.raises(SettingsError, match="multiple of heads"):
         AlignerConfig(width=30, heads=8)
     assert AlignerConfig().grid == 16

@@ -1,7 +1,9 @@
 """EmojiScenes: captioned scenes with labelled boxes, the embedded model's data.
 
-A scene is a pure function of (split, index): 1 to 5 emoji of 24 COCO categories on one of eight
-backgrounds, a caption that names counts, relation and background, and a tight box per object.
+This is the first edition, of 64 pixels, and what both editions share; :mod:`emoji_scenes2` is the
+second, of 128. A scene is a pure function of (split, index): 1 to 5 emoji of 24 COCO categories on
+one of eight backgrounds, a caption that names counts, relation and background, and a tight box per
+object.
 Some category pairs (``HELD_OUT_PAIRS``) occur in the test split only, to measure composition.
 The art is Noto Emoji (assets/LICENSE-noto-emoji.txt). :func:`write_coco` stores a split in the
 annotation format of COCO, so one reader serves both.
@@ -13,10 +15,9 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from itertools import combinations
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -26,6 +27,7 @@ from PIL import Image
 from hcma_fast.errors import UsageError
 from hcma_fast.files import make_folder, write_whole
 from hcma_fast.program import run_program
+from hcma_fast.train.data.scene_sampling import choose_categories, held_out_pairs, place
 
 Split = Literal["train", "val", "test", "judge"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -86,12 +88,11 @@ BACKGROUNDS: dict[str, tuple[tuple[int, int, int], tuple[int, int, int], float |
     "on a pink table": ((250, 196, 212), (238, 162, 188), None),
     "on a brown floor": ((190, 150, 112), (140, 100, 70), None),
 }
+PLURALS: dict[str, str] = {c.name: c.plural for c in CATEGORIES}
 _NUMBERS = ("zero", "one", "two", "three", "four", "five")
 
-#: every 9th pair of different categories (carrot has none): only the test split has them
-HELD_OUT_PAIRS: frozenset[frozenset[str]] = frozenset(
-    frozenset(pair) for k, pair in enumerate(combinations(CATEGORY_NAMES, 2)) if k % 9 == 4
-)
+#: carrot has none
+HELD_OUT_PAIRS = held_out_pairs(CATEGORY_NAMES)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ class SceneObject:
 
     category: str
     box: tuple[float, float, float, float]
+
+    @property
+    def phrase(self) -> str:
+        """What a layout calls it."""
+        return self.category
 
 
 @dataclass(frozen=True)
@@ -111,74 +117,41 @@ class Scene:
     objects: tuple[SceneObject, ...]
 
 
+@dataclass(frozen=True)
+class Edition:
+    """A set of scenes: what can be in them, and the functions that make them."""
+
+    number: int
+    image_size: int
+    """side that its pictures are meant for, in pixels"""
+    categories: tuple[Category, ...]
+    phrases: tuple[str, ...]
+    """what a layout can name"""
+    coco_ids: dict[str, int]
+    """of each phrase"""
+    backgrounds: tuple[str, ...]
+    sample: Callable[[Split, int, int], Scene]
+    """from split, index and side in pixels"""
+    render: Callable[[Scene, Split, int, int], Image.Image]
+    """its RGB picture, from split, index and side"""
+
+
 @lru_cache(maxsize=1)
-def _sprites() -> tuple[Image.Image, ...]:
+def sprites() -> tuple[Image.Image, ...]:
     with Image.open(ASSETS / "sprites.png") as sheet:
         strip = sheet.convert("RGBA")
     side = SPRITE_SIDE
     return tuple(strip.crop((i * side, 0, (i + 1) * side, side)) for i in range(len(CATEGORIES)))
 
 
-def _rng(split: Split, index: int, stream: int) -> np.random.Generator:
+def split_rng(split: Split, index: int, stream: int) -> np.random.Generator:
     return np.random.default_rng([SPLITS.index(split), index, stream])
 
 
-def _choose_categories(rng: np.random.Generator, split: Split, count: int) -> list[str]:
-    """Category of each object: one kind, or two (60% of the scenes with room), rarely three."""
-    kinds = 1 if count == 1 else int(rng.choice([1, 2, 3], p=[0.3, 0.58, 0.12]))
-    kinds = min(kinds, count)
-    while True:
-        if split == "test" and kinds == 2 and rng.random() < 0.5:
-            held_out = sorted(tuple(sorted(pair)) for pair in HELD_OUT_PAIRS)
-            chosen = list(held_out[rng.integers(len(held_out))])
-        else:
-            chosen = [str(name) for name in rng.choice(CATEGORY_NAMES, size=kinds, replace=False)]
-        pairs = {frozenset(pair) for pair in combinations(chosen, 2)}
-        if split == "test" or not pairs & HELD_OUT_PAIRS:
-            break
-    extra = rng.integers(len(chosen), size=count - len(chosen))
-    return sorted(chosen + [chosen[i] for i in extra], key=chosen.index)
-
-
-def _place(
-    rng: np.random.Generator, categories: Sequence[str], image_size: int
-) -> list[tuple[int, int, int, int]] | None:
-    """Pixel boxes, one a category, that overlap little; None when no place was found."""
-    crowd = len(categories)
-    low, high = {1: (0.3, 0.85), 2: (0.26, 0.6), 3: (0.25, 0.48), 4: (0.22, 0.42)}.get(
-        crowd, (0.2, 0.38)
-    )
-    boxes: list[tuple[int, int, int, int]] = []
-    for name in categories:
-        aspect = _BY_NAME[name][1].aspect * float(np.exp(rng.uniform(-0.3, 0.3)))
-        for _ in range(40):
-            side = rng.uniform(low, high) * image_size
-            width = int(np.clip(round(side * aspect**0.5), 4, image_size - 2))
-            height = int(np.clip(round(side / aspect**0.5), 4, image_size - 2))
-            x = int(rng.integers(0, image_size - width + 1))
-            y = int(rng.integers(0, image_size - height + 1))
-            box = (x, y, x + width, y + height)
-            if all(_overlap(box, other) < 0.06 for other in boxes):
-                boxes.append(box)
-                break
-        else:
-            return None
-    return boxes
-
-
-def _overlap(a: tuple[int, int, int, int], b: tuple[int, int, int, int]) -> float:
-    """Intersection as a share of the smaller box."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    if width <= 0 or height <= 0:
-        return 0.0
-    smaller = min((a[2] - a[0]) * (a[3] - a[1]), (b[2] - b[0]) * (b[3] - b[1]))
-    return width * height / smaller
-
-
-def _count_phrase(name: str, count: int) -> str:
+def count_phrase(name: str, count: int, plurals: Mapping[str, str]) -> str:
+    """For example "an apple", "two apples"."""
     if count > 1:
-        return f"{_NUMBERS[count]} {_BY_NAME[name][1].plural}"
+        return f"{_NUMBERS[count]} {plurals[name]}"
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
 
 
@@ -200,15 +173,18 @@ def _relation(first: list[SceneObject], second: list[SceneObject]) -> str | None
     return None
 
 
-def _captions(objects: Sequence[SceneObject], background: str) -> tuple[str, ...]:
-    counts = Counter(o.category for o in objects)
-    phrases = [_count_phrase(name, n) for name, n in counts.items()]
+def write_captions(
+    objects: Sequence[SceneObject], background: str, plurals: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Wordings that name the objects' counts and the background, and a relation that is true."""
+    counts = Counter(o.phrase for o in objects)
+    phrases = [count_phrase(name, n, plurals) for name, n in counts.items()]
     if len(phrases) == 1:
         return (f"{phrases[0]} {background}", f"a picture of {phrases[0]} {background}")
     joined = f"{', '.join(phrases[:-1])} and {phrases[-1]}"
     captions = [f"{joined} {background}"]
     if len(phrases) == 2:
-        groups = [[o for o in objects if o.category == name] for name in counts]
+        groups = [[o for o in objects if o.phrase == name] for name in counts]
         relation = _relation(groups[0], groups[1])
         link = relation if relation else "beside"
         captions.append(f"{phrases[0]} {link} {phrases[1]} {background}")
@@ -219,11 +195,11 @@ def _captions(objects: Sequence[SceneObject], background: str) -> tuple[str, ...
 
 def sample_scene(split: Split, index: int, image_size: int = 64) -> Scene:
     """The scene with this index. Boxes are tight and lie on whole pixels of ``image_size``."""
-    rng = _rng(split, index, 0)
+    rng = split_rng(split, index, 0)
     while True:
         count = int(rng.choice(np.arange(1, MAX_OBJECTS + 1), p=[0.3, 0.3, 0.2, 0.12, 0.08]))
-        categories = _choose_categories(rng, split, count)
-        pixels = _place(rng, categories, image_size)
+        categories = choose_categories(rng, count, CATEGORY_NAMES, HELD_OUT_PAIRS, split == "test")
+        pixels = place(rng, [_BY_NAME[name][1].aspect for name in categories], image_size)
         if pixels is not None:
             break
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -231,11 +207,17 @@ def sample_scene(split: Split, index: int, image_size: int = 64) -> Scene:
         SceneObject(name, (x0 / image_size, y0 / image_size, x1 / image_size, y1 / image_size))
         for name, (x0, y0, x1, y1) in zip(categories, pixels, strict=True)
     )
-    return Scene(_captions(objects, background), background, objects)
+    return Scene(write_captions(objects, background, PLURALS), background, objects)
 
 
-def _render_background(rng: np.random.Generator, phrase: str, side: int) -> Image.Image:
-    top, bottom, horizon = BACKGROUNDS[phrase]
+def gradient(
+    rng: np.random.Generator,
+    top: tuple[int, int, int],
+    bottom: tuple[int, int, int],
+    horizon: float | None,
+    side: int,
+) -> Image.Image:
+    """A square from ``top`` to ``bottom``, at once at ``horizon`` (a share) or step by step."""
     jitter = rng.uniform(-12, 12, size=(2, 3))
     top_colour, bottom_colour = np.array(top) + jitter[0], np.array(bottom) + jitter[1]
     rows = (np.arange(side)[:, None] + 0.5) / side
@@ -251,10 +233,10 @@ def _render_background(rng: np.random.Generator, phrase: str, side: int) -> Imag
 
 def render_scene(scene: Scene, split: Split, index: int, image_size: int = 64) -> Image.Image:
     """RGB picture of ``scene``; (split, index) seed the colour jitter and mirrored sprites."""
-    rng = _rng(split, index, 1)
-    canvas = _render_background(rng, scene.background, image_size)
+    rng = split_rng(split, index, 1)
+    canvas = gradient(rng, *BACKGROUNDS[scene.background], image_size)
     for item in scene.objects:
-        sprite = _sprites()[_BY_NAME[item.category][0]]
+        sprite = sprites()[_BY_NAME[item.category][0]]
         x0, y0, x1, y1 = (round(v * image_size) for v in item.box)
         sprite = sprite.resize((x1 - x0, y1 - y0), Image.Resampling.LANCZOS, reducing_gap=2.0)
         if rng.random() < 0.5 and item.category != "stop sign":
@@ -263,7 +245,21 @@ def render_scene(scene: Scene, split: Split, index: int, image_size: int = 64) -
     return canvas
 
 
-def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> None:
+FIRST = Edition(
+    number=1,
+    image_size=64,
+    categories=CATEGORIES,
+    phrases=CATEGORY_NAMES,
+    coco_ids={c.name: c.id for c in CATEGORIES},
+    backgrounds=tuple(BACKGROUNDS),
+    sample=sample_scene,
+    render=render_scene,
+)
+
+
+def write_coco(
+    folder: Path, split: Split, count: int, image_size: int = 64, edition: Edition = FIRST
+) -> None:
     """Write ``count`` scenes: ``{split}/*.png``, ``annotations/{instances,captions}_{split}.json``.
 
     The annotations come last, each file whole or not at all.
@@ -278,19 +274,19 @@ def write_coco(folder: Path, split: Split, count: int, image_size: int = 64) -> 
             value=(count, image_size),
             remedy="For example --count 100 --size 64.",
         )
-    _write_split(folder, split, count, image_size)
+    _write_split(folder, split, count, image_size, edition)
 
 
-def _write_split(folder: Path, split: Split, count: int, image_size: int) -> None:
+def _write_split(folder: Path, split: Split, count: int, image_size: int, edition: Edition) -> None:
     images: list[dict[str, object]] = []
     instances: list[dict[str, object]] = []
     captions: list[dict[str, object]] = []
     make_folder(folder / split)
     make_folder(folder / "annotations")
     for index in range(count):
-        scene = sample_scene(split, index, image_size)
+        scene = edition.sample(split, index, image_size)
         name = f"{index:012d}.png"
-        picture = render_scene(scene, split, index, image_size)
+        picture = edition.render(scene, split, index, image_size)
         write_whole(folder / split / name, partial(picture.save, format="PNG"))
         images.append({"id": index, "file_name": name, "width": image_size, "height": image_size})
         for item in scene.objects:
@@ -299,7 +295,7 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int) -> Non
                 {
                     "id": len(instances) + 1,
                     "image_id": index,
-                    "category_id": _BY_NAME[item.category][1].id,
+                    "category_id": edition.coco_ids[item.phrase],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": (x1 - x0) * (y1 - y0),
                     "iscrowd": 0,
@@ -309,8 +305,14 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int) -> Non
             {"id": len(captions) + k + 1, "image_id": index, "caption": text}
             for k, text in enumerate(scene.captions)
         ]
-    info = {"description": f"EmojiScenes {split}, {image_size} px", "version": "1"}
-    categories = [{"id": c.id, "name": c.name, "supercategory": "emoji"} for c in CATEGORIES]
+    info = {
+        "description": f"EmojiScenes {split}, {image_size} px",
+        "version": str(edition.number),
+    }
+    categories = [
+        {"id": number, "name": name, "supercategory": "emoji"}
+        for name, number in edition.coco_ids.items()
+    ]
     for kind, records in (("instances", instances), ("captions", captions)):
         document: dict[str, object] = {"info": info, "images": images, "annotations": records}
         if kind == "instances":
@@ -320,18 +322,21 @@ def _write_split(folder: Path, split: Split, count: int, image_size: int) -> Non
         write_whole(path, lambda file, content=content: file.write(content))  # type: ignore[misc]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None, edition: Edition = FIRST) -> None:
     """Write a split in COCO's format."""
+    suffix = "" if edition is FIRST else edition.number
     parser = argparse.ArgumentParser(
-        prog="python -m hcma_fast.train.data.emoji_scenes",
+        prog=f"python -m hcma_fast.train.data.emoji_scenes{suffix}",
         description="Write EmojiScenes in COCO's annotation format.",
     )
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--count", type=int, default=100, help="scenes; scene i is always the same")
-    parser.add_argument("--size", type=int, default=64, help="side of the images in pixels")
+    parser.add_argument(
+        "--size", type=int, default=edition.image_size, help="side of the images in pixels"
+    )
     args = parser.parse_args(arguments)
-    write_coco(args.out, args.split, args.count, args.size)
+    write_coco(args.out, args.split, args.count, args.size, edition)
     print(f"wrote {args.count} scenes of {args.split} to {args.out}", file=sys.stderr)
 
 

@@ -4,7 +4,10 @@
 per label; ``shard-NNNNN.safetensors`` holds what :data:`SHARD_TENSORS` lists, for up to
 ``shard_size`` images each. Every file carries the header's digest, so that a file of another cache
 is refused. Shards are memory-mapped: a batch reads its own rows only, and all processes of a
-machine share the pages. docs/train.md says how fast that is, beside other ways.
+machine share the pages. Random rows of 64 KiB from the page cache, one thread of a busy machine:
+42,000 rows/s from a mapped .npy file, 20,000 by indexing a mapped safetensors tensor in torch,
+8,000 by safetensors' slices, 2,500 in order from a tar. The tensors here are indexed by numpy,
+as the .npy file's.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -12,36 +13,54 @@ from numpy.typing import NDArray
 
 from hcma_fast.errors import UsageError
 from hcma_fast.files import make_folder, write_whole
-from hcma_fast.train.data.emoji_scenes import Split, render_scene, sample_scene
+from hcma_fast.train.data.editions import EDITIONS
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition, Split
 
 _CHUNK = 500
 _log = logging.getLogger("hcma_fast")
 
 
-def _render_chunk(job: tuple[Split, int, int, int]) -> NDArray[np.uint8]:
-    split, start, stop, size = job
+def draw_scenes(
+    edition: Edition, split: Split, indices: Iterable[int], image_size: int
+) -> NDArray[np.uint8]:
+    """These scenes as (B, size, size, 3) uint8."""
     return np.stack(
         [
-            np.asarray(render_scene(sample_scene(split, i, size), split, i, size))
-            for i in range(start, stop)
+            np.asarray(edition.render(edition.sample(split, i, image_size), split, i, image_size))
+            for i in indices
         ]
     )
 
 
+def _render_chunk(job: tuple[int, Split, int, int, int]) -> NDArray[np.uint8]:
+    number, split, start, stop, size = job
+    return draw_scenes(EDITIONS[number], split, range(start, stop), size)
+
+
 def rendered_scenes(
-    folder: Path, split: Split, count: int, image_size: int = 64, workers: int = 2
+    folder: Path,
+    split: Split,
+    count: int,
+    image_size: int | None = None,
+    workers: int = 2,
+    edition: Edition = FIRST,
 ) -> NDArray[np.uint8]:
     """Scenes 0 .. count-1 as a memory-mapped (count, size, size, 3) uint8 array, drawn once.
+
+    Args:
+        image_size: None for the edition's own.
 
     Raises:
         OutputError: the file cannot be written, or the disk is full.
     """
-    path = folder / f"scenes-{split}-{count}-{image_size}.npy"
+    image_size = image_size or edition.image_size
+    prefix = "scenes" if edition is FIRST else f"scenes{edition.number}"
+    path = folder / f"{prefix}-{split}-{count}-{image_size}.npy"
     if not path.exists():
         make_folder(folder)
         _log.info("Drawing %d scenes of the split %s, once for this folder.", count, split)
         jobs = [
-            (split, start, min(start + _CHUNK, count), image_size)
+            (edition.number, split, start, min(start + _CHUNK, count), image_size)
             for start in range(0, count, _CHUNK)
         ]
         shape = (count, image_size, image_size, 3)

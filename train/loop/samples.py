@@ -28,7 +28,7 @@ from hcma_fast.overlay import draw_layout
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.train.data.coco import read_split
 from hcma_fast.train.data.coco_records import BadRecord
-from hcma_fast.train.data.emoji_scenes import sample_scene
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition
 from hcma_fast.train.data.encode import hash_annotations
 from hcma_fast.train.data.encoders import made_with
 from hcma_fast.train.data.latent_cache import CacheHeader
@@ -162,14 +162,16 @@ def plan_samples(
     )
 
 
-def plan_scene_samples(components: Components, every: int, count: int = COUNT) -> SamplePlan:
+def plan_scene_samples(
+    components: Components, every: int, count: int = COUNT, edition: Edition = FIRST
+) -> SamplePlan:
     """The first layouts of EmojiScenes' split "val"."""
-    scenes = [sample_scene("val", index) for index in range(count)]
+    scenes = [edition.sample("val", index, edition.image_size) for index in range(count)]
     return SamplePlan(
         components,
         tuple(scene.captions[0] for scene in scenes),
         tuple(
-            Layout([item.category for item in s.objects], [item.box for item in s.objects])
+            Layout([item.phrase for item in s.objects], [item.box for item in s.objects])
             for s in scenes
         ),
         every,

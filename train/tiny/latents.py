@@ -21,7 +21,7 @@ from hcma_fast.files import write_whole
 from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import tokenize_cut
-from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, Scene, Split, sample_scene
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition, Scene, Split
 from hcma_fast.train.data.scenes_cache import rendered_scenes
 from hcma_fast.train.tiny.vae import to_tensor
 
@@ -43,16 +43,17 @@ def trained_part(folder: Path, command: str) -> Path:
 
 @torch.no_grad()
 def cached_posteriors(
-    folder: Path, vae: AutoencoderKL, split: Split, count: int
+    folder: Path, vae: AutoencoderKL, split: Split, count: int, edition: Edition = FIRST
 ) -> NDArray[np.float16]:
     """Posterior mean and standard deviation of each scene, (count, 2, 4, h, w) float16."""
     # of another VAE, the latents are others
     digest = hashlib.sha256(
         b"".join(value.numpy().tobytes() for value in vae.encoder.state_dict().values())
     ).hexdigest()[:12]
-    path = folder / f"latents-{split}-{count}-{digest}.npy"
+    prefix = "latents" if edition is FIRST else f"latents{edition.number}"
+    path = folder / f"{prefix}-{split}-{count}-{digest}.npy"
     if not path.exists():
-        scenes = rendered_scenes(folder, split, count)
+        scenes = rendered_scenes(folder, split, count, edition=edition)
         _log.info("Encoding them, once for this VAE.")
         parts = []
         for start in range(0, count, 100):
@@ -84,15 +85,18 @@ class Batch:
 class SceneLatents:
     """Random batches of EmojiScenes with frozen VAE and text encoder, drawn by step number."""
 
-    def __init__(self, folder: Path, split: Split, count: int) -> None:
+    def __init__(self, folder: Path, split: Split, count: int, edition: Edition = FIRST) -> None:
         text = "hcma-fast train text"
         self.tokenizer = load_tokenizer(trained_part(folder / "tokenizer", text))
         encoder = trained_part(folder / "text_encoder", text)
         self.text_encoder = load_part(CLIPTextModel, encoder).eval()
         vae = load_part(AutoencoderKL, trained_part(folder / "vae", "hcma-fast train vae")).eval()
         self.scaling_factor = float(vae.config.scaling_factor)
-        self.posteriors = cached_posteriors(folder, vae, split, count)
-        self.scenes: list[Scene] = [sample_scene(split, index) for index in range(count)]
+        self.phrases = edition.phrases
+        self.posteriors = cached_posteriors(folder, vae, split, count, edition)
+        self.scenes: list[Scene] = [
+            edition.sample(split, index, edition.image_size) for index in range(count)
+        ]
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> tuple[Tensor, Tensor]:
@@ -102,8 +106,8 @@ class SceneLatents:
 
     @cached_property
     def label_table(self) -> Tensor:
-        """Pooled embedding of each category name, (24, d)."""
-        return self.encode(list(CATEGORY_NAMES))[1]
+        """Pooled embedding of each phrase that a layout can have, (phrases, d)."""
+        return self.encode(list(self.phrases))[1]
 
     @cached_property
     def empty_hidden(self) -> Tensor:
@@ -128,7 +132,7 @@ class SceneLatents:
             for slot, item in enumerate(scene.objects):
                 boxes[row, slot] = torch.tensor(item.box)
                 mask[row, slot] = 1
-                labels[row, slot] = self.label_table[CATEGORY_NAMES.index(item.category)]
+                labels[row, slot] = self.label_table[self.phrases.index(item.phrase)]
         hidden, pooled = self.encode(captions)
         if without_caption is not None:
             hidden[torch.from_numpy(without_caption)] = self.empty_hidden

@@ -25,6 +25,7 @@ from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line, write_info
 from hcma_fast.models.checkpoint.parts import load_part, quiet_transformers
 from hcma_fast.program import run_program
+from hcma_fast.train.data.editions import EDITIONS
 
 SUMS_FILE = "sha256.txt"
 
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--lambda-global", type=float, default=1.0)
     parser.add_argument("--lambda-local", type=float, default=1.0)
     parser.add_argument("--normalized", action="store_true", help="eta is a share of the norm")
+    parser.add_argument("--edition", type=int, choices=sorted(EDITIONS), default=1)
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     args = parser.parse_args()
     try:
@@ -78,7 +80,7 @@ def main() -> None:
             f"the alignment cannot have these settings: {first_line(error)}",
             remedy="See python -m hcma_fast.train.tiny.pack --help.",
         ) from error
-    pack(args.run, args.out, settings)
+    pack(args.run, args.out, settings, EDITIONS[args.edition].image_size)
 
 
 if __name__ == "__main__":

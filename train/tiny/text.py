@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.files import write_folder
 from hcma_fast.models.checkpoint.parts import quiet_transformers
-from hcma_fast.train.data.emoji_scenes import BACKGROUNDS, CATEGORIES, CATEGORY_NAMES, sample_scene
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition
 from hcma_fast.train.loop.loop import LoopConfig, Record, run
 
 WIDTH = 128
@@ -78,38 +78,48 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 class _ReadOut(nn.Module):
     """Text encoder with linear read-outs on the pooled embedding; only the encoder is kept."""
 
-    def __init__(self, encoder: CLIPTextModel) -> None:
+    def __init__(self, encoder: CLIPTextModel, edition: Edition) -> None:
         super().__init__()
         self.encoder = encoder
-        self.counts = nn.Linear(WIDTH, len(CATEGORIES) * 6)
-        self.background = nn.Linear(WIDTH, len(BACKGROUNDS) + 1)
+        self.phrases = len(edition.phrases)
+        self.counts = nn.Linear(WIDTH, self.phrases * 6)
+        self.background = nn.Linear(WIDTH, len(edition.backgrounds) + 1)
         self.relation = nn.Linear(WIDTH, len(RELATIONS))
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         pooled = self.encoder(input_ids=input_ids).pooler_output
-        counts = self.counts(pooled).unflatten(-1, (len(CATEGORIES), 6))
+        counts = self.counts(pooled).unflatten(-1, (self.phrases, 6))
         return pooled, counts, self.background(pooled), self.relation(pooled)
 
 
-def _example(rng: np.random.Generator, index: int) -> tuple[str, list[int], int, int]:
+def _example(
+    rng: np.random.Generator, index: int, edition: Edition
+) -> tuple[str, list[int], int, int]:
     """A caption (or, in a third of the draws, a label) with its counts, background and relation."""
-    counts = [0] * len(CATEGORIES)
+    counts = [0] * len(edition.phrases)
     if rng.random() < 0.34:
-        which = int(rng.integers(len(CATEGORIES)))
-        category = CATEGORIES[which]
+        which = int(rng.integers(len(edition.phrases)))
+        phrase = edition.phrases[which]
         counts[which] = 1
-        article = "an" if category.name[0] in "aeiou" else "a"
-        text = str(rng.choice([category.name, category.name, f"{article} {category.name}"]))
-        return text, counts, len(BACKGROUNDS), 0
-    scene = sample_scene("train", index)
-    for name, count in Counter(o.category for o in scene.objects).items():
-        counts[CATEGORY_NAMES.index(name)] = count
+        article = "an" if phrase[0] in "aeiou" else "a"
+        text = str(rng.choice([phrase, phrase, f"{article} {phrase}"]))
+        return text, counts, len(edition.backgrounds), 0
+    scene = edition.sample("train", index, edition.image_size)
+    for phrase, count in Counter(o.phrase for o in scene.objects).items():
+        counts[edition.phrases.index(phrase)] = count
     text = str(rng.choice(scene.captions))
     relation = next((i for i, r in enumerate(RELATIONS) if i and f" {r} " in text), 0)
-    return text, counts, list(BACKGROUNDS).index(scene.background), relation
+    return text, counts, edition.backgrounds.index(scene.background), relation
 
 
-def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], None]) -> Path:
+def train_text(
+    out: Path,
+    *,
+    steps: int,
+    batch: int,
+    on_log: Callable[[Record], None],
+    edition: Edition = FIRST,
+) -> Path:
     """Write ``out/tokenizer`` and ``out/text_encoder``, whose folder is returned.
 
     Goes on from the newest state in ``out/text-state``, where log.jsonl is too.
@@ -124,14 +134,15 @@ def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], 
         WeightsError: the state is another model's, was begun with other settings, or is damaged.
     """
     torch.manual_seed(0)
-    captions = [text for i in range(3000) for text in sample_scene("train", i).captions]
-    tokenizer = make_tokenizer([*captions, *CATEGORY_NAMES])
+    scenes = (edition.sample("train", i, edition.image_size) for i in range(3000))
+    captions = [text for scene in scenes for text in scene.captions]
+    tokenizer = make_tokenizer([*captions, *edition.phrases])
     write_folder(out / "tokenizer", tokenizer.save_pretrained)
-    model = _ReadOut(make_text_encoder(tokenizer))
+    model = _ReadOut(make_text_encoder(tokenizer), edition)
 
     def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([2, step])
-        examples = [_example(rng, int(rng.integers(20000))) for _ in range(batch)]
+        examples = [_example(rng, int(rng.integers(20000)), edition) for _ in range(batch)]
         texts, counts, backgrounds, relations = zip(*examples, strict=True)
         # attention is causal and pads come last, so the short batch gives the same pooled embedding
         ids = tokenizer(list(texts), padding=True, return_tensors="pt").input_ids
@@ -161,7 +172,11 @@ def train_text(out: Path, *, steps: int, batch: int, on_log: Callable[[Record], 
         return {"loss": loss, "counts": count_loss, "apart": apart, "all_counts_right": right}
 
     config = LoopConfig(
-        steps=steps, lr=1e-3, weight_decay=0.01, ema_decay=0.99, draws={"batch": batch}
+        steps=steps,
+        lr=1e-3,
+        weight_decay=0.01,
+        ema_decay=0.99,
+        draws={"batch": batch} if edition is FIRST else {"batch": batch, "edition": edition.number},
     )
     averaged = run(
         model,

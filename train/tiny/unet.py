@@ -31,6 +31,8 @@ from hcma_fast.program import run_program
 from hcma_fast.schedule import add_noise, alphas_cumprod
 from hcma_fast.seeds import seeded_generator
 from hcma_fast.train.aligner.settings import architecture
+from hcma_fast.train.data.editions import EDITIONS
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition
 from hcma_fast.train.data.scenes_cache import check_batch
 from hcma_fast.train.denoiser.alignment import align_rows
 from hcma_fast.train.loop.loop import LoopConfig, check_can_go_on, run
@@ -49,14 +51,18 @@ MAX_ETA0 = 60.0
 """Rates of alignment in training are uniform up to it: twice what sampling uses"""
 
 
-def make_unet() -> UNet2DConditionModel:
-    """The architecture of `tiny`'s UNet: 5.5 M parameters, attention at 8 x 8 only."""
+def make_unet(edition: Edition = FIRST) -> UNet2DConditionModel:
+    """The architecture of `tiny`'s UNet: 5.5 M parameters with attention at 8 x 8 only for the
+    first edition, 6.1 M with attention at 16 x 16 too for the second."""
+    outer = ("DownBlock2D", "UpBlock2D")
+    if edition is not FIRST:
+        outer = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=(64, 128),
         layers_per_block=1,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=(outer[0], "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", outer[1]),
         cross_attention_dim=WIDTH,
         attention_head_dim=4,
         norm_num_groups=16,
@@ -84,7 +90,9 @@ def align_some(
     return align_rows(align, z, batch, timesteps, rows, eta0, torch.ones(len(rows), 2))
 
 
-def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
+def scene_components(
+    folder: Path, unet: UNet2DConditionModel, edition: Edition = FIRST
+) -> Components:
     """The parts of a run of `tiny` so far; without a trained aligner, an alignment of rate 0."""
     trained = (folder / "aligner").is_dir()
     return Components(
@@ -99,7 +107,7 @@ def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
             else Aligner(architecture("tiny"))
         ),
         settings=AlignmentSettings(eta0=1.0 if trained else 0.0, guidance_scale=3.0),
-        image_size=64,
+        image_size=edition.image_size,
         weights_hash="in training",
         source=None,
     )
@@ -107,7 +115,11 @@ def scene_components(folder: Path, unet: UNet2DConditionModel) -> Components:
 
 @contextmanager
 def sampling(
-    folder: Path, unet: UNet2DConditionModel, every: int, state: Path
+    folder: Path,
+    unet: UNet2DConditionModel,
+    every: int,
+    state: Path,
+    edition: Edition = FIRST,
 ) -> Iterator[Callable[[int, UNet2DConditionModel], None] | None]:
     """What draws samples into ``state`` where they are due; None for ``every`` 0."""
     if not every:
@@ -115,7 +127,7 @@ def sampling(
         return
     from torch.utils.tensorboard import SummaryWriter
 
-    plan = plan_scene_samples(scene_components(folder, unet), every)
+    plan = plan_scene_samples(scene_components(folder, unet, edition), every, edition=edition)
     with SummaryWriter(state / "tensorboard") as events:
 
         def sample(step: int, averaged: UNet2DConditionModel) -> None:
@@ -148,9 +160,22 @@ def main() -> None:
         ("--sample-every", int, 0, "draw some val layouts every so many steps; 0 for never"),
     ):
         parser.add_argument(name, type=kind, default=default, help=told)
+    parser.add_argument(
+        "--edition",
+        type=int,
+        choices=sorted(EDITIONS),
+        default=1,
+        help="of EmojiScenes: 1 has 64 pixels, 2 has 128",
+    )
     args = parser.parse_args()
     check_batch(args.batch, args.scenes)
+    edition = EDITIONS[args.edition]
     state = args.out / "denoiser-state"
+    draws: dict[str, int | float] = {
+        "batch": args.batch,
+        "scenes": args.scenes,
+        "aligned_share": args.aligned_share,
+    }
     config = LoopConfig(
         steps=args.steps,
         lr=args.lr,
@@ -158,18 +183,14 @@ def main() -> None:
         weight_decay=0.01,
         ema_decay=0.9995,
         checkpoint_every=400,
-        draws={
-            "batch": args.batch,
-            "scenes": args.scenes,
-            "aligned_share": args.aligned_share,
-        },
+        draws=draws if edition is FIRST else draws | {"edition": edition.number},
     )
     check_can_go_on(state, config)
 
     torch.manual_seed(0)
-    data = SceneLatents(args.out, "train", args.scenes)
+    data = SceneLatents(args.out, "train", args.scenes, edition)
     # convolutions of these widths run 8% faster so
-    model = make_unet().to(memory_format=torch.channels_last)
+    model = make_unet(edition).to(memory_format=torch.channels_last)
     align = AlignStep(Aligner.from_pretrained(args.out / "aligner")) if args.aligned_share else None
     attention = GroundingAttention(model)
     alphas = alphas_cumprod().float()
@@ -223,7 +244,7 @@ def main() -> None:
     def keep(step: int, averaged: UNet2DConditionModel) -> None:
         write_folder(args.out / "unet", averaged.save_pretrained)
 
-    with sampling(args.out, model, args.sample_every, state) as sample:
+    with sampling(args.out, model, args.sample_every, state, edition) as sample:
         run(model, loss_of_step, config, state, keep, sample, batch_of_step)
 
 

@@ -16,10 +16,12 @@ from torch import Tensor, nn
 
 from hcma_fast.files import write_folder
 from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.train.data.emoji_scenes import FIRST, Edition
 from hcma_fast.train.data.scenes_cache import check_batch, rendered_scenes
 from hcma_fast.train.loop.loop import LoopConfig, Record, check_can_go_on, run
 from hcma_fast.train.tiny.latents import cached_posteriors, trained_part
-from hcma_fast.train.tiny.vae import psnr, reconstruction_loss, to_tensor
+from hcma_fast.train.tiny.sharp_loss import SharpLoss, reconstruction_loss
+from hcma_fast.train.tiny.vae import psnr, to_tensor
 
 
 class _Decoder(nn.Module):
@@ -40,6 +42,7 @@ def train_decoder(
     scenes: int,
     lr: float,
     on_log: Callable[[Record], None],
+    edition: Edition = FIRST,
 ) -> Path:
     """Write ``out/vae-sharp`` from ``out/vae``, at each checkpoint; its folder is returned.
 
@@ -58,16 +61,21 @@ def train_decoder(
             settings, or is damaged.
     """
     check_batch(batch, scenes)
+    draws: dict[str, int | float] = {"batch": batch, "scenes": scenes}
     config = LoopConfig(
-        steps=steps, lr=lr, ema_decay=0.995, draws={"batch": batch, "scenes": scenes}
+        steps=steps,
+        lr=lr,
+        ema_decay=0.995,
+        draws=draws if edition is FIRST else draws | {"edition": edition.number},
     )
     check_can_go_on(out / "vae-decoder-state", config)
     torch.manual_seed(0)
     vae = load_part(AutoencoderKL, trained_part(out / "vae", "hcma-fast train vae")).eval()
-    pictures = rendered_scenes(out, "train", scenes)
-    posteriors = cached_posteriors(out, vae, "train", scenes)
-    validation = rendered_scenes(out, "val", 500)[:200]
-    model = _Decoder(vae)
+    pictures = rendered_scenes(out, "train", scenes, edition=edition)
+    posteriors = cached_posteriors(out, vae, "train", scenes, edition)
+    validation = rendered_scenes(out, "val", 500, edition=edition)[:200]
+    model = _Decoder(vae.to(memory_format=torch.channels_last))
+    loss_of = reconstruction_loss if edition is FIRST else SharpLoss()
 
     def batch_of_step(step: int) -> dict[str, Tensor]:
         rng = np.random.default_rng([6, step])
@@ -78,7 +86,7 @@ def train_decoder(
 
     def loss_of_step(step: int) -> dict[str, Tensor]:
         drawn = batch_of_step(step)
-        loss, mse = reconstruction_loss(model(drawn["latents"]), drawn["images"])
+        loss, mse = loss_of(model(drawn["latents"]), drawn["images"])
         return {"loss": loss, "mse": mse}
 
     def keep(step: int, averaged: _Decoder) -> None:

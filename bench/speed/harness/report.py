@@ -168,7 +168,7 @@ def read_results(path: Path) -> Results:
 def _line(fit: Fit) -> str:
     if fit.fixed_s is None:
         return "- | -"
-    fixed = _estimate(fit.fixed_s)
+    fixed = estimate_text(fit.fixed_s)
     return f"{fixed} | {'-' if fit.off_line is None else f'{fit.off_line:.1%}'}"
 
 
@@ -195,8 +195,8 @@ def report_markdown(report: Report, against: str = COMPILED) -> str:
         ]
         lines += [
             f"| {fit.axis} | {', '.join(f'{size:g}' for size in fit.sizes)} "
-            f"| {fit.exponent.value:.3f} | {_interval(fit.exponent.interval, '.3f')} "
-            f"| {_estimate(fit.growth)} | {_line(fit)} |"
+            f"| {fit.exponent.value:.3f} | {interval_text(fit.exponent.interval, '.3f')} "
+            f"| {estimate_text(fit.growth)} | {_line(fit)} |"
             for fit in report.fits
         ]
     if report.left_out:
@@ -242,17 +242,19 @@ def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
     for row in rows:
         ratio, interval = ("void", "void") if row.void else ("", "")
         if row.speedup is not None:
-            ratio, interval = f"{row.speedup:.2f}", _interval(row.speedup_interval, ".2f")
+            ratio, interval = f"{row.speedup:.2f}", interval_text(row.speedup_interval, ".2f")
         error = "" if row.max_error is None else "not finite"
         error = error if row.relative_error is None else f"{row.relative_error:.1e}"
         cells = [row.name, *(str(row.labels.get(name, "")) for name in own)]
-        cells += [_short(s) for s in (row.median_s, row.p10_s, row.p90_s, row.p99_s)]
+        cells += [seconds_text(s) for s in (row.median_s, row.p10_s, row.p90_s, row.p99_s)]
         cells += [f"{row.images_per_second:.3g}", ratio, interval]
         if other is not None:
             found = speedup_over(row, other)
-            cells += ["", ""] if found is None else [f"{found[0]:.2f}", _interval(found[1:], ".2f")]
+            cells += (
+                ["", ""] if found is None else [f"{found[0]:.2f}", interval_text(found[1:], ".2f")]
+            )
         cells += [error, f"{row.load_s:.1f}"]
-        cells += ["" if row.warm_up_s is None else _short(row.warm_up_s)]
+        cells += ["" if row.warm_up_s is None else seconds_text(row.warm_up_s)]
         cells += [f"{row.peak_rss_mib:.0f}"]
         if on_gpu:
             cells += ["" if row.device_peak_mib is None else f"{row.device_peak_mib:.0f}"]
@@ -261,18 +263,21 @@ def _group_lines(group: str, rows: Sequence[Row], against: str) -> list[str]:
     return lines
 
 
-def _short(seconds: float) -> str:
+def seconds_text(seconds: float) -> str:
+    """Three digits or more."""
     return f"{seconds:.3f}" if seconds >= 0.1 else f"{seconds:.3g}"
 
 
-def _estimate(found: Estimate) -> str:
-    interval = f" ({_interval(found.interval, '.3f')})" if found.interval else ""
+def estimate_text(found: Estimate) -> str:
+    """``1.234 (1.200 to 1.300)``."""
+    interval = f" ({interval_text(found.interval, '.3f')})" if found.interval else ""
     return f"{found.value:.3f}{interval}"
 
 
-def _interval(interval: tuple[float, float] | None, form: str) -> str:
+def interval_text(interval: tuple[float, float] | None, form: str) -> str:
+    """``1.20 to 1.30``; empty for a single run."""
     if interval is None or interval[0] == interval[1]:
-        return ""  # of one run
+        return ""
     return f"{interval[0]:{form}} to {interval[1]:{form}}"
 
 

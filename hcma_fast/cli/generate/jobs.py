@@ -303,7 +303,9 @@ def _check_companions(job: Job, folder: Path, other: str) -> None:
     """Refuse to replace what lies under the names of a sidecar and an overlay, but is neither."""
     image, sidecar, overlay = job.files(folder)
     taken = [path for path in (sidecar, overlay) if os.path.lexists(path)]
-    if taken and not _is_sidecar(sidecar, image.name):
+    # the sidecar is written last: a killed run leaves an image, with its overlay, and no sidecar
+    half = image.is_file() and not os.path.lexists(sidecar)
+    if taken and not half and not _is_sidecar(sidecar, image.name):
         raise OutputError(
             "this file is in the way, and hcma-fast did not write it with an image: it is not "
             "replaced",

@@ -138,14 +138,14 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
         EngineError: an engine folder is damaged.
     """
     from hcma_fast.export.manifest import read_manifest
-    from hcma_fast.models.checkpoint.info import is_hub_id
+    from hcma_fast.models.checkpoint.info import is_hub_id, resolve_folder
     from hcma_fast.models.checkpoint.located import locate
 
     if is_engine_folder(plan.model):
         original.check_weights(read_manifest(Path(plan.model)).weights_hash)
         return plan.model
     try:
-        checkpoint = locate(plan.model, aligner=plan.aligner, offline=plan.offline)
+        folder = resolve_folder(plan.model, offline=plan.offline)
     except WeightsError as error:
         if not (plan.offline and is_hub_id(plan.model)):
             raise
@@ -155,8 +155,7 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
             remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
             "hub; or give the model as --model.",
         ) from error
-    original.check_weights(checkpoint.weights_hash)
-    return checkpoint
+    return locate(folder, aligner=plan.aligner, check_hash=original.check_weights)
 
 
 def render(

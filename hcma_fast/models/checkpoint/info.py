@@ -233,7 +233,7 @@ def open_weights(folder: Path, aligner_folder: Path) -> dict[str, OpenedFile]:
     files[INFO_FILE] = folder / INFO_FILE
     opened = {}
     for name, path in sorted(files.items()):
-        if path.suffix in READ_SUFFIXES and path.is_file():
+        if path.suffix in READ_SUFFIXES and os.path.lexists(path):
             try:
                 opened[name] = OpenedFile(path)
             except OSError as error:

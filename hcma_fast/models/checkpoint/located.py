@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -59,25 +59,32 @@ def locate(
     *,
     aligner: str | Path | None = None,
     offline: bool = False,
+    check_hash: Callable[[str], object] | None = None,
 ) -> Checkpoint:
     """Find a model and refuse what is incomplete or unsafe, without loading it.
 
     What was located before is returned as it is, so that its files are opened and hashed once.
 
-    Args and errors: see :func:`..folder.load_components`.
+    Args:
+        check_hash: is given the weights' hash of a complete model before any file is understood.
+
+    Other arguments and errors: see :func:`..folder.load_components`.
     """
     if isinstance(name_or_path, Checkpoint):
         return name_or_path
     folder = resolve_folder(name_or_path, offline=offline)
-    check_safe(folder)
     missing = [part for part in PARTS if not (folder / part).is_dir()]
+    aligner_folder = Path(aligner) if aligner is not None else folder / "aligner"
+    checkpoint = Checkpoint(folder, aligner_folder)
+    if check_hash is not None and not missing and aligner_folder.is_dir():
+        check_hash(checkpoint.weights_hash)
+    check_safe(folder)
     if missing:
         raise WeightsError(
             f"the checkpoint lacks {', '.join(missing)}",
             value=str(folder),
             remedy=f"Give a folder in diffusers' layout, with {', '.join(PARTS)} and aligner.",
         )
-    aligner_folder = Path(aligner) if aligner is not None else folder / "aligner"
     if not aligner_folder.is_dir():
         raise WeightsError(
             "the checkpoint has no aligner",
@@ -85,4 +92,4 @@ def locate(
             remedy="Pass the folder of one that was trained for this model as aligner=.",
         )
     check_aligner(aligner_folder)
-    return Checkpoint(folder, aligner_folder)
+    return checkpoint

@@ -26,6 +26,7 @@ from hcma_fast.bench.speed.suites.stages import align, load_align, load_gradient
 from hcma_fast.bench.speed.suites.table import ON_GPU, SUITES, check_suites
 from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
+from hcma_fast.export.manifest import open_folder
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import load_components
 
@@ -147,7 +148,8 @@ def test_the_unet_alone_agrees_with_torch_and_tells_its_rate(
     random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hcma_fast.bench.speed.harness.contestants._folder", lambda model, target: random_engine
+        "hcma_fast.bench.speed.harness.contestants._folder",
+        lambda model, target: open_folder(random_engine),
     )
     monkeypatch.setattr("hcma_fast.bench.shared.rates.matmul_rate", lambda *_: 4e9)
     runs = {
@@ -169,7 +171,8 @@ def test_an_engine_takes_the_same_step_as_autograd(
     random_checkpoint: Path, random_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "hcma_fast.bench.speed.harness.contestants._folder", lambda model, target: random_engine
+        "hcma_fast.bench.speed.harness.contestants._folder",
+        lambda model, target: open_folder(random_engine),
     )
     found = load_align(str(random_checkpoint), Ours("onnxruntime"), 2, 1, "cpu").generate()
     expected = load_gradient(str(random_checkpoint), "eager", 2, 1, "cpu").generate()

@@ -15,6 +15,7 @@ from hcma_fast.export.backends.aoti.build import compile_aoti, export_program
 from hcma_fast.export.onnx.trace import example_inputs
 from hcma_fast.export.precision import Precision, at_precision
 from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
 
 TENSORS = (TensorSpec("z", ("batch", 3)),), (TensorSpec("image", ("batch", 3)),)
@@ -114,7 +115,7 @@ def test_a_graph_is_of_one_device_alone(
     And its kernels must know the true range of the batch: see ``export_program``.
     """
     spec = random_components.specs()[name]
-    module = at_precision(name, random_components.graph(name), precision)
+    module = at_precision(name, graph_of(random_components, name), precision)
     example = tuple(value.to("meta") for value in example_inputs(spec))
     with torch.no_grad():
         program = export_program(spec, copy.deepcopy(module).to("meta"), example)

@@ -187,8 +187,8 @@ def test_bad_images_stop_or_are_skipped_and_listed(
         make(data, encoders, tmp_path / "strict")
 
     report = make(data, encoders, tmp_path / "cache", skip_bad=True)
-    assert sorted(image.image_id for image in report.skipped) == [3, 40, 41]
-    assert {image.path for image in report.skipped} == {str(cut), str(wrong), str(gone)}
+    assert sorted(record.id for record in report.skipped if record.id is not None) == [3, 40, 41]
+    assert {record.path for record in report.skipped} == {str(cut), str(wrong), str(gone)}
     assert report.images == 57
     cache = LatentCache(tmp_path / "cache")
     assert cache.image_ids.tolist() == [i for i in range(60) if i not in (3, 40, 41)]

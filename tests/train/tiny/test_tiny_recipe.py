@@ -16,9 +16,11 @@ from hcma_fast.train.aligner.settings import architecture
 from hcma_fast.train.data.emoji_scenes import (
     BACKGROUNDS,
     CATEGORY_NAMES,
+    FIRST,
     render_scene,
     sample_scene,
 )
+from hcma_fast.train.data.emoji_scenes2 import SECOND
 from hcma_fast.train.tiny.latents import Batch
 from hcma_fast.train.tiny.text import WIDTH, make_text_encoder, make_tokenizer
 from hcma_fast.train.tiny.unet import align_some, make_unet
@@ -86,6 +88,16 @@ def test_sizes_are_those_of_the_issue() -> None:
     assert vae.config.sample_size == factor * unet.config.sample_size
     # two bytes a weight in fp16, and 40 MB for all parts; the aligner has its share of 10
     assert 2 * (millions(unet) + millions(vae) + millions(text)) < 30
+
+
+def test_the_second_editions_vae_has_the_same_latents_from_twice_the_side() -> None:
+    first, second = make_vae(FIRST), make_vae(SECOND)
+    assert first.config.latent_channels == second.config.latent_channels
+    for edition, vae, size in ((FIRST, first, 0.65), (SECOND, second, 4.2)):
+        assert vae.config.sample_size == edition.image_size
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        assert edition.image_size // factor == make_unet().config.sample_size
+        assert abs(millions(vae) - size) < 0.05
 
 
 def test_aligner_fits_the_other_parts() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 
 from hcma_fast.cli.app import main
@@ -22,6 +23,10 @@ from hcma_fast.models.checkpoint.parts import load_part
 from hcma_fast.program import run_program
 from hcma_fast.train.aligner.settings import architecture
 from hcma_fast.train.data.emoji_scenes import render_scene, sample_scene
+from hcma_fast.train.data.emoji_scenes2 import SECOND
+from hcma_fast.train.data.emoji_scenes2 import render_scene as render_scene2
+from hcma_fast.train.data.emoji_scenes2 import sample_scene as sample_scene2
+from hcma_fast.train.tiny.latents import SceneLatents
 from hcma_fast.train.tiny.unet import MAX_ETA0
 
 SCENES = 24
@@ -37,15 +42,16 @@ COMMANDS = {
     "vae": ("train", "vae"),
     "vae_decoder": ("train", "vae", "--decoder-only"),
 }
+PROGRAMS = {"denoiser": "unet", "pack": "pack"}
 
 
 def start(name: str, *options: object) -> int:
-    """Run hcma-fast, or ``python -m hcma_fast.train.NAME``, in this process: its exit code."""
+    """Run hcma-fast, or a program of ``hcma_fast.train.tiny``, in this process: its exit code."""
     if name in COMMANDS:
         return main([*COMMANDS[name], *map(str, options)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [name, *map(str, options)])
-        return run_program(importlib.import_module(f"hcma_fast.train.{name}").main)
+        return run_program(importlib.import_module(f"hcma_fast.train.tiny.{PROGRAMS[name]}").main)
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -89,6 +95,30 @@ def test_each_logs_and_leaves_a_part_that_loads(trained: Path, tmp_path: Path) -
     )
     parts = load_components(tmp_path)
     assert (parts.settings.eta0, parts.settings.window) == (2.0, (0.2, 0.5))
+
+
+def test_the_second_edition_is_trained_by_the_same_commands(tmp_path: Path) -> None:
+    few = [sample_scene2("val", i) for i in range(2)]
+    pictures = [np.asarray(render_scene2(scene, "val", i)) for i, scene in enumerate(few)]
+    np.save(tmp_path / "scenes2-val-500-128.npy", np.stack(pictures))
+    small = ("--out", tmp_path, "--edition", 2, "--steps", 1, "--batch", 2)
+    assert start("text", *small) == 0
+    assert start("vae", *small) == 0
+    vae = load_part(AutoencoderKL, tmp_path / "vae")
+    assert vae.config.sample_size == 128
+    with Image.open(tmp_path / "vae-state" / "reconstructions.png") as sheet:
+        assert sheet.size == (2 * 128, 4 * 2 * 128)
+    np.save(tmp_path / "scenes2-val-2-128.npy", np.stack(pictures))
+    data = SceneLatents(tmp_path, "val", 2, SECOND)
+    batch = data.batch(0, 2)
+    assert batch.z0.shape == (2, 4, 16, 16) and data.label_table.shape[0] == len(SECOND.phrases)
+    np.save(tmp_path / "scenes2-train-2-128.npy", np.stack(pictures))
+    assert start("denoiser", *small, "--scenes", 2) == 0
+    unet = load_part(UNet2DConditionModel, tmp_path / "unet")
+    assert set(unet.config.down_block_types) == {"CrossAttnDownBlock2D"}
+    assert 5 < sum(p.numel() for p in unet.parameters()) / 1e6 < 8
+    # what was begun with one edition does not go on with another
+    assert start("vae", "--out", tmp_path, "--steps", 1, "--batch", 2, "--scenes", 100000) == 3
 
 
 def test_only_the_decoder_of_the_vae_is_trained_further(trained: Path) -> None:
@@ -167,7 +197,7 @@ def test_a_loss_that_is_not_finite_leaves_its_batch(
     [
         ("vae_decoder", (), 3, ("no vae yet", "hcma-fast train vae first")),
         ("denoiser", (), 3, ("no tokenizer yet", "hcma-fast train text first")),
-        ("pack", ("--run", "nowhere"), 3, ("cannot load vae", "nowhere")),
+        ("pack", ("--run", "nowhere"), 3, ("cannot read this entry of the checkpoint", "nowhere")),
         ("pack", ("--eta0", "nan"), 2, ("eta0",)),
         ("vae", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
         ("vae_decoder", ("--batch", "9", "--scenes", "8"), 2, ("more scenes than the 8", "9")),
@@ -229,4 +259,5 @@ def test_as_a_process_of_its_own(tmp_path: Path) -> None:
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False
     )
     assert done.returncode == 3 and "Traceback" not in done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: cannot load vae")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: cannot read this entry of the checkpoint")
