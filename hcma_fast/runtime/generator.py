@@ -388,6 +388,6 @@ def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> 
             of_step[entry.step].loss_global[row],
             of_step[entry.step].loss_local[row],
         )
-        for entry, what in zip(schedule.table.evaluations(), schedule.alignments(), strict=True)
+        for entry, what in zip(schedule.table.evaluations, schedule.alignments(), strict=True)
         if what == "computed"
     ]

@@ -9,18 +9,22 @@ from typing import NamedTuple
 import torch
 
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.kernels.denoise_update import NEUTRAL, Update, update_of
+from hcma_fast.kernels.update_sums import NEUTRAL, Update, update_of
 from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.sampling.solvers import SolverTable
 from hcma_fast.specs import PLAN_COLUMNS, Column
 
-_MOVES = [Column.NEXT_MOVE, Column.STORED_MOVE]
-_NOISE = [Column.NEXT_NOISE, Column.STORED_NOISE]
+_MOVES = (Column.NEXT_MOVE, Column.STORED_MOVE)
+_NOISE = (Column.NEXT_NOISE, Column.STORED_NOISE)
 
 
 def used_columns(schedules: Sequence[Schedule]) -> list[tuple[bool, ...]]:
     """For each evaluation and column of the update: whether it has an effect for some image."""
-    return _used_columns(tuple(dict.fromkeys(schedule.table for schedule in schedules)))
+    return _used_columns(_tables(schedules))
+
+
+def _tables(schedules: Sequence[Schedule]) -> tuple[SolverTable, ...]:
+    return tuple(dict.fromkeys([schedule.table for schedule in schedules]))
 
 
 @lru_cache(maxsize=64)
@@ -32,6 +36,11 @@ def _used_columns(tables: tuple[SolverTable, ...]) -> list[tuple[bool, ...]]:
         # behind its end an image waits for the others
         used[count:, [Column.ACTIVE, Column.PUSHES]] = True
     return [tuple(row) for row in used.tolist()]
+
+
+@lru_cache(maxsize=64)
+def _uses(tables: tuple[SolverTable, ...], columns: tuple[int, ...]) -> bool:
+    return any(row[column] for row in _used_columns(tables) for column in columns)
 
 
 def holds(used: Sequence[Sequence[bool]]) -> list[bool]:
@@ -62,7 +71,7 @@ def check_deterministic(schedules: Sequence[Schedule]) -> None:
     Raises:
         UsageError: a solver that adds noise.
     """
-    if any(row[column] for row in used_columns(schedules) for column in _NOISE):
+    if _uses(_tables(schedules), _NOISE):
         raise UsageError(
             "this solver adds noise in its steps, which the sampler does not draw yet",
             remedy="Use a deterministic solver.",
@@ -100,5 +109,5 @@ class Kind(NamedTuple):
             dtype=getattr(torch, dtypes[0]),
             repeats=any(saving.align_every > 1 for saving in savings),
             recomputes=any(not saving.contexts_once for saving in savings),
-            moves=any(row[column] for row in used_columns(schedules) for column in _MOVES),
+            moves=_uses(_tables(schedules), _MOVES),
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows, update_of
+from hcma_fast.kernels.update_sums import columns_of, denoise_update_rows, update_of
 from hcma_fast.models.checkpoint.folder import ModelSource
 from hcma_fast.specs import PLAN_ROWS, STEP_NAMES, Column, GraphName
 

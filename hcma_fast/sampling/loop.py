@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from hcma_fast.engine import Engine
-from hcma_fast.kernels.denoise_update import denoise_update_rows
+from hcma_fast.kernels.update_sums import denoise_update_rows
 from hcma_fast.sampling.batch_kind import Kind, check_deterministic, shared_updates
 from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning, ground
 from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses, fusable
+from hcma_fast.sampling.step import SeparateStep
 from hcma_fast.specs import HISTORY, GraphName
 
 
@@ -37,8 +38,8 @@ class Trajectory(ABC):
         self.found: list[Mapping[str, Tensor]] = []
 
     @abstractmethod
-    def advance(self, k: int, networks: Networks) -> None:
-        """Evaluation ``k``: align, denoise, combine, step."""
+    def advance(self, networks: Networks) -> None:
+        """One evaluation: align, denoise, combine, step."""
 
     def latent(self) -> Tensor:
         """The latent, in float32."""
@@ -46,7 +47,7 @@ class Trajectory(ABC):
 
     def losses(self) -> list[StepLosses]:
         """Of the evaluations that ran the alignment."""
-        rows = zip(self.schedule.table.evaluations(), self.schedule.networks, strict=True)
+        rows = zip(self.schedule.table.evaluations, self.schedule.networks, strict=True)
         aligned = [row for row, needed in rows if needed.aligned]
         return [
             StepLosses(row.step, row.timestep, found["loss_global"], found["loss_local"])
@@ -54,7 +55,7 @@ class Trajectory(ABC):
         ]
 
 
-class SeparateTrajectory(Trajectory):
+class SeparateTrajectory(SeparateStep, Trajectory):
     """By the graphs `align`, `unet_grounded` and `unet_plain`."""
 
     def __init__(
@@ -67,10 +68,11 @@ class SeparateTrajectory(Trajectory):
         super().__init__(engines, z, conditioning, schedule)
         batch, device = len(z), z.device
         kind = Kind.of([schedule])
-        self.kind, self.conditioning = kind, conditioning
+        self.kind, self.conditioning, self.evaluation = kind, conditioning, 0
         self.narrow = kind.dtype != z.dtype
         self.z = z.to(kind.dtype)
-        self.stored = self.gradient = self.z
+        self.stored = self.gradient = self.wide = self.z
+        self.move: Tensor | None = None
         self.history: Sequence[Tensor] = [torch.zeros_like(self.z)] * HISTORY
         self.updates = shared_updates(schedule)
         self.alignments, self.rates = schedule.alignments(), schedule.etas.tolist()
@@ -86,12 +88,10 @@ class SeparateTrajectory(Trajectory):
             self.times[guided] = _by_evaluation(times, size, device)
             self.gates[guided] = _by_evaluation(gates, size, device)
 
-    def advance(self, k: int, networks: Networks) -> None:
-        """See :meth:`Trajectory.advance`."""
-        z = before = self.z.float() if self.narrow else self.z
-        # align, before the copy for guidance (Eq. 8)
-        rate = self.rates[k]
-        if networks.aligned:
+    def _align(self, computed: bool) -> None:
+        k, z = self.evaluation, self.z.float() if self.narrow else self.z
+        before, rate = z, self.rates[k]
+        if computed:
             at = {"z": z, "eta": self.etas[k], "timestep": self.times[False][k]}
             found = self.engines["align"]({**self.fixed[True], **at})
             self.found.append(found)
@@ -104,32 +104,38 @@ class SeparateTrajectory(Trajectory):
             z = torch.add(z, self.gradient, alpha=-rate)
         if self.narrow:
             z = z.to(self.kind.dtype).float()
-        move = z - before if self.kind.moves else None
-        # denoise (Eq. 9): both halves of the guidance in one batch
-        guided = networks.guided and self.halves == 2
+        if self.kind.moves:
+            self.move = z - before
+        self.wide = z
+
+    def _engine(self, name: GraphName, guided: bool) -> Engine:
+        return self.engines[name]
+
+    def _unet_inputs(self, networks: Networks) -> Mapping[str, Tensor]:
+        k, guided = self.evaluation, networks.guided
         fixed = self.fixed[guided]
         if self.kind.recomputes:
             fixed = fixed | ground(self.engines, self.conditioning.halves()[0 if guided else -1 :])
         at = {
-            "sample": torch.cat([z, z]) if guided else z,
+            "sample": torch.cat([self.wide, self.wide]) if guided else self.wide,
             "timestep": self.times[guided][k],
             "grounding_gate": self.gates[guided][k],
         }
-        unet = self.engines["unet_grounded" if networks.grounded else "unet_plain"]
-        eps = unet({**fixed, **at})["noise_pred"]
-        # combine and step
-        unconditional, conditional = eps.chunk(2) if guided else (None, eps)
-        latent = z.to(self.kind.dtype) if self.narrow else z
+        return {**fixed, **at}
+
+    def _combine(self, unconditional: Tensor | None, conditional: Tensor) -> None:
+        latent = self.wide.to(self.kind.dtype) if self.narrow else self.wide
         self.z, self.stored, self.history = denoise_update_rows(
             latent,
             self.stored,
             self.history,
             unconditional,
             conditional,
-            move,
+            self.move,
             None,
-            self.updates[k],
+            self.updates[self.evaluation],
         )
+        self.evaluation += 1
 
 
 class FusedTrajectory(Trajectory):
@@ -151,7 +157,7 @@ class FusedTrajectory(Trajectory):
         self.history = torch.zeros(batch, HISTORY, *z.shape[1:], device=device)
         self.index = torch.zeros(batch, dtype=torch.int64, device=device)
 
-    def advance(self, k: int, networks: Networks) -> None:
+    def advance(self, networks: Networks) -> None:
         """See :meth:`Trajectory.advance`."""
         engine = self.engines["step_grounded" if networks.grounded else "step_plain"]
         state = {
@@ -191,7 +197,8 @@ def sample(
     with torch.no_grad():
         trajectory = make(engines, z, conditioning, schedule)
         for k, networks in enumerate(schedule.networks):
-            trajectory.advance(k, networks)
+            # without an unconditional half there is no guidance, whatever the schedule says
+            trajectory.advance(networks if guided else networks._replace(guided=False))
             if on_evaluation is not None:
                 changed = on_evaluation(k, trajectory.latent())
                 trajectory.z = changed.to(trajectory.z.dtype)

@@ -1,7 +1,7 @@
 """Solvers as tables: a function from a number of steps to coefficients, and nothing else.
 
 Each function makes a :class:`SolverTable` in float64 on the host; ``specs.Column`` says what its
-columns mean, and :mod:`hcma_fast.kernels.denoise_update` computes the step from them. What belongs
+columns mean, and :mod:`hcma_fast.kernels.update_sums` computes the step from them. What belongs
 to the request rather than to the solver (rates of alignment, gates, guidance) is in
 :mod:`hcma_fast.sampling.schedule`.
 """
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cached_property, lru_cache, wraps
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hcma_fast.errors import UsageError
-from hcma_fast.kernels.denoise_update import NEUTRAL
+from hcma_fast.kernels.update_sums import NEUTRAL
 from hcma_fast.schedule import STEPS_OFFSET, TRAIN_STEPS, alphas_cumprod, check_steps
 from hcma_fast.specs import Column
 
@@ -63,6 +63,7 @@ class SolverTable:
         parts = (self.timesteps, self.step_index, self.aligns, self.columns)
         return SolverTable(*(part[:count] for part in parts))
 
+    @cached_property
     def evaluations(self) -> list[Evaluation]:
         """As plain numbers, for loops on the host."""
         parts = (self.timesteps, self.step_index, self.aligns)

@@ -1,10 +1,9 @@
-"""A batch between evaluations, and the one step that advances it: align, denoise, combine, step.
+"""A batch between evaluations, in tensors that stay where they are.
 
-All of it lies in tensors that stay where they are. What changes from evaluation to evaluation is a
-row of each image's plan, read at the image's own counter on the device. So an evaluation is always
-the same launches on the same addresses: a CUDA graph captures it once and replays it for all of a
-trajectory, without a write from the host. The eager loop calls the same code. Images of a batch
-may stand at different evaluations.
+What changes from evaluation to evaluation is a row of each image's plan, read at the image's own
+counter on the device. So an evaluation is always the same launches on the same addresses: a CUDA
+graph captures it once and replays it for all of a trajectory, without a write from the host. Images
+of a batch may stand at different evaluations.
 """
 
 from __future__ import annotations
@@ -18,14 +17,9 @@ from torch import Tensor
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.engine import Engine, Stateful
 from hcma_fast.kernels.align_update import align_update_, align_update_reference
-from hcma_fast.kernels.denoise_update import (
-    Update,
-    columns_of,
-    denoise_update_,
-    denoise_update_rows,
-    update_of,
-)
+from hcma_fast.kernels.denoise_update import denoise_update_
 from hcma_fast.kernels.launch import triton
+from hcma_fast.kernels.update_sums import Update, columns_of, denoise_update_rows, update_of
 from hcma_fast.sampling.batch_kind import (
     Kind,
     check_deterministic,
@@ -35,6 +29,7 @@ from hcma_fast.sampling.batch_kind import (
 )
 from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses
+from hcma_fast.sampling.step import SeparateStep
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column, GraphName
 
 
@@ -115,7 +110,7 @@ class State(ABC):
             kept[:, :count].transpose(0, 1).clone(memory_format=torch.contiguous_format).unbind()
             for kept in (self.loss_global, self.loss_local)
         ]
-        rows = max((s.table for s in schedules), key=len).evaluations()
+        rows = max((s.table for s in schedules), key=len).evaluations
         return [
             StepLosses(row.step, row.timestep, *losses)
             for row, needed, *losses in zip(rows, networks, *found, strict=True)
@@ -139,7 +134,7 @@ class State(ABC):
         for kept, name in zip(self._losses, ("loss_global", "loss_local"), strict=True):
             kept.index_copy_(0, self._at, found[name])
 
-    def _engine(self, name: GraphName, guided: bool) -> Engine:
+    def _fork(self, name: GraphName, guided: bool) -> Engine:
         """An engine that is captured for one shape must not be set to another."""
         found = self._forks.get((name, guided))
         if found is None:
@@ -149,7 +144,7 @@ class State(ABC):
         return found
 
 
-class SeparateGraphs(State):
+class SeparateGraphs(SeparateStep, State):
     """An evaluation by the graphs `align`, `unet_grounded` and `unet_plain`."""
 
     def __init__(
@@ -226,40 +221,24 @@ class SeparateGraphs(State):
         """Without an unconditional half there is no guidance, whatever the schedule says."""
         return networks._replace(guided=networks.guided and len(self.halves) == 2)
 
-    def advance(self, networks: Networks) -> None:
-        """See :meth:`State.advance`."""
+    def _align(self, computed: bool) -> None:
         self._find_rows()
         torch.index_select(self._plans, 0, self._at, out=self.row)
         self.times.copy_(self._row_time)
-        # align, before the copy for guidance (Eq. 8)
         if self.move is not None:
             self.move.copy_(self.z)
-        if networks.aligned:
-            self._align()
+        if computed:
+            self._compute_alignment()
         if self.kind.repeats:
             self._repeat()
         if self.move is not None:
             torch.sub(self.z, self.move, out=self.move)
-        # denoise (Eq. 9): both halves of the guidance in one batch
-        if networks.guided:
-            self.doubled.copy_(self.z)
-        elif self.wide is not self.z:
-            self.wide.copy_(self.z)
-        if self.kind.recomputes:
-            self._recompute(networks.guided)
-        if networks.grounded:
-            self.gate.copy_(self._row_gate)
-        unet = self._engine("unet_grounded" if networks.grounded else "unet_plain", networks.guided)
-        eps = unet(self.unet_inputs[networks.guided])["noise_pred"]
-        # combine and step
-        self._denoise(*(eps.chunk(2) if networks.guided else (None, eps)))
-        self.step.add_(1)
 
-    def _align(self) -> None:
+    def _compute_alignment(self) -> None:
         self.eta.copy_(self._row_eta)
         if self.wide is not self.z:
             self.wide.copy_(self.z)
-        aligned = self._engine("align", False)(self.align_inputs)
+        aligned = self._fork("align", False)(self.align_inputs)
         # a rate of 0 leaves an image as it is, whatever the gradient
         torch.gt(self.eta, 0, out=self.aligns)
         eta, aligns = self._by_image
@@ -282,12 +261,30 @@ class SeparateGraphs(State):
 
     def _recompute(self, guided: bool) -> None:
         for inputs, contexts in self.halves if guided else self.halves[-1:]:
-            found = self._engine("grounding", False)(inputs)
+            found = self._fork("grounding", False)(inputs)
             # at once: the next call may write to the same memory
             for name, context in contexts.items():
                 context.copy_(found[name])
 
-    def _denoise(self, unconditional: Tensor | None, conditional: Tensor) -> None:
+    def _engine(self, name: GraphName, guided: bool) -> Engine:
+        return self._fork(name, guided)
+
+    def _unet_inputs(self, networks: Networks) -> Mapping[str, Tensor]:
+        if networks.guided:
+            self.doubled.copy_(self.z)
+        elif self.wide is not self.z:
+            self.wide.copy_(self.z)
+        if self.kind.recomputes:
+            self._recompute(networks.guided)
+        if networks.grounded:
+            self.gate.copy_(self._row_gate)
+        return self.unet_inputs[networks.guided]
+
+    def _combine(self, unconditional: Tensor | None, conditional: Tensor) -> None:
+        self._update(unconditional, conditional)
+        self.step.add_(1)
+
+    def _update(self, unconditional: Tensor | None, conditional: Tensor) -> None:
         z, stored, history, eps = self.z, self.stored, self.history, (unconditional, conditional)
         if self._by_kernel:
             denoise_update_(z, stored, history, *eps, self.move, None, self.plan, self.step)
@@ -374,7 +371,7 @@ class StepGraphs(State):
         """See :meth:`State.advance`."""
         self._find_rows()
         name: GraphName = "step_grounded" if networks.grounded else "step_plain"
-        found = self._engine(name, True)(self.inputs)
+        found = self._fork(name, True)(self.inputs)
         self._keep_losses(found)
         for state, buffer in self.state.items():
             buffer.copy_(found[f"next_{state}"])

@@ -23,19 +23,14 @@ from hcma_fast.kernels.align_update import (
     align_update_in_place_op,
 )
 from hcma_fast.kernels.cosine_loss import cosine_loss, cosine_loss_cuda, cosine_loss_op
-from hcma_fast.kernels.denoise_update import (
-    columns_of,
-    denoise_update_,
-    denoise_update_op,
-    denoise_update_rows,
-    update_of,
-)
+from hcma_fast.kernels.denoise_update import denoise_update_, denoise_update_op
 from hcma_fast.kernels.region_pool import (
     region_pool,
     region_pool_backward_op,
     region_pool_cuda,
     region_pool_op,
 )
+from hcma_fast.kernels.update_sums import columns_of, denoise_update_rows, update_of
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.heads import RegionHead
 from hcma_fast.sampling.batch_kind import used_columns

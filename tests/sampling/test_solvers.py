@@ -14,7 +14,7 @@ from step_contract import SOLVERS, align, expected, make_schedule, predict, star
 
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.kernels.denoise_update import columns_of, denoise_update_rows, update_of
+from hcma_fast.kernels.update_sums import columns_of, denoise_update_rows, update_of
 from hcma_fast.sampling.savings import Savings
 from hcma_fast.sampling.schedule import Schedule, eta_table
 from hcma_fast.sampling.solvers import Solver, dpmpp_2m, plms
