@@ -20,7 +20,7 @@ GRAPH_CODE = (
     "losses",
     "specs",
     "kernels.cosine_loss",
-    "kernels.denoise_update",
+    "kernels.update_sums",
     "models.aligner",
     "models.heads",
     "models.regions",

@@ -365,7 +365,7 @@ class HCMAPipeline:
         )
 
         def on_evaluation(k: int, z: Tensor) -> Tensor:
-            step, *later = table.step_index[k:].tolist()
+            step, *later = table.step_index[k : k + 2].tolist()
             # the first of two evaluations of a step is not its end
             if callback_on_step_end is None or later[:1] == [step]:
                 return z

@@ -23,7 +23,6 @@ NO_GRAPH_CODE = {
     "scalars": "numbers that users pass",
     "torch_state": "torch's defaults around a call",
     "kernels.launch": "how Triton kernels are launched",
-    "kernels.step_table": "how a kernel finds its row of a table",
     "sampling.savings": "settings of the sampler",
     "sampling.schedule": "makes plans, which step graphs take as an input",
     "sampling.solvers": "makes plans, which step graphs take as an input",
