@@ -77,6 +77,9 @@ def cache_root() -> Path:
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("hcma-fast"))
 
 
+Sampler = Literal["plms", "ddim"]
+"""Solvers by name, see ``sampling.solvers``; PLMS is the paper's."""
+
 RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
 
 

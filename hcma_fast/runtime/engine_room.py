@@ -9,7 +9,7 @@ from functools import lru_cache
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.config import AlignmentSettings, Sampler
 from hcma_fast.engine import Engine
 from hcma_fast.errors import HcmaError, InputError, UsageError
 from hcma_fast.models.checkpoint.info import CheckpointInfo
@@ -20,11 +20,15 @@ from hcma_fast.runtime.hints import give_hints
 from hcma_fast.runtime.request import Request
 from hcma_fast.sampling.capture import no_capture
 from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Schedule, StepLosses, fusable, sample, sample_fused
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
+from hcma_fast.sampling.schedule import Schedule, StepLosses
+from hcma_fast.sampling.solvers import Solver, ddim, plms
 from hcma_fast.specs import GraphName
 
+SOLVERS: Mapping[Sampler, Solver] = {"plms": plms, "ddim": ddim}
+"""The solver that each name of ``config.Sampler`` stands for."""
 _ENCODERS: tuple[GraphName, ...] = ("text_encoder", "grounding")
 
 
@@ -78,7 +82,9 @@ class EngineRoom:
         """
         own = self.info.alignment
         settings = request.settings.over(own)
-        schedule = _schedule(request.num_inference_steps, settings, request.savings)
+        schedule = _schedule(
+            request.sampler, request.num_inference_steps, settings, request.savings
+        )
         self.check_batch(self.batch_range.min, schedule.guided_steps == schedule.steps)
         if settings.normalized != own.normalized:
             raise UsageError(
@@ -164,8 +170,7 @@ class EngineRoom:
             return self._rows(z, given, schedules, on_evaluation)
         if self.replay is not None:
             return self.replay(z, given, first, on_evaluation)
-        loop = sample_fused if fusable(self.engines, [first]) else sample
-        return loop(self.engines, z, given, first, on_evaluation)
+        return sample(self.engines, z, given, first, on_evaluation)
 
     def clear(self) -> None:
         """Give back the memory of what is kept between batches."""
@@ -176,8 +181,10 @@ class EngineRoom:
 
 
 @lru_cache(maxsize=256)
-def _schedule(steps: int, settings: AlignmentSettings, savings: Savings) -> Schedule:
-    return Schedule.of(steps, settings, savings)
+def _schedule(
+    sampler: Sampler, steps: int, settings: AlignmentSettings, savings: Savings
+) -> Schedule:
+    return Schedule.of(steps, settings, savings, SOLVERS[sampler])
 
 
 @contextmanager

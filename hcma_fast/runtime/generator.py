@@ -20,7 +20,7 @@ from hcma_fast.runtime.images import pixels_diverged, to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.runtime.request import Request, Result, as_requests
 from hcma_fast.sampling.capture import memory_errors
-from hcma_fast.sampling.loop import Schedule, StepLosses
+from hcma_fast.sampling.schedule import Schedule, StepLosses
 from hcma_fast.scalars import whole_number
 from hcma_fast.torch_state import neutral_torch
 
@@ -255,12 +255,12 @@ def group_requests(schedules: Sequence[Schedule]) -> list[list[int]]:
     """Numbers of the requests that may share a batch, the longest first within a group.
 
     With and without guidance are different shapes, and so are latents of different dtypes; and the
-    guidance must end at the same step for all, unless it never begins or never ends.
+    guidance must end at the same evaluation for all, unless it never begins or never ends.
     """
     groups: dict[tuple[str, int | str], list[int]] = {}
     for index, schedule in enumerate(schedules):
-        named: dict[int, int | str] = {0: "never", schedule.steps: "always"}
-        guided = schedule.guided_steps
+        named: dict[int, int | str] = {0: "never", len(schedule.table): "always"}
+        guided = int((schedule.table.step_index < schedule.guided_steps).sum())
         key = (schedule.savings.latent_dtype, named.get(guided, guided))
         groups.setdefault(key, []).append(index)
 
@@ -283,6 +283,6 @@ def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> 
             of_step[entry.step].loss_global[row],
             of_step[entry.step].loss_local[row],
         )
-        for entry, what in zip(schedule.table.rows(), schedule.alignments(), strict=True)
+        for entry, what in zip(schedule.table.evaluations, schedule.alignments(), strict=True)
         if what == "computed"
     ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from hcma_fast.config import AlignmentSettings, SettingsChange, check_backend, devices_of
+from hcma_fast.config import AlignmentSettings, Sampler, SettingsChange, check_backend, devices_of
 from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, DivergenceError, UsageError
 from hcma_fast.export.backends.eager import EagerEngine
@@ -294,7 +294,7 @@ class HCMAPipeline:
         lambda_global: float | None = None,
         lambda_local: float | None = None,
         align_window: tuple[float, float] | None = None,
-        sampler: str = "plms",
+        sampler: Sampler = "plms",
         savings: Savings = EXACT,
         seed: Seeds = None,
         latents: Tensor | None = None,
@@ -308,7 +308,7 @@ class HCMAPipeline:
             guidance_scale: weight of classifier-free guidance; 1 switches it off. This,
                 grounding_beta, eta0, the lambdas and the window default to the checkpoint's own.
             eta0: rate of the alignment (Eq. 8); 0 switches it off.
-            sampler: method that removes the noise.
+            sampler: the solver: plms is the paper's.
             savings: what to leave out in order to be faster; by default what changes no image.
             seed: one for the batch (image i uses seed + i), or one per image. An image depends
                 on its own prompt, layout and seed only, never on its batch.

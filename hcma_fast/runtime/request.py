@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
@@ -17,6 +17,7 @@ from hcma_fast.config import (
     NO_OPTION,
     AlignmentSettings,
     Asked,
+    Sampler,
     Settings,
     SettingsChange,
     settings_error,
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from hcma_fast.sampling.loop import StepLosses
+    from hcma_fast.sampling.schedule import StepLosses
 
 _LEAST_STEPS, _MOST_STEPS = 2, 999
 _OWN = "the model's own"
@@ -135,7 +136,7 @@ class Request(Settings):
     seed: Annotated[int, BeforeValidator(_seed), Asked(default="random")] = Field(
         0, ge=0, le=MAX_SEED, description="Seed of the first image; the others count up."
     )
-    sampler: Literal["plms"] = Field("plms", description="Method that removes the noise.")
+    sampler: Sampler = Field("plms", description="Solver: the method that removes the noise.")
     num_inference_steps: Annotated[int, BeforeValidator(_steps), Asked("--steps")] = Field(
         50, ge=_LEAST_STEPS, le=_MOST_STEPS, description="Sampling steps."
     )

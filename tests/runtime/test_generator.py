@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hcma_fast import HCMAPipeline, Layout
-from hcma_fast.config import AlignmentSettings
+from hcma_fast.config import AlignmentSettings, Sampler
 from hcma_fast.engine import Engine
 from hcma_fast.errors import (
     DeviceMemoryError,
@@ -28,11 +28,12 @@ from hcma_fast.errors import (
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.cached_engine import CachedEngine
+from hcma_fast.runtime.engine_room import SOLVERS
 from hcma_fast.runtime.generator import BatchGenerator, group_requests
 from hcma_fast.runtime.request import Request
-from hcma_fast.sampling.loop import Schedule
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.trajectory import evaluation_kinds
+from hcma_fast.sampling.savings import EXACT, Savings
+from hcma_fast.sampling.schedule import Schedule, evaluation_networks
 from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
@@ -133,7 +134,7 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
     groups = group_requests(schedules)
     assert sorted(index for group in groups for index in group) == list(range(len(wanted)))
     for group in groups:
-        evaluation_kinds([schedules[i] for i in group])  # refuses what needs two UNets at once
+        evaluation_networks([schedules[i] for i in group])  # refuses what needs two UNets at once
         assert len({schedules[i].guidance_scale > 1 for i in group}) == 1
 
 
@@ -150,6 +151,33 @@ def test_settings_that_were_copied_unchecked_are_refused(pipe: HCMAPipeline) -> 
         object.__setattr__(wrong, name, value)
         with pytest.raises(UsageError, match=name):
             Request("a cat", settings=wrong)
+
+
+def test_solvers_share_batches_unless_their_guidance_ends_at_different_evaluations(
+    pipe: HCMAPipeline,
+) -> None:
+    assert set(SOLVERS) == set(get_args(Sampler))
+    early = Savings(guidance_end=0.5)
+    requests = [
+        Request("a cat", CAT, seed=i, num_inference_steps=4, sampler=sampler, savings=savings)
+        for i, (sampler, savings) in enumerate(
+            (sampler, savings) for savings in (EXACT, early) for sampler in get_args(Sampler)
+        )
+    ]
+    results = {r.index: r for r in BatchGenerator(pipe).generate(requests)}
+    assert [results[i].batch_size for i in range(4)] == [2, 2, 1, 1]
+    for index, request in enumerate(requests):
+        expected = pipe(
+            "a cat",
+            CAT,
+            seed=index,
+            num_inference_steps=4,
+            sampler=request.sampler,
+            savings=request.savings,
+        )
+        assert relative(results[index].latent, expected.latents[0]) < 1e-5
+    plms, ddim = (pipe.engine_room().schedule(request).table for request in requests[:2])
+    assert (len(plms), len(ddim)) == (5, 4)
 
 
 def test_images_with_the_same_end_of_gated_attention_are_neighbours() -> None:
