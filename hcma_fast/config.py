@@ -87,15 +87,14 @@ RegionMode = Literal["coverage+fourier", "coverage", "fourier"]
 class Asked:
     """How a field is asked for where it has words of its own; metadata of ``Annotated``."""
 
-    option: str = ""
-    """command-line option; "" for the field's name with dashes"""
+    option: str | None = ""
+    """command-line option; "" for the field's name with dashes, None for no option"""
     metavar: str | None = None
     default: str | None = None
     """what the help says of the default, where it is not the field's"""
 
 
-NO_OPTION = Asked(option="none")
-"""Of a field that no option asks for."""
+NO_OPTION = Asked(option=None)
 
 Whole = Annotated[int, BeforeValidator(plain)]
 Real = Annotated[FiniteFloat, BeforeValidator(plain)]
@@ -112,7 +111,7 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    def __init__(self, **values: Any) -> None:
+    def __init__(self, /, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:

@@ -35,6 +35,7 @@ WORDS = (
     *("file_name", "iscrowd", "reports", "rows", "format", "target", "graphs", "files", "preset"),
     *Origin.model_fields,
     *Request.model_fields,
+    "self",
 )
 SCALARS = st.one_of(
     st.none(),

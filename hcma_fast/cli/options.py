@@ -40,6 +40,22 @@ def precision_option(default: str) -> typer.models.OptionInfo:
     return found
 
 
+def backend_option(default: str | bool = True) -> typer.models.OptionInfo:
+    """An option for a backend; ``default`` in words, where the argument's says nothing."""
+    found: typer.models.OptionInfo = typer.Option(
+        help=f"auto, or one of {', '.join(BACKENDS)}.", show_default=default
+    )
+    return found
+
+
+def model_option(default: str | bool = True) -> typer.models.OptionInfo:
+    """An option for what generates; ``default`` in words, where the argument's says nothing."""
+    found: typer.models.OptionInfo = typer.Option(
+        help="Preset, folder, hub id or engine folder.", show_default=default
+    )
+    return found
+
+
 def json_option(instead: str) -> typer.models.OptionInfo:
     """The switch for JSON on stdout ``instead`` of what people read."""
     found: typer.models.OptionInfo = typer.Option("--json", help=f"JSON instead of {instead}.")
@@ -50,10 +66,10 @@ DEFAULT_STEPS: int = Request.model_fields["num_inference_steps"].default
 Steps = Annotated[int, field_option("num_inference_steps")]
 FirstSeed = Annotated[int, field_option("seed")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that are computed at once.")]
-Backend = Annotated[str, typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.")]
+Backend = Annotated[str, backend_option()]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")]
 Checkpoint = Annotated[str, typer.Option(help="Preset, folder or hub id.")]
-Model = Annotated[str, typer.Option(help="Preset, folder, hub id or engine folder.")]
+Model = Annotated[str, model_option()]
 Aligner = Annotated[
     Path | None,
     typer.Option(

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Optional, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from hcma_fast.config import NO_OPTION, Asked, Settings
+from hcma_fast.config import Asked, Settings
 from hcma_fast.runtime.request import Request
 from hcma_fast.sampling.savings import Savings, parse_savings
 
@@ -82,7 +82,7 @@ def _options(
     model: type[Settings], path: tuple[str, ...] = (), default: str = ""
 ) -> Iterator[FieldOption]:
     for name, field in model.model_fields.items():
-        if _asked(field) == NO_OPTION:
+        if _asked(field).option is None:
             continue
         kind = field.annotation
         said = _asked(field).default or default or str(field.default)

@@ -156,7 +156,7 @@ class Request(Settings):
     )
 
     # `settings` also takes AlignmentSettings, a mapping or None: so no types of the fields here
-    def __init__(self, prompt: Any, layout: Any = _NO_BOXES, **values: Any) -> None:
+    def __init__(self, /, prompt: Any, layout: Any = _NO_BOXES, **values: Any) -> None:
         try:
             super(Settings, self).__init__(prompt=prompt, layout=layout, **values)
         except ValidationError as error:

@@ -92,6 +92,8 @@ def test_lines_keep_their_numbers_over_blank_ones(tmp_path: Path) -> None:
         ("{}", "prompt"),
         ('{"prompt": 1}', "prompt"),
         ('{"prompt": "a", "promt": "b"}', "promt"),
+        ('{"prompt": "a", "self": "b"}', "self"),
+        ('{"prompt": "a", "settings": {"self": 1}}', "self"),
         ('{"prompt": "a", "num_inference_steps": 1}', "from 2 to 999"),
         ('{"prompt": "a", "sampler": "magic"}', "sampler"),
         ('{"prompt": "a", "settings": {"eta0": -1}}', "eta0"),

@@ -13,10 +13,17 @@ from hcma_fast.cli.generate.jobs import Job, check_outputs
 from hcma_fast.cli.generate.lines import Line, read_lines
 from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.generate.sidecar import read_sidecar
-from hcma_fast.cli.options import Aligner, BatchSize, json_option, precision_option
+from hcma_fast.cli.options import (
+    Aligner,
+    BatchSize,
+    backend_option,
+    json_option,
+    model_option,
+    precision_option,
+)
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.cli.request_options import request_options, request_values, with_request_options
-from hcma_fast.config import BACKENDS, GRAD_BACKENDS, check_backend
+from hcma_fast.config import GRAD_BACKENDS, check_backend
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.runtime.request import Request
@@ -76,15 +83,9 @@ def _generate(
             help="Fetch the model that --from-sidecar names from the hub, if it is not here.",
         ),
     ] = False,
-    model: Annotated[
-        str | None,
-        typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
-    ] = None,
+    model: Annotated[str | None, model_option("tiny")] = None,
     aligner: Aligner = None,
-    backend: Annotated[
-        str | None,
-        typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
-    ] = None,
+    backend: Annotated[str | None, backend_option("onnxruntime")] = None,
     verify_key: Annotated[
         Path | None,
         typer.Option(

@@ -162,7 +162,7 @@ def read_lines(path: Path) -> list[Line]:
     """
     text = read_text(path, "the input file", limit=INPUT_BYTES)
     records = [
-        record for where, data in _documents(text) for record in at(where, as_requests, data, where)
+        record for where, data in _documents(text) for record in at(where, records_in, data, where)
     ]
     if not records:
         raise InputError("the input file has no lines", value=str(path), remedy=_LINE_REMEDY)
@@ -201,7 +201,7 @@ def _items(data: Any) -> list[tuple[str, Any]]:
     return [(f"item {number}", item) for number, item in enumerate(data, start=1)]
 
 
-def as_requests(data: Any, where: str = "") -> list[tuple[str, dict[str, Any]]]:
+def records_in(data: Any, where: str = "") -> list[tuple[str, dict[str, Any]]]:
     """The fields of each request in ``data``, one of ours or another program's.
 
     Raises:
