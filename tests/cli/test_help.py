@@ -81,15 +81,14 @@ def test_an_option_says_what_its_default_is(name: str) -> None:
 def test_what_several_commands_ask_for_is_asked_in_the_same_words() -> None:
     """By one definition: of a request's fields, or in ``cli/options.py``."""
     commands = [name for name in LEAVES if name.startswith(("generate", "build", "eval", "bench"))]
-    for flag in ("--steps", "--seed", "--aligner", "--precision", "--batch-size", "--verify-key"):
+    for flag in ("--steps", "--seed", "--aligner", "--precision", "--batch-size"):
         texts = {
             parameter.help: name
             for name in commands
             for parameter in COMMANDS[name].params
             if flag in parameter.opts
         }
-        # a key is for the folder of --model, or for that of --verify
-        assert len(texts) == (2 if flag == "--verify-key" else 1), (flag, texts)
+        assert len(texts) == 1, (flag, texts)
 
 
 def test_defaults_of_training_are_those_of_the_settings() -> None:
