@@ -220,6 +220,38 @@ def test_a_failed_allocation_halves_the_batch_and_loses_nothing(
     ]
 
 
+def test_every_way_to_ask_gives_the_same_bits(pipe: HCMAPipeline) -> None:
+    requests = [made("a dog", DOG_PIZZA, 1, 4, eta0=2.0), made("a cat", CAT, 2, 4, eta0=2.0)]
+    called = pipe(
+        ["a dog", "a cat"],
+        [DOG_PIZZA, CAT],
+        seed=[1, 2],
+        num_inference_steps=4,
+        eta0=2.0,
+        guidance_scale=3.0,
+    )
+    told: list[int] = []
+    generator = BatchGenerator(pipe, max_batch=2, cached=False)
+    for results in (list(generator.generate(requests, told.append)), generator.run(requests)):
+        assert torch.equal(torch.stack([r.latent for r in results]), called.latents)
+        for row, result in enumerate(results):
+            assert result.image is not None and result.seed == row + 1
+            assert np.array_equal(np.asarray(result.image), np.asarray(called.images[row]))
+            for mine, theirs in zip(result.losses, called.losses, strict=True):
+                assert torch.equal(mine.loss_local, theirs.loss_local[row])
+    assert told == [2] * 4
+    # requests of other lengths wait for each other, and are told of their own steps
+    told.clear()
+    list(
+        BatchGenerator(pipe, cached=False).generate([*requests, made("a", CAT, 3, 2)], told.append)
+    )
+    assert sum(told) == 4 + 4 + 2
+    with pytest.raises(DivergenceError, match=r"^request 1: "):
+        generator.run([requests[0], made("a cat", CAT, 2, 4, eta0=1e38)])
+    with pytest.raises(InputError, match="guidance at the same step"):
+        generator.run([requests[0], made("a cat", CAT, 2, 4, guidance_scale=1.0)])
+
+
 def test_no_memory_for_one_image_is_an_error_after_what_was_done(
     pipe: HCMAPipeline, random_components: Components
 ) -> None:

@@ -8,8 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import to_json
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hcma_fast.cli.generate.jobs import STEM_BYTES, at, check_name
 from hcma_fast.config import AlignmentSettings
@@ -17,6 +16,7 @@ from hcma_fast.errors import HcmaError, InputError, WeightsError
 from hcma_fast.files import parse_json, read_text
 from hcma_fast.runtime.request import Request
 
+_JSON = TypeAdapter(dict[str, Any])
 FORMAT = 1
 #: of format 1 from its beginning; what came later has the default that images had before
 _ALWAYS_THERE = (
@@ -83,7 +83,7 @@ class Sidecar:
 
     def to_bytes(self) -> bytes:
         """JSON as it is written to the file."""
-        return to_json(self.as_json(), indent=2, inf_nan_mode="null") + b"\n"
+        return _JSON.dump_json(self.as_json(), indent=2) + b"\n"
 
     def check_weights(self, weights_hash: str) -> None:
         """Compare with the weights at hand.
