@@ -27,7 +27,12 @@ from hcma_fast.specs import IOSpec
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-_LONGEST = ("test_readme.py", "test_build_backends.py", "test_build_killed.py", "test_interrupt.py")
+_LONGEST = (
+    "test_build_backends.py",  # builds the engine that others wait for
+    "test_aoti_build.py",
+    "test_interpreter.py",
+    "test_build_killed.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
