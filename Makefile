@@ -45,7 +45,7 @@ demo: $(VENV)/.installed-demo
 		--overlay --out demo --force
 
 # The files by name, so that pytest does not read all others: the marker alone would.
-SMOKE := tests/test_schedule.py tests/test_losses.py tests/test_readme.py \
+SMOKE := tests/test_schedule.py tests/test_losses.py tests/sampling/test_solvers.py tests/test_readme.py \
 	tests/export/test_build.py tests/runtime/test_pipeline.py
 smoke: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -m smoke $(SMOKE)

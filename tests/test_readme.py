@@ -71,6 +71,7 @@ def test_python_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
             assert image.size == (16, 16)
 
 
+@pytest.mark.smoke
 @pytest.mark.usefixtures("small_tiny")
 def test_command_line_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [words[0] for words in commands()] == ["doctor", "build", "generate", "generate"]
