@@ -100,7 +100,10 @@ def test_float16_agrees_with_float64_autograd_at_full_size() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+# float16 differs from bfloat16 in its rounding alone, which tests/kernels holds to a reference
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_the_ops_of_the_fused_kernels_take_their_places(
     random_components: Components, dtype: str, compiled: bool
 ) -> None:
