@@ -11,11 +11,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # no byte code for what is never imported: that is most of torch and transformers
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: help demo test test-slow lint type docs bench bench-gpu clean
+.PHONY: help demo smoke test test-slow lint type docs bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       compile the embedded model, draw grounded images into demo/"
+	@echo "make smoke      a few tests in about a minute: schedule, losses, a build, a command"
 	@echo "make test       the quick tests; make test-slow: the others that need no GPU"
 	@echo "make lint type  ruff, mypy"
 	@echo "make docs       tables of docs/performance.md, docs/cli.md, API reference into build/docs"
@@ -43,11 +44,17 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/hcma-fast generate --model tiny --backend onnxruntime --input docs/demo.jsonl --seed 0 \
 		--overlay --out demo --force
 
+# The files by name, so that pytest does not read all others: the marker alone would.
+SMOKE := tests/test_schedule.py tests/test_losses.py tests/sampling/test_solvers.py tests/test_readme.py \
+	tests/export/test_build.py tests/runtime/test_pipeline.py
+smoke: $(VENV)/.installed-dev
+	OMP_NUM_THREADS=$(WORKERS) $(BIN)/python -m pytest -m smoke $(SMOKE)
+
 # One thread a worker: two workers with two threads each would fight for two cores. The order of
 # files is that of tests/conftest.py, longest first; xdist's own puts those with the fewest tests last.
 test: $(VENV)/.installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile \
-		--no-loadscope-reorder --max-worker-restart 0
+		--no-loadscope-reorder --max-worker-restart 0 --durations 25
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m "slow and not gpu" --timeout 3600

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import onnx_ir as ir
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -16,15 +17,22 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.export.build import build
 from hcma_fast.export.target import Target
+from hcma_fast.export.weights_file import WeightsFile
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo, write_info
+from hcma_fast.specs import IOSpec
 
 # a loaded machine is no fault of the code
 settings.register_profile("no-deadline", deadline=None)
 settings.load_profile("no-deadline")
 
-_LONGEST = ("test_readme.py", "test_build_backends.py", "test_build_killed.py", "test_interrupt.py")
+_LONGEST = (
+    "test_build_backends.py",  # builds the engine that others wait for
+    "test_aoti_build.py",
+    "test_interpreter.py",
+    "test_build_killed.py",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -147,3 +155,17 @@ def random_engine(random_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
         if not shared.exists():
             build(load_components(random_checkpoint), shared, Target(backend="onnxruntime"))
     return shared
+
+
+@pytest.fixture
+def exported(random_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds of ``random_components`` in float32 take the ONNX of ``random_engine``.
+
+    All but the export itself is done: an export takes most of a build's time, and is the same for
+    all backends that take ONNX in this precision and of any batch.
+    """
+
+    def read(spec: IOSpec, _: nn.Module, path: Path, weights: WeightsFile, **__: object) -> None:
+        weights.save(ir.load(random_engine / path.name), path)
+
+    monkeypatch.setattr("hcma_fast.export.compile.export_onnx", read)

@@ -187,7 +187,7 @@ def one_of_them(fields: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[
     return st.one_of(*(st.tuples(st.just(name), values) for name, values in fields.items()))
 
 
-@junk_cases(450)
+@junk_cases(200)
 @given(one_of_them(ARGUMENTS))
 def test_calls_of_the_pipeline(pipe: HCMAPipeline, wrong: tuple[str, Any]) -> None:
     fine = {"prompt": "a cat", "layout": CAT, "num_inference_steps": 2, "output_type": "latent"}
@@ -198,7 +198,7 @@ FIELDS = {name: ARGUMENTS[name] for name in ("prompt", "layout", "seed", "negati
 FIELDS |= {"num_inference_steps": unit, "settings": junk, "savings": ARGUMENTS["savings"]}
 
 
-@junk_cases(250)
+@junk_cases(150)
 @given(one_of_them(FIELDS), junk)
 def test_requests(pipe: HCMAPipeline, wrong: tuple[str, Any], several: Any) -> None:
     fine = {"prompt": "a cat", "layout": CAT, "num_inference_steps": 2}

@@ -15,6 +15,8 @@ from torch.nn.functional import cosine_similarity
 
 from hcma_fast.losses import cosine_distance, global_loss, local_loss, local_mean
 
+pytestmark = pytest.mark.smoke
+
 #: a busy machine is no fault of the code
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -16,6 +16,11 @@ from PIL import Image
 
 from hcma_fast.bench.soak.report import read_soak
 from hcma_fast.bench.speed.harness.report import read_results
+from hcma_fast.cli.app import main
+from hcma_fast.config import PRESETS
+from hcma_fast.export.cache import cached_folder
+from hcma_fast.export.manifest import load_manifest
+from hcma_fast.export.target import Target
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -29,63 +34,90 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.fixture(scope="module")
-def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A user with an empty cache; the first example that needs an engine builds it."""
-    cache = tmp_path_factory.mktemp("cache")
-    return {**os.environ, "HCMA_FAST_CACHE": str(cache), "PYTHONSAFEPATH": "1"}
-
-
-def test_python_example(tmp_path: Path, environment: dict[str, str]) -> None:
-    code = "\n".join(blocks("python"))
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "tensor" in done.stdout
-    assert (tmp_path / "0.png").is_file() and (tmp_path / "1.png").is_file()
-    with Image.open(tmp_path / "dog.png") as image:
-        assert image.size == (64, 64)
-
-
-def test_command_line_examples(tmp_path: Path, environment: dict[str, str]) -> None:
+def commands() -> list[list[str]]:
+    """The words of each ``hcma-fast`` line, after the program's name."""
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     # FOLDER stands for a checkpoint of the reader's
-    commands = [line for line in lines if line.startswith("hcma-fast ") and "FOLDER" not in line]
-    assert [shlex.split(line)[1] for line in commands] == [
-        "doctor",
-        "build",
-        "generate",
-        "generate",
-    ]
+    ours = [line for line in lines if line.startswith("hcma-fast ") and "FOLDER" not in line]
+    return [shlex.split(line)[1:] for line in ours]
+
+
+def check_pictures(folder: Path) -> None:
+    """Those of both ``generate`` lines, made by an engine."""
+    wanted = 1 + len((ROOT / "docs/demo.jsonl").read_text().splitlines())
+    sidecars = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    assert len(sidecars) == wanted
+    assert all(sidecar["engine_hash"] for sidecar in sidecars)
+
+
+@pytest.fixture
+def small_tiny(
+    random_checkpoint: Path, random_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The preset ``tiny`` is the small random model, and its engine is in the cache already."""
+    monkeypatch.setitem(PRESETS, "tiny", random_checkpoint)
+    monkeypatch.setenv("HCMA_FAST_CACHE", str(tmp_path / "cache"))
+    engine = cached_folder(load_manifest(random_engine).weights_hash, Target("onnxruntime"))
+    shutil.copytree(random_engine, engine)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.usefixtures("small_tiny")
+def test_python_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    exec("\n".join(blocks("python")), {})
+    assert "tensor" in capsys.readouterr().out
+    for name in ("0.png", "1.png", "dog.png"):
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (16, 16)
+
+
+@pytest.mark.smoke
+@pytest.mark.usefixtures("small_tiny")
+def test_command_line_examples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert [words[0] for words in commands()] == ["doctor", "build", "generate", "generate"]
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/demo.jsonl", tmp_path / "docs")
+    for words in commands():
+        code = main(words)
+        said = capsys.readouterr()
+        assert code == 0, said.err
+        if words[0] == "build":
+            assert said.out.strip() == str(next((tmp_path / "cache").glob("onnxruntime-*[0-9a-f]")))
+    check_pictures(tmp_path / "pictures")
+
+
+@pytest.mark.slow
+def test_examples_of_a_new_user(tmp_path: Path) -> None:
+    """All of them as processes, with ``tiny`` and an empty cache."""
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
-    for line in commands:
+    environment = {
+        **os.environ,
+        "HCMA_FAST_CACHE": str(tmp_path / "cache"),
+        "PYTHONSAFEPATH": "1",
+    }
+    programs = [["-c", "\n".join(blocks("python"))]]
+    programs += [["-m", "hcma_fast.cli.app", *words] for words in commands()]
+    for program in programs:
         done = subprocess.run(
-            [sys.executable, "-m", "hcma_fast.cli.app", *shlex.split(line)[1:]],
+            [sys.executable, *program],
             cwd=tmp_path,
             env=environment,
             capture_output=True,
             text=True,
             check=False,
         )
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    wanted = 1 + len((ROOT / "docs/demo.jsonl").read_text().splitlines())
-    sidecars = [json.loads(path.read_text()) for path in (tmp_path / "pictures").glob("*.json")]
-    assert len(sidecars) == wanted
-    assert all(sidecar["engine_hash"] for sidecar in sidecars)
+        assert done.returncode == 0, f"{program}\n{done.stderr}"
+    assert (tmp_path / "0.png").is_file() and (tmp_path / "1.png").is_file()
+    with Image.open(tmp_path / "dog.png") as image:
+        assert image.size == (64, 64)
+    check_pictures(tmp_path / "pictures")
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_links_lead_somewhere(page: str) -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text())
-    for link in links:
-        if not link.startswith("http"):
-            assert ((ROOT / page).parent / link).exists(), link
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for link in re.findall(r"\]\(([^)#]+)\)", (ROOT / page).read_text()):
+            if not link.startswith("http"):
+                assert ((ROOT / page).parent / link).exists(), f"{page}: {link}"
 
 
 RESULTS = sorted((ROOT / "docs" / "results").glob("*.json"))

@@ -8,6 +8,8 @@ from diffusers import DDPMScheduler, PNDMScheduler
 
 from hcma_fast.schedule import add_noise, alphas_cumprod
 
+pytestmark = pytest.mark.smoke
+
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 

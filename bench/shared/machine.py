@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 import hcma_fast
 from hcma_fast.bench.shared.clocks import Clocks, query_gpu, read_clocks, read_text
+
+# torch is imported where it is asked: every worker of a benchmark imports this module
 
 _PACKAGES = (
     *("hcma-fast", "torch", "diffusers", "transformers", "onnxruntime", "onnxruntime-gpu"),
@@ -74,6 +75,8 @@ def describe_machine(*, clocks: bool = True) -> Machine:
         clocks: read them too, now. False where each row has those of its own runs: a GPU that has
             nothing more to do says nothing of them.
     """
+    import torch
+
     gpu = query_gpu(("name", "driver_version"), _FIRST_GPU)
     return Machine(
         cpu=_cpu_name(),
@@ -97,6 +100,8 @@ def lacks_bfloat16() -> str | None:
 
     torch computes in bfloat16 on any CPU, by conversion where there are no instructions for it.
     """
+    import torch
+
     capabilities = torch.cpu.get_capabilities()
     if any(capabilities.get(name) for name in _BFLOAT16):
         return None

@@ -10,21 +10,14 @@ from typing import Annotated
 import typer
 
 from hcma_fast import __version__
-from hcma_fast.cli.bench.command import bench_app
-from hcma_fast.cli.build import build
-from hcma_fast.cli.cache import cache_app
-from hcma_fast.cli.doctor import doctor
-from hcma_fast.cli.eval.command import evaluate
-from hcma_fast.cli.generate.command import generate
-from hcma_fast.cli.hints import HintedCommand
 from hcma_fast.cli.options import PLAIN_HELP
-from hcma_fast.cli.output import print_error, print_note
-from hcma_fast.cli.train.command import train_app
+from hcma_fast.cli.verbs import LazyGroup
 from hcma_fast.errors import UsageError
 from hcma_fast.program import run_program
 
 app = typer.Typer(
     name="hcma-fast",
+    cls=LazyGroup,
     help="Compile and run HCMA: images from a caption and boxes.",
     no_args_is_help=True,
     rich_markup_mode=PLAIN_HELP,
@@ -32,13 +25,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command(short_help="Compile a model to an engine folder, checked against torch.")(build)
-app.command(cls=HintedCommand, short_help="Generate images from captions and boxes.")(generate)
-app.command("eval")(evaluate)
-app.command(short_help="Show versions, backends, the GPU and the engine cache.")(doctor)
-app.add_typer(bench_app, name="bench")
-app.add_typer(cache_app, name="cache")
-app.add_typer(train_app, name="train")
 
 
 def _print_version(wanted: bool) -> None:
@@ -67,6 +53,8 @@ class _Notes(logging.Handler):
     """What the library has to say (which backend and why, what a cached engine lacks)."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        from hcma_fast.cli.output import print_note
+
         print_note(record.getMessage())
 
 
@@ -77,7 +65,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default those of the process.
     """
     given = None if argv is None else list(argv)
-    return run_program(lambda: _run(given), print_error)
+    return run_program(lambda: _run(given), _print_error)
+
+
+def _print_error(message: str) -> None:
+    # rich takes as long to import as all that `--help` needs
+    from hcma_fast.cli.output import print_error
+
+    print_error(message)
 
 
 def _run(args: list[str] | None) -> None:

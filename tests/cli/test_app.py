@@ -48,13 +48,29 @@ def test_the_module_runs_as_a_process() -> None:
     assert done.stderr.startswith("error: a box must read") and done.stderr.count("\n") == 1
 
 
-def test_light_commands_as_a_process_import_no_torch() -> None:
-    code = (
-        "import sys; from hcma_fast.cli.app import main; "
-        "codes = [main(['--version']), main(['generate', '--help']), main(['doctor'])]; "
-        "heavy = {'torch', 'diffusers', 'transformers', 'onnxruntime'} & set(sys.modules); "
-        "sys.exit(f'{codes} {heavy}' if any(codes) or heavy else 0)"
-    )
+def test_what_light_commands_import() -> None:
+    """Start-up time is that of the imports: the library's, the help's, the commands'."""
+    code = """
+import contextlib, io, sys
+HEAVY = {"torch", "diffusers", "transformers", "onnxruntime"}
+LATER = HEAVY | {"numpy", "pydantic", "rich", "PIL", "typer"}
+
+def own():
+    return {name for name in sys.modules if name.startswith("hcma_fast.")}
+
+import hcma_fast
+assert not LATER & set(sys.modules) and not own(), own()
+from hcma_fast.cli.app import main
+with contextlib.redirect_stdout(io.StringIO()):
+    assert main(["--version"]) == 0 and main(["--help"]) == 0
+    assert not (LATER - {"typer"}) & set(sys.modules)
+    assert own() <= {
+        "hcma_fast.cli", "hcma_fast.errors", "hcma_fast.program",
+        *(f"hcma_fast.cli.{name}" for name in ("app", "hints", "options", "verbs")),
+    }, own()
+    assert main(["generate", "--help"]) == 0 and main(["doctor"]) == 0
+    assert not HEAVY & set(sys.modules)
+"""
     done = subprocess.run(
         [sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False
     )

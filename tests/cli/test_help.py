@@ -9,6 +9,7 @@ import pytest
 import typer
 
 from hcma_fast.cli.app import app
+from hcma_fast.cli.verbs import VERBS
 
 #: options that mean nothing at all when they are left out
 WITHOUT_DEFAULT = {
@@ -41,6 +42,13 @@ def squeezed(text: str) -> str:
 
 def test_all_commands_are_looked_at() -> None:
     assert {"generate", "build", "bench run", "cache prune", "train tune-alignment"} < set(LEAVES)
+
+
+def test_the_list_of_commands_is_that_of_the_commands() -> None:
+    for name, verb in VERBS.items():
+        command = COMMANDS[name]
+        assert command.name == name and not command.hidden
+        assert command.get_short_help_str(limit=80) == verb.short_help
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -16,7 +16,11 @@ from PIL import Image
 Start = Callable[..., "subprocess.Popen[str]"]
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+# a process that is killed for good writes as one that is interrupted does, under temporary names
+# (tests/test_files.py), and leaves less
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_leaves_whole_files(
     start: Start, random_checkpoint: Path, tmp_path: Path, how: signal.Signals
 ) -> None:

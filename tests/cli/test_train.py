@@ -152,16 +152,13 @@ def test_time_left_is_of_this_share_and_of_what_is_missing(
     assert seen == [(0, 16, None), (4, 16, None), (8, 16, 20), (12, 16, 10), (16, 16, 0)]
 
 
-def test_from_a_cache_to_a_denoiser(
-    data: Path, cached: Path, cli: Any, start: Any, tmp_path: Path
-) -> None:
+def test_from_a_cache_to_a_denoiser(data: Path, cached: Path, cli: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     command = ["train", "denoiser", "--cpu", "--model", "tiny", "--cache", cached, "--data", data]
     command += ["--out", out, "--batch", 20, "--micro-batch", 10, "--epochs", 1, "--log-every", 1]
-    process = start(*command)
-    printed, said = process.communicate(timeout=600)
-    assert process.returncode == 0, said
-    assert printed.strip() == str(out / "denoiser")
+    trained = cli(*command)
+    assert trained.code == 0, trained.err
+    assert trained.out.strip() == str(out / "denoiser")
     log = (out / "denoiser-run" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["part"] for line in log] == ["train", "train", "val"]
     # a denoiser that was trained before: no idea of the noise would have 1

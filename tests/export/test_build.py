@@ -32,6 +32,7 @@ LAYOUTS = [
 ]
 
 
+@pytest.mark.smoke
 def test_folder_holds_six_validated_graphs(
     random_engine: Path, random_components: Components
 ) -> None:

@@ -30,16 +30,28 @@ def relative_error(pipe: HCMAPipeline, parts: Components, noise: torch.Tensor) -
     return float((found - expected).norm() / expected.norm())
 
 
+@pytest.mark.usefixtures("exported")
+def test_an_openvino_folder_agrees_with_eager(
+    random_components: Components, tmp_path: Path
+) -> None:
+    folder = tmp_path / "engine"
+    manifest = build(random_components, folder, Target("openvino"))
+    assert manifest == load_manifest(folder) and set(manifest.graphs) == set(GRAPH_NAMES)
+    assert all(record.checked == "engine" for record in manifest.graphs.values())
+    pipe = HCMAPipeline.from_pretrained(folder)
+    assert relative_error(pipe, random_components, torch.randn(1, 4, 8, 8)) < 1e-3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "tolerance"),
     [
         (Target("openvino"), 1e-3),
-        pytest.param(
+        (
             Target("onnxruntime", precision="float16", batch=BatchRange(1, 1, 1), fuse="step"),
             2e-2,
-            marks=pytest.mark.slow,
         ),
-        pytest.param(Target("torch-compile"), 1e-3, marks=pytest.mark.slow),
+        (Target("torch-compile"), 1e-3),
     ],
     ids=["openvino", "float16-static-fused", "torch-compile"],
 )
@@ -71,18 +83,32 @@ def test_built_folders_agree_with_eager(
         )
 
 
-@pytest.mark.parametrize("fuse", ["none", pytest.param("step", marks=pytest.mark.slow)])
-def test_tensorrt_rtx_builds_without_a_gpu(
+@pytest.mark.usefixtures("exported")
+def test_tensorrt_rtx_builds_without_a_gpu(random_components: Components, tmp_path: Path) -> None:
+    target = Target("tensorrt-rtx", architectures=("sm89",))
+    assert set(built_for_tensorrt(random_components, tmp_path / "engine", target)) == {"float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fuse", ["none", "step"])
+def test_tensorrt_rtx_builds_in_half_precision_without_a_gpu(
     random_components: Components, tmp_path: Path, fuse: Literal["none", "step"]
 ) -> None:
-    folder = tmp_path / "engine"
     target = Target("tensorrt-rtx", precision="float16", architectures=("sm89",), fuse=fuse)
-    manifest = build(random_components, folder, target)
-    for name, record in manifest.graphs.items():
+    products = built_for_tensorrt(random_components, tmp_path / "engine", target)
+    for name in load_manifest(tmp_path / "engine").graphs:
+        assert (name in products.get("float16", ())) is (name != "grounding")
+
+
+def built_for_tensorrt(parts: Components, folder: Path, target: Target) -> dict[str, list[str]]:
+    """Build and check a folder; the graphs with products in each precision."""
+    products: dict[str, list[str]] = {}
+    for name, record in build(parts, folder, target).graphs.items():
         assert record.checked == "onnx" and record.parity <= record.tolerance
         assert record.file == f"{name}.engine" and record.engine is not None
-        half = record.engine.network_product_dtypes.get("float16", 0)
-        assert half == 0 if name == "grounding" else half > 0
+        for dtype, count in record.engine.network_product_dtypes.items():
+            if count:
+                products.setdefault(dtype, []).append(name)
         # all of them fit for a CUDA graph; the second as TensorRT-RTX 1.7.1's compiler noted it
         assert record.engine.user_allocation
         content = (folder / record.file).read_bytes()
@@ -91,6 +117,7 @@ def test_tensorrt_rtx_builds_without_a_gpu(
     if not torch.cuda.is_available():
         with pytest.raises(BackendError):
             HCMAPipeline.from_pretrained(folder)
+    return products
 
 
 @pytest.mark.slow

@@ -320,6 +320,8 @@ def test_cache_root_is_the_users_unless_given(monkeypatch: pytest.MonkeyPatch) -
     assert cache_root() == Path("/somewhere")
 
 
+# test_build_killed.py kills at writes of a build around copied graphs, in a quarter of the time
+@pytest.mark.slow
 def test_kill_during_build_leaves_no_engine_and_is_cleaned_up(
     cache: Path,
     random_checkpoint: Path,

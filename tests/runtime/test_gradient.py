@@ -100,29 +100,33 @@ def test_float16_agrees_with_float64_autograd_at_full_size() -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+# float16 differs from bfloat16 in its rounding alone, which tests/kernels holds to a reference
+@pytest.mark.parametrize(
+    "dtype", ["float32", "bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 def test_the_ops_of_the_fused_kernels_take_their_places(
-    tiny: Components, dtype: str, compiled: bool
+    random_components: Components, dtype: str, compiled: bool
 ) -> None:
     """On a CPU the ops run their references; on a GPU the Triton kernels."""
     if compiled and dtype != "float32":
         pytest.skip("inductor's code for halves on a CPU is not what a GPU runs")
-    step = at_precision("align", AlignStep(tiny.aligner), dtype)
+    parts = random_components
+    step = at_precision("align", AlignStep(parts.aligner), dtype)
     step.losses, step.pool = cosine_loss_op, region_pool
-    spec = tiny.specs()["align"]
+    spec = parts.specs()["align"]
     run = trace_gradient(step, example_inputs(spec))
     targets = " ".join(str(node.target) for node in run.graph.nodes)
     for op in ("cosine_loss", "region_pool", "region_pool_backward"):
         assert f"hcma_fast.{op}.default" in targets
     function = torch.compile(run, dynamic=True) if compiled else run
-    inputs = _inputs(tiny, 2)
+    inputs = _inputs(parts, 2)
     inputs["eta"] *= 1e3
     with torch.no_grad():
         aligned = function(*(inputs[key] for key in spec.input_names))[0]
     gradient = (inputs["z"].double() - aligned.double()) / 1e3
     # twice what torch's autocast has in bfloat16, where rounding the weights alone costs 0.7e-2
     limit = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 2e-2}[dtype]
-    assert _error(gradient, _gradient64(tiny, inputs)) <= limit
+    assert _error(gradient, _gradient64(parts, inputs)) <= limit
 
 
 @pytest.mark.slow

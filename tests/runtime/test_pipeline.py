@@ -77,6 +77,7 @@ def test_an_image_does_not_depend_on_its_batch(pipe: HCMAPipeline) -> None:
             torch.testing.assert_close(one.loss_local[0], all_.loss_local[i], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.smoke
 def test_seeds_reproduce_and_count_up(pipe: HCMAPipeline) -> None:
     first = pipe("a dog", [CAT, CAT], seed=5, **FEW)
     assert first.seeds == [5, 6]

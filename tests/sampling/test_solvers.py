@@ -21,6 +21,8 @@ from hcma_fast.sampling.solvers import Solver, dpmpp_2m, plms
 from hcma_fast.schedule import alphas_cumprod, grounded_steps, in_window
 from hcma_fast.specs import HISTORY, PLAN_COLUMNS, PLAN_ROWS, Column
 
+pytestmark = pytest.mark.smoke
+
 #: a busy machine is no fault of the code
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

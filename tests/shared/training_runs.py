@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 
 #: a test module's run() as a program of its own; with a number it kills itself after that step
@@ -62,10 +64,27 @@ def run_as_process(
     )
 
 
-def configure_accelerate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``accelerate launch`` sets for a user whose configuration says so."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
-    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+@contextmanager
+def configured_accelerate() -> Iterator[None]:
+    """What ``accelerate launch`` sets for a user whose configuration says so.
+
+    accelerate reads its environment once, so it forgets its state at both ends.
+    """
+    settings = {"ACCELERATE_MIXED_PRECISION": "bf16", "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            # the test would prove nothing where it is not read
+            assert Accelerator(cpu=True).mixed_precision == "bf16"
+            AcceleratorState._reset_state(reset_partial_state=True)
+            GradientState._reset_state()
+            yield
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
 
 
 def records(work: Path) -> list[dict[str, Any]]:

@@ -83,10 +83,20 @@ def test_fifty_steps_are_51_evaluations_and_50_alignments(
     assert 0 < figures["ms_per_step"] < 100
 
 
+def test_a_sampler_is_timed_at_full_size_without_weights() -> None:
+    contestant = load_sampler("sd14", "captured sampler with step graphs", 4, 1)
+    assert contestant.generate().shape == (1, 4, 64, 64)
+    assert contestant.figures()["ms_per_step"] > 0
+
+
+def test_a_missing_model_is_bad_input() -> None:
+    assert main(["bench", "run", "overhead", "--model", "no-such-model"]) == 3
+
+
+@pytest.mark.slow
 def test_the_suite_runs_at_full_size_without_weights(capsys: pytest.CaptureFixture[str]) -> None:
     command = ["bench", "run", "overhead", "--model", "sd14", "--quick", "--json"]
     assert main(command) == 0
     (report,) = json.loads(capsys.readouterr().out)["reports"]
     assert [row["name"] for row in report["rows"]] == list(CALLS)
     assert all(row["figures"]["ms_per_step"] > 0 and not row["void"] for row in report["rows"])
-    assert main(["bench", "run", "overhead", "--model", "no-such-model"]) == 3

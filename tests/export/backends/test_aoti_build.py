@@ -98,13 +98,20 @@ def test_what_a_gpu_needs_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
+#: the parts of all graphs, `align` and `unet_grounded` inside of the step's
+QUICK = ("text_encoder", "grounding", "vae_decoder", "step_grounded")
+
+
 @pytest.mark.parametrize(
     ("name", "precision"),
     [
-        *((name, "float32") for name in (*GRAPH_NAMES, *STEP_NAMES)),
-        *((name, "float16") for name in GRAPH_NAMES),
-        # of the same parts: the half of this file's time
-        *(pytest.param(name, "float16", marks=pytest.mark.slow) for name in STEP_NAMES),
+        *((name, "float16") for name in QUICK),
+        *(
+            pytest.param(name, precision, marks=pytest.mark.slow)
+            for name in (*GRAPH_NAMES, *STEP_NAMES)
+            for precision in ("float32", "float16")
+            if precision == "float32" or name not in QUICK
+        ),
     ],
 )
 def test_a_graph_is_of_one_device_alone(

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from hcma_fast.errors import DeviceMemoryError
 from hcma_fast.export.backends.openvino import engine as openvino
@@ -168,6 +169,27 @@ def test_memory_that_is_lacking_is_given_back(
     assert torch.equal(engine({"z": z["z"][:1]})["image"], expected)
 
 
+class Step(nn.Module):
+    """Of ``SPEC``: an input and an output without a batch, as step graphs have."""
+
+    def forward(self, index: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        return 2 * z + index, index + 1
+
+
+def test_a_graph_with_tensors_of_no_batch_runs_in_parts(tmp_path: Path) -> None:
+    with WeightsFile(tmp_path) as weights:
+        export_onnx(SPEC, Step(), tmp_path / "step.onnx", weights, vocabulary=10)
+    engine = OpenVINOEngine(tmp_path / "step.onnx", SPEC, threads=2)
+    assert engine._whole is None
+    for rows in (1, 2, 7):
+        z = torch.randn(rows, 2)
+        found = engine({"index": torch.tensor([3]), "z": z})
+        torch.testing.assert_close(found["image"], 2 * z + 3)
+        assert found["next"].tolist() == [4]
+    assert len(engine._requests) > 1
+
+
+@pytest.mark.slow
 def test_a_step_graph_runs_in_parts(tmp_path: Path, random_components: Components) -> None:
     """Some of its inputs and outputs have no batch."""
     name, parts = "step_grounded", random_components

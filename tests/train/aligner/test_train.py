@@ -25,7 +25,7 @@ from hcma_fast.train.loop.loop import DivergenceError
 from hcma_fast.train.loop.run_folder import check_provenance
 
 from training_runs import (
-    configure_accelerate,
+    configured_accelerate,
     one_thread,
     plain_descent,
     records,
@@ -139,12 +139,14 @@ def test_the_best_by_the_val_part_is_exported_though_it_is_not_the_last(
     assert provenance["step"] == best and provenance["val"]["loss"] == val[best]["loss"]
 
 
+# the loop's own test, tests/train/loop, kills processes, which start faster than these
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("stop", [4, 5, 7])
 def test_kill_and_resume_is_bitwise_the_same(
-    small_cache: Path, uninterrupted: Path, tmp_path: Path, stop: int
+    small_cache: Path, uninterrupted: Path, tmp_path: Path, stop: int, real: bool
 ) -> None:
-    if stop != 5:
-        # a process of its own is slow to start: one of the three is killed for real
+    if not real:
+
         def progress(done: int, total: int, record: object) -> None:
             if done == stop:
                 raise KeyboardInterrupt
@@ -160,6 +162,7 @@ def test_kill_and_resume_is_bitwise_the_same(
     else:
         done = run_as_process(__file__, stop, (small_cache, tmp_path))
         assert done.returncode == -signal.SIGKILL, done.stderr
+    if stop == 5:
         states = tmp_path / "aligner-run" / "states"
         # killed while it wrote: the half has another name
         content = (states / "step-00000004.pt").read_bytes()
@@ -192,12 +195,10 @@ def test_a_finished_run_does_nothing(small_cache: Path, uninterrupted: Path) -> 
 
 
 def test_accelerate_is_configured_by_the_settings_alone(
-    small_cache: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_cache: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # a process of its own: accelerate reads its environment once
-    configure_accelerate(monkeypatch)
-    done = run_as_process(__file__, -1, (small_cache, tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    with configured_accelerate():
+        run(small_cache, tmp_path)
     for name in ("aligner", "aligner-last"):
         file = Path(name) / "model.safetensors"
         assert same(tmp_path / file, uninterrupted / file)

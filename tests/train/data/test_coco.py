@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +12,11 @@ from PIL import Image
 
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Layout
-from hcma_fast.train.data.coco import CocoExample, open_image, read_captions, read_split
+from hcma_fast.train.data.coco import read_captions, read_split
 from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.emoji_scenes import sample_scene, write_coco
-from hcma_fast.train.data.image_folder import ImageFolder
 
-Document = dict[str, Any]
+from coco_2014 import Change, Document, read_2014
 
 
 @pytest.mark.parametrize("size", [64, 48])
@@ -35,62 +32,6 @@ def test_reads_back_emoji_scenes(tmp_path: Path, size: int) -> None:
         assert sorted((name, *(round(v * size) for v in box)) for name, box in pairs) == wanted
         with Image.open(example.path) as picture:
             assert picture.size == (example.width, example.height) == (size, size)
-
-
-def coco_2014() -> tuple[Document, Document]:
-    """Two records as COCO 2014 has them, with all the fields that we do not read."""
-    images = [
-        {
-            "license": 5,
-            "file_name": f"COCO_train2014_{number:012d}.jpg",
-            "coco_url": "http://images.cocodataset.org/train2014/x.jpg",
-            "height": 480,
-            "width": 640,
-            "date_captured": "2013-11-14 16:28:13",
-            "id": number,
-        }
-        for number in (57870, 9)
-    ]
-    segments = [[239.97, 260.24, 222.04, 270.49]]
-    instances = {
-        "info": {"year": 2014},
-        "licenses": [],
-        "images": images,
-        "categories": [{"supercategory": "animal", "id": 18, "name": "dog"}],
-        "annotations": [
-            {"segmentation": segments, "area": 9.0, "iscrowd": 0, "image_id": 9}
-            | {"bbox": [320.0, 120.0, 320.5, 240.0], "category_id": 18, "id": 1768},
-            {"segmentation": {"counts": [1], "size": [480, 640]}, "area": 9.0, "iscrowd": 1}
-            | {"image_id": 9, "bbox": [0, 0, 640, 480], "category_id": 18, "id": 900100},
-        ],
-    }
-    captions = {
-        "images": images,
-        "annotations": [
-            {"image_id": 9, "id": 787980, "caption": "A dog.\n"},
-            {"image_id": 57870, "id": 787981, "caption": "An empty table."},
-            {"image_id": 9, "id": 787982, "caption": "One more dog."},
-        ],
-    }
-    return instances, captions
-
-
-Change = Callable[[Document, Document], object]
-
-
-def read_2014(
-    folder: Path, change: Change | None = None, skipped: list[BadRecord] | None = None
-) -> list[CocoExample]:
-    instances, captions = coco_2014()
-    (folder / "train2014").mkdir(exist_ok=True)
-    for image in instances["images"]:
-        (folder / "train2014" / image["file_name"]).touch()
-    if change is not None:
-        change(instances, captions)
-    (folder / "annotations").mkdir()
-    for name, document in (("instances", instances), ("captions", captions)):
-        (folder / "annotations" / f"{name}_train2014.json").write_text(json.dumps(document))
-    return read_split(folder, "train2014", skipped=skipped)
 
 
 def test_reads_coco_2014(tmp_path: Path) -> None:
@@ -339,61 +280,6 @@ def test_the_issues_huge_integer(tmp_path: Path) -> None:
         read_split(tmp_path, "s")
 
 
-def test_file_names_with_folders_and_accents(tmp_path: Path) -> None:
-    composed, decomposed = "caf\u00e9", "cafe\u0301"
-    names = ["cam0/a.jpg", "cam0\\b.jpg", f"{composed}/{decomposed}.jpg", f"{decomposed}.jpg"]
-    stored = ["cam0/a.jpg", "cam0/b.jpg", f"{decomposed}/{composed}.jpg", f"{composed}.jpg"]
-    for number, (name, file) in enumerate(zip(names, stored, strict=True)):
-        folder = tmp_path / str(number)
-        target = folder / "train2014" / file
-        target.parent.mkdir(parents=True)
-        target.touch()
-
-        def change(instances: Document, captions: Document, name: str = name) -> None:
-            instances["images"][1]["file_name"] = name
-
-        _, dog = read_2014(folder, change)
-        assert dog.path == target
-        assert dog.path.is_file()
-
-
-def test_names_that_leave_the_folder_need_a_root(tmp_path: Path) -> None:
-    outside = tmp_path / "elsewhere" / "dog.jpg"
-    outside.parent.mkdir()
-    outside.touch()
-    for number, name in enumerate((str(outside), "../../elsewhere/dog.jpg")):
-        folder = tmp_path / str(number)
-        folder.mkdir()
-
-        def change(instances: Document, captions: Document, name: str = name) -> None:
-            instances["images"][1]["file_name"] = name
-
-        with pytest.raises(InputError, match="leaves the folder of images"):
-            read_2014(folder, change)
-        _, dog = read_split(folder, "train2014", image_root=tmp_path)
-        assert dog.path == outside
-        with pytest.raises(InputError, match="leaves the folder of --root"):
-            read_split(folder, "train2014", image_root=folder)
-    folder = ImageFolder(tmp_path / "elsewhere")
-    for name in ("", ".", "a\0b", "C:\\x.jpg", "._dog.jpg", "sub/._dog.jpg"):
-        with pytest.raises(InputError):
-            folder.find(name)
-    assert folder.find("dog.jpg") == outside and folder.find("dog.jpg/x") is None
-
-
-def test_a_byte_order_mark_is_read_and_utf_16_is_named(tmp_path: Path) -> None:
-    read_2014(tmp_path)
-    for name in ("instances", "captions"):
-        path = tmp_path / "annotations" / f"{name}_train2014.json"
-        content = path.read_bytes()
-        path.write_bytes(codecs.BOM_UTF8 + content)
-        assert len(read_split(tmp_path, "train2014")) == 2
-        path.write_bytes(content.decode().encode("utf-16"))
-        with pytest.raises(InputError, match="UTF-16"):
-            read_split(tmp_path, "train2014")
-        path.write_bytes(content)
-
-
 @pytest.mark.parametrize("name", ["image id twice", "annotation of an unknown image", "no image"])
 def test_a_file_that_contradicts_itself_is_never_skipped(tmp_path: Path, name: str) -> None:
     problem, _, change = WRONG[name]
@@ -422,19 +308,3 @@ def test_pycocotools_reads_the_same(tmp_path: Path) -> None:
         assert wanted == sorted((n, x0, y0, x1 - x0, y1 - y0) for n, (x0, y0, x1, y1) in pairs)
         lines = texts.loadAnns(texts.getAnnIds(imgIds=example.image_id))
         assert tuple(line["caption"] for line in lines) == example.captions
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "size"])
-def test_images_that_cannot_be_used(tmp_path: Path, damage: str) -> None:
-    write_coco(tmp_path, "val", 1)
-    (example,) = read_split(tmp_path, "val")
-    assert open_image(example).size == (64, 64)
-    content = example.path.read_bytes()
-    if damage == "size":
-        Image.new("RGB", (64, 63)).save(example.path)
-    else:
-        broken = {"truncated": content[: len(content) // 2], "empty": b"", "text": b"no image"}
-        example.path.write_bytes(broken[damage])
-    with pytest.raises(InputError, match="image 0") as caught:
-        open_image(example)
-    assert caught.value.value == str(example.path)

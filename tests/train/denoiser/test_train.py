@@ -27,7 +27,7 @@ from hcma_fast.train.loop.loop import DivergenceError
 from hcma_fast.train.loop.samples import SamplePlan, plan_samples
 
 from training_runs import (
-    configure_accelerate,
+    configured_accelerate,
     one_thread,
     plain_descent,
     records,
@@ -135,12 +135,22 @@ def test_the_best_is_exported_and_the_log_says_why(uninterrupted: Path) -> None:
     )
 
 
+# the loop's own test, tests/train/loop, kills processes, which start faster than these
+@pytest.mark.parametrize("real", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(
-    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path
+    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path, real: bool
 ) -> None:
+    def stop(done: int, *_: object) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
     # after the first export and a state, with a step behind it that is done again
-    done = run_as_process(__file__, 5, (*inputs, tmp_path))
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    if real:
+        killed = run_as_process(__file__, 5, (*inputs, tmp_path))
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run(*inputs, tmp_path, progress=stop)
     assert (tmp_path / "denoiser").is_dir() and not (tmp_path / "denoiser-last").exists()
     # killed while it exported: what it left is no model, and goes
     (tmp_path / ".denoiser-last.1.part").mkdir()
@@ -155,12 +165,10 @@ def test_a_killed_run_ends_with_the_same_bits(
 
 
 def test_accelerate_is_configured_by_the_settings_alone(
-    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    inputs: tuple[Path, ...], uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # a process of its own: accelerate reads its environment once
-    configure_accelerate(monkeypatch)
-    done = run_as_process(__file__, -1, (*inputs, tmp_path))
-    assert done.returncode == 0, done.stderr[-3000:]
+    with configured_accelerate():
+        run(*inputs, tmp_path)
     for name in ("denoiser", "denoiser-last"):
         assert same(tmp_path / name / UNET, uninterrupted / name / UNET)
 

@@ -120,20 +120,19 @@ def test_kill_and_resume(
     tmp_path: Path, uninterrupted: tuple[nn.Module, nn.Module], stop: str
 ) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONSAFEPATH": "1"}
-
-    def start(stop: str) -> int:
-        command = [sys.executable, "-c", PROGRAM, __file__, str(tmp_path), stop]
-        done = subprocess.run(command, env=environment, capture_output=True, check=False)
-        return done.returncode
-
-    assert start(stop) == -signal.SIGKILL
+    command = [sys.executable, "-c", PROGRAM, __file__, str(tmp_path), stop]
+    killed = subprocess.run(command, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     # of a state that was being written there is a file of another name, which is never read
     names = {path.name for path in tmp_path.iterdir()} - {"log.jsonl", "state.pt"}
     assert [name.startswith(".state.pt.") for name in names] == [True] * (stop == "writing")
     assert torch.load(tmp_path / "state.pt", weights_only=True)["step"] == 5
-    assert start("never") == 0
+    # in this process, with the threads that the other one had
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model = make()
     average = run(model, squared_error(model), CONFIG, tmp_path)
+    torch.set_num_threads(threads)
     assert same(model, uninterrupted[0]) and same(average, uninterrupted[1])
 
 

@@ -252,6 +252,8 @@ def test_options_that_cannot_be_are_usage_errors(
     assert said.out == "" and options[1] in said.err and not (tmp_path / "run").exists()
 
 
+# in this process: test_errors_are_one_line_and_an_exit_code; that it parses: test_train_docs.py
+@pytest.mark.slow
 def test_as_a_process_of_its_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "hcma_fast.train.tiny.pack", "--run", "nowhere", "--out", "x"]
     environment = os.environ | {"PYTHONSAFEPATH": "1"}
