@@ -1,4 +1,4 @@
-"""Training pairs of the likeness judge: a crop, what it should show, and whether a person sees it.
+"""Training pairs of the likeness judge: a crop, what it should show, and whether the eye sees it.
 
 Right crops have the damage that a picture may have: softness, colour shift, blotches, noise, a
 small VAE. Hard negatives are what the eye refuses and a texture does not: figures with parts
