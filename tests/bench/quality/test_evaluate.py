@@ -12,6 +12,7 @@ from PIL import Image
 from hcma_fast import HCMAPipeline
 from hcma_fast.bench.quality.evaluate import QualityReport, evaluate, measure
 from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.output import HCMAOutput
@@ -116,9 +117,17 @@ def test_a_faultless_generator_reaches_the_ceiling(
     assert set(report.per_category) == set(CATEGORY_NAMES)
     missed = report.large_boxes.total - report.large_boxes.correct
     assert sum(times for *_, times in report.mistaken_for) == missed
-    # the likeness judge sees the same boxes; renders draw every figure as its reference
-    likeness = report.likeness
-    assert likeness.large_boxes == likeness.ceiling_large_boxes
+    # the likeness judge sees the same boxes, on the same pictures
+    likeness, alone = report.likeness, LikenessJudge.load()
+    direct = 0
+    for i in range(12):
+        objects = sample_scene("test", i).objects
+        picture = np.asarray(render_scene(sample_scene("test", i), "test", i))
+        boxes, phrases = [o.box for o in objects], [o.phrase for o in objects]
+        direct += sum(alone.recognised(picture, boxes, phrases, edition=1))
+    assert likeness.all_boxes.correct == direct
+    # the ceiling is drawn at the model's own size
+    assert likeness.ceiling_large_boxes.total == likeness.large_boxes.total
     assert likeness.all_boxes.total == report.all_boxes.total
     assert likeness.large_boxes.accuracy is not None and likeness.large_boxes.accuracy > 0.8
     for name, share in likeness.per_category.items():
