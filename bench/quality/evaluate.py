@@ -9,9 +9,11 @@ from itertools import combinations
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
 from hcma_fast.bench.quality.metrics.judge.model import Judge, Verdict
+from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.bench.quality.scene_images import generate_images, save_grid
 from hcma_fast.bench.shared.bootstrap import estimate, share_score
 from hcma_fast.config import AlignmentSettings, SettingsChange
@@ -37,6 +39,22 @@ class Share(BaseModel):
     accuracy: float | None
     """None without boxes"""
     interval: tuple[float, float] | None
+
+
+class LikenessShares(BaseModel):
+    """Boxes that the likeness judge recognises."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str
+    threshold: float
+    large_boxes: Share
+    all_boxes: Share
+    ceiling_large_boxes: Share
+    """on real renders of the same layouts"""
+    ceiling_all_boxes: Share
+    per_category: dict[str, Share]
+    """large boxes by the category asked for"""
 
 
 class QualityReport(BaseModel):
@@ -67,6 +85,7 @@ class QualityReport(BaseModel):
     """large boxes by the category asked for"""
     mistaken_for: list[tuple[str, str, int]]
     """asked for, seen, how often (large boxes), the most frequent first"""
+    likeness: LikenessShares
     date: str
 
 
@@ -86,10 +105,12 @@ def evaluate(
     num_inference_steps: int = 50,
     work: Path | None = None,
     judge: Judge | None = None,
+    likeness: LikenessJudge | None = None,
     grid: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> QualityReport:
-    """Generate one image for each of the layouts 0 .. count-1 of ``split`` and judge all boxes.
+    """Generate one image for each of the layouts 0 .. count-1 of ``split``; both judges judge all
+    boxes.
 
     Args:
         seed: image i uses seed + i, whatever the other settings are.
@@ -101,13 +122,13 @@ def evaluate(
 
     Raises:
         UsageError: no images, or no batch, is asked for, or a setting is out of range.
-        WeightsError: the judge is missing or damaged.
+        WeightsError: a judge is missing or damaged.
     """
     if count < 1 or batch_size < 1:
         raise UsageError(
             "count and batch size must be at least 1", value=(count, batch_size), remedy="Use 300."
         )
-    judge = judge or Judge.load()
+    judge, likeness = judge or Judge.load(), likeness or LikenessJudge.load()
     settings = SettingsChange.of(
         eta0=eta0,
         guidance_scale=guidance_scale,
@@ -152,7 +173,40 @@ def evaluate(
         ceiling_all_boxes=measure(ceiling, every),
         per_category={name: measure(hits, _only(name, scenes, large)) for name in CATEGORY_NAMES},
         mistaken_for=_mistakes(scenes, verdicts, large),
+        likeness=_likeness_shares(likeness, scenes, images, renders, large),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _likeness_shares(
+    judge: LikenessJudge,
+    scenes: Sequence[Scene],
+    images: NDArray[np.uint8],
+    renders: NDArray[np.uint8],
+    large: list[list[bool]],
+) -> LikenessShares:
+    """The likeness judge on generated images and on renders, (B, H, W, 3) both."""
+    hits, ceiling = (
+        [
+            judge.recognised(
+                picture,
+                [item.box for item in scene.objects],
+                [item.phrase for item in scene.objects],
+                edition=1,
+            )
+            for picture, scene in zip(pictures, scenes, strict=True)
+        ]
+        for pictures in (images, renders)
+    )
+    every = [[True] * len(some) for some in large]
+    return LikenessShares(
+        sha256=judge.card.sha256,
+        threshold=judge.threshold,
+        large_boxes=measure(hits, large),
+        all_boxes=measure(hits, every),
+        ceiling_large_boxes=measure(ceiling, large),
+        ceiling_all_boxes=measure(ceiling, every),
+        per_category={name: measure(hits, _only(name, scenes, large)) for name in CATEGORY_NAMES},
     )
 
 

@@ -30,12 +30,13 @@ from hcma_fast.bench.quality.metrics.detection import Detection, Detector
 from hcma_fast.bench.quality.metrics.fidelity import NEIGHBOURS, check_count, check_features
 from hcma_fast.bench.quality.metrics.judge.count import categories_match, is_clear, outside_windows
 from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.bench.quality.metrics.networks import ClipScorer, FeatureNetwork, cut
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES
 from hcma_fast.train.data.image_files import open_image_file
 
-METRICS = ("judge", "fid", "kid", "precision-recall", "clip", "detector")
+METRICS = ("judge", "likeness", "fid", "kid", "precision-recall", "clip", "detector")
 _ON_FEATURES = ("fid", "kid", "precision-recall")
 REAL = "real"
 """Folder of the measurements of real images"""
@@ -47,6 +48,7 @@ class Instruments:
 
     metrics: tuple[str, ...]
     judge: Judge | None = None
+    likeness: LikenessJudge | None = None
     features: FeatureNetwork | None = None
     clip: ClipScorer | None = None
     detector: Detector | None = None
@@ -72,6 +74,7 @@ class Instruments:
             ("detector", self.detector, "Name a detector by --detector."),
             *((name, self.features, "Name a vision model by --features.") for name in _ON_FEATURES),
             ("judge", self.judge, "The judge knows EmojiScenes only."),
+            ("likeness", self.likeness, "The likeness judge knows EmojiScenes only."),
         ):
             if metric in wanted and network is None:
                 raise UsageError(f"{metric} has no network", value=metric, remedy=remedy)
@@ -86,13 +89,15 @@ class Instruments:
                 check_count(len(items), self.features.width)
         if "detector" in wanted and self.detector is not None:
             self.detector.check([item.layout for item in items])
-        if "judge" in wanted:
+        judges = [name for name in ("judge", "likeness") if name in wanted]
+        if judges:
             unknown = {phrase for item in items for phrase in item.layout.phrases}
             for phrase in sorted(unknown - set(CATEGORY_NAMES)):
                 raise InputError(
                     "the judge has no category for a phrase",
                     value=phrase,
-                    remedy="It knows EmojiScenes' categories only: leave judge out of --metric.",
+                    remedy="It knows EmojiScenes' categories only: leave "
+                    f"{' and '.join(judges)} out of --metric.",
                 )
 
     def too_few(self, items: Sequence[EvalItem]) -> dict[str, str]:
@@ -141,6 +146,9 @@ class Instruments:
         titles = {name: network.title for name, network in named.items() if network is not None}
         if self.judge is not None:
             titles["judge"] = f"EmojiScenes judge {self.judge.card.sha256[:12]}"
+        if self.likeness is not None:
+            card = self.likeness.card
+            titles["likeness"] = f"likeness judge {card.sha256[:12]}, threshold {card.threshold:g}"
         return titles
 
     def digest(self, run: RunSettings) -> str:
@@ -165,6 +173,8 @@ class Measured:
     """(n,) the boxes show each category as often as the layout has it"""
     clear: NDArray[np.bool_]
     """(n,) the judge sees no object outside of the boxes"""
+    recognised: NDArray[np.bool_]
+    """(R,) by the likeness judge; empty without it"""
     clip: NDArray[np.float32]
     """(n,) cosine with the prompt; empty without CLIP, as the next two"""
     clip_label: NDArray[np.float32]
@@ -281,7 +291,7 @@ def measure_block(
     """
     nothing = np.zeros(0, np.float32)
     whole = crops = np.zeros((len(items), 0), np.float32)
-    judged = counted = clear = nothing.astype(np.bool_)
+    judged = counted = clear = recognised = nothing.astype(np.bool_)
     log_probability = clip = clip_label = clip_photo = nothing
     layouts = [item.layout for item in items]
     if instruments.features is not None:
@@ -319,6 +329,17 @@ def measure_block(
         log_probability = np.concatenate(own).astype(np.float32)
         counted = np.array([categories_match(layout, seen) for layout, seen in pairs], np.bool_)
         clear = np.array([is_clear(seen) for seen in outside], np.bool_)
+    if instruments.likeness is not None:
+        recognised = np.array(
+            [
+                verdict
+                for image, layout in zip(images, layouts, strict=True)
+                for verdict in instruments.likeness.recognised(
+                    np.asarray(image), layout.boxes, layout.phrases, edition=1
+                )
+            ],
+            np.bool_,
+        )
     if instruments.clip is not None:
         clip = instruments.clip.cosines(images, [item.prompt for item in items])
         pieces = [
@@ -339,6 +360,7 @@ def measure_block(
         log_probability=log_probability,
         counted=counted,
         clear=clear,
+        recognised=recognised,
         clip=clip,
         clip_label=clip_label,
         clip_photo=clip_photo,

@@ -262,11 +262,9 @@ def _scored(
         total = np.bincount(owners, keep, len(items))
         return _ratio(np.bincount(owners, values.astype(np.float64) * keep, len(items)), total)
 
+    sides = np.array([min(b[2] - b[0], b[3] - b[1]) for item in items for b in item.layout.boxes])
     if "judge" in wanted:
         judged = blocks.joined("judged")
-        sides = np.array(
-            [min(b[2] - b[0], b[3] - b[1]) for item in items for b in item.layout.boxes]
-        )
         scored["region judge, large boxes"] = share(judged, sides >= MIN_SIDE)
         scored["region judge"] = share(judged)
         own = np.maximum(blocks.joined("log_probability"), CONFIDENCE_FLOOR)
@@ -279,6 +277,10 @@ def _scored(
             ("objects counted right", counted.astype(np.bool_) & clear.astype(np.bool_)),
         ):
             scored[name] = _ratio(values.astype(np.float64), np.ones(len(items)))
+    if "likeness" in wanted:
+        seen = blocks.joined("recognised")
+        scored["recognised by likeness, large boxes"] = share(seen, sides >= MIN_SIDE)
+        scored["recognised by likeness"] = share(seen)
     if "clip" in wanted:
         scored["CLIP, caption"] = _ratio(blocks.joined("clip"), np.ones(len(items)))
         scored["CLIP, box and label"] = share(blocks.joined("clip_label"))

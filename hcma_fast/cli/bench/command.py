@@ -197,16 +197,20 @@ def quality_table(reports: list[QualityReport]) -> str:
         f"{first.num_inference_steps} steps, seeds from {first.seed}; boxes that the judge "
         "recognises (95% interval over images)",
         "",
-        f"| eta0 | guidance | boxes of sides >= {first.min_side:g} | all boxes | unseen pairs |",
-        "|---|---|---|---|---|",
+        f"| eta0 | guidance | boxes of sides >= {first.min_side:g} | all boxes | unseen pairs "
+        f"| recognised by likeness, sides >= {first.min_side:g} | recognised by likeness |",
+        "|---|---|---|---|---|---|---|",
     ]
     for report in reports:
-        shares = (report.large_boxes, report.all_boxes, report.held_out_pairs)
+        likeness = (report.likeness.large_boxes, report.likeness.all_boxes)
+        shares = (report.large_boxes, report.all_boxes, report.held_out_pairs, *likeness)
         cells = [f"{report.settings.eta0:g}", f"{report.settings.guidance_scale:g}"]
         lines.append(f"| {' | '.join(cells + [_shown(share) for share in shares])} |")
     ceiling = (first.ceiling_large_boxes, first.ceiling_all_boxes)
+    alike = (first.likeness.ceiling_large_boxes, first.likeness.ceiling_all_boxes)
     lines += [
-        f"| real renders | | {' | '.join(_shown(share) for share in ceiling)} | |",
+        f"| real renders | | {' | '.join(_shown(share) for share in ceiling)} | "
+        f"| {' | '.join(_shown(share) for share in alike)} |",
         "",
         "By category, first row: "
         + ", ".join(
@@ -214,9 +218,16 @@ def quality_table(reports: list[QualityReport]) -> str:
             for name, share in first.per_category.items()
             if share.total
         ),
+        "Recognised by likeness: "
+        + ", ".join(
+            f"{name} {share.correct}/{share.total}"
+            for name, share in first.likeness.per_category.items()
+            if share.total
+        ),
         "Most often mistaken: "
         + (", ".join(f"{a} for {b} ({n})" for a, b, n in first.mistaken_for[:8]) or "none"),
-        f"Weights {first.weights_hash[:16]}, judge {first.judge_sha256[:16]}, {first.date}.",
+        f"Weights {first.weights_hash[:16]}, judge {first.judge_sha256[:16]}, "
+        f"likeness judge {first.likeness.sha256[:16]}, {first.date}.",
     ]
     return "\n".join(lines)
 

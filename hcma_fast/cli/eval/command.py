@@ -101,7 +101,7 @@ def evaluate(
         list[str] | None,
         typer.Option(
             metavar="NAME",
-            help="judge, fid, kid, precision-recall, clip, detector; repeat it.",
+            help="judge, likeness, fid, kid, precision-recall, clip, detector; repeat it.",
             show_default="all whose networks there are",
         ),
     ] = None,

@@ -130,7 +130,7 @@ def choose_instruments(
     *,
     needed: bool,
 ) -> Instruments:
-    """The networks that were asked for; on EmojiScenes the judge without being asked.
+    """The networks that were asked for; on EmojiScenes both judges without being asked.
 
     Args:
         needed: refuse to have none.
@@ -142,6 +142,7 @@ def choose_instruments(
     from hcma_fast.bench.quality.metrics.detection import Detector
     from hcma_fast.bench.quality.metrics.inception import InceptionFeatures
     from hcma_fast.bench.quality.metrics.judge.model import Judge
+    from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
     from hcma_fast.bench.quality.metrics.networks import (
         ClipScorer,
         FeatureNetwork,
@@ -151,6 +152,7 @@ def choose_instruments(
 
     scenes = all(item.scene is not None for item in items)
     judge = Judge.load() if scenes else None
+    likeness = LikenessJudge.load() if scenes else None
     network: FeatureNetwork | None = None
     kind, _, weights = (features or "").partition("=")
     if kind == "inception" and weights:
@@ -162,6 +164,7 @@ def choose_instruments(
     real = all(item.has_real for item in items)
     possible = [
         *(["judge"] if judge else []),
+        *(["likeness"] if likeness else []),
         *(["fid", "kid", "precision-recall"] if network and real else []),
         *(["clip"] if clip else []),
         *(["detector"] if detector else []),
@@ -176,6 +179,7 @@ def choose_instruments(
     return Instruments(
         metrics=chosen,
         judge=judge,
+        likeness=likeness,
         features=network,
         clip=ClipScorer(clip) if clip else None,
         detector=Detector(detector) if detector else None,

@@ -26,6 +26,10 @@ def test_several_settings_make_a_table_and_a_sheet_each(
     assert result.exit_code == 0, result.output
     assert "\n| 0 | 3 | " in result.stdout and "\n| 0.5 | 3 | " in result.stdout
     assert "| real renders |" in result.stdout
+    table = [line for line in result.stdout.splitlines() if line.startswith("|")]
+    assert len(table) == 5 and {line.count("|") for line in table} == {8}
+    assert table[0].endswith("| recognised by likeness |")
+    assert "\nRecognised by likeness: " in result.stdout
     assert not grid.exists()
     for number in (1, 2):
         with Image.open(tmp_path / f"grid-{number}.png") as sheet:

@@ -12,6 +12,7 @@ from watched_pipeline import WatchedPipeline
 
 from hcma_fast.bench.quality.evaluate import QualityReport, evaluate, measure
 from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES, render_scene, sample_scene
@@ -52,6 +53,9 @@ def test_end_to_end_and_resumes_without_generating_again(
         assert 0 <= share.interval[0] <= share.accuracy <= share.interval[1] <= 1
     assert report.all_boxes.total == sum(len(sample_scene("test", i).objects) for i in range(4))
     assert QualityReport.model_validate_json(report.model_dump_json()) == report
+    # two steps of random weights draw nothing that is like anything
+    likeness = report.likeness
+    assert likeness.all_boxes.correct == 0 < likeness.ceiling_all_boxes.correct
 
     again = evaluate(pipe, **arguments)
     assert len(pipe.batches) == 2
@@ -104,6 +108,22 @@ def test_a_faultless_generator_reaches_the_ceiling(
     assert set(report.per_category) == set(CATEGORY_NAMES)
     missed = report.large_boxes.total - report.large_boxes.correct
     assert sum(times for *_, times in report.mistaken_for) == missed
+    # the likeness judge sees the same boxes, on the same pictures
+    likeness, alone = report.likeness, LikenessJudge.load()
+    direct = 0
+    for i in range(12):
+        objects = sample_scene("test", i).objects
+        picture = np.asarray(render_scene(sample_scene("test", i), "test", i))
+        boxes, phrases = [o.box for o in objects], [o.phrase for o in objects]
+        direct += sum(alone.recognised(picture, boxes, phrases, edition=1))
+    assert likeness.all_boxes.correct == direct
+    # the ceiling is drawn at the model's own size
+    assert likeness.ceiling_large_boxes.total == likeness.large_boxes.total
+    assert likeness.all_boxes.total == report.all_boxes.total
+    assert likeness.large_boxes.accuracy is not None and likeness.large_boxes.accuracy > 0.8
+    for name, share in likeness.per_category.items():
+        assert share.total == report.per_category[name].total
+    assert sum(s.correct for s in likeness.per_category.values()) == likeness.large_boxes.correct
     with Image.open(grid) as sheet:
         assert sheet.size == (8 * 192, 2 * 192)
         colours = {colour for _, colour in sheet.convert("RGB").getcolors(2**20) or []}

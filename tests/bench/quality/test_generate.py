@@ -34,6 +34,7 @@ from hcma_fast.bench.quality.measure import REAL, Instruments, Measured, block_f
 from hcma_fast.bench.quality.methods.table import Generated, Method, Runner
 from hcma_fast.bench.quality.metrics.fidelity import Features
 from hcma_fast.bench.quality.metrics.judge.model import CONFIDENCE_FLOOR, Judge
+from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.bench.quality.metrics.networks import JudgeFeatures, VisionFeatures, cut
 from hcma_fast.bench.quality.scores import score_run
 from hcma_fast.errors import InputError, UsageError
@@ -207,7 +208,9 @@ def test_another_run_does_not_overwrite_without_force(
 
 def judge_instruments(*metrics: str) -> Instruments:
     judge = Judge.load()
-    return Instruments(metrics, judge=judge, features=JudgeFeatures(judge))
+    return Instruments(
+        metrics, judge=judge, likeness=LikenessJudge.load(), features=JudgeFeatures(judge)
+    )
 
 
 def test_a_faultless_generator_reaches_the_real_images(
@@ -215,7 +218,7 @@ def test_a_faultless_generator_reaches_the_real_images(
 ) -> None:
     perfect, noise = make(Rendering, random_components), make(Drawing, random_components)
     run = settings(items, perfect)
-    instruments = judge_instruments("judge", "kid", "precision-recall")
+    instruments = judge_instruments("judge", "likeness", "kid", "precision-recall")
     instruments.check(items)
     open_run(tmp_path, run, force=False)
     generate(perfect, METHODS[:1], items, run, tmp_path, batch_size=8)
@@ -232,6 +235,8 @@ def test_a_faultless_generator_reaches_the_real_images(
         "region judge, large boxes",
         "images with every box right",
         "objects counted right",
+        "recognised by likeness",
+        "recognised by likeness, large boxes",
     ):
         assert good.scores[name] == report.real.scores[name]
         assert good.scores[name].value > 0.8 > bad.scores[name].value + 0.4
@@ -317,8 +322,12 @@ def test_what_cannot_be_scored_is_refused_before_generating(items: list[EvalItem
     with pytest.raises(InputError, match="there are none"):
         judge_instruments("kid").check(bare)
     yeti = items[0].model_copy(update={"layout": Layout(["yeti"], [(0.0, 0.0, 1.0, 1.0)])})
-    with pytest.raises(InputError, match="the judge has no category"):
-        judge_instruments("judge").check([yeti])
+    for names in (["judge"], ["likeness"], ["judge", "likeness"]):
+        with pytest.raises(InputError, match="the judge has no category") as error:
+            judge_instruments(*names).check([yeti])
+        assert f"leave {' and '.join(names)} out" in str(error.value)
+    with pytest.raises(UsageError, match="likeness has no network"):
+        Instruments(("likeness",)).check(items)
 
 
 def test_plan_is_checked(random_components: Components, items: list[EvalItem]) -> None:

@@ -30,6 +30,7 @@ from hcma_fast.bench.quality.metrics.likeness.data import (
 from hcma_fast.bench.quality.metrics.likeness.labels import ASSETS, LabelledBox, read_labelled
 from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge, LikenessNet, colours_of
 from hcma_fast.bench.quality.metrics.likeness.training import (
+    area,
     best_threshold,
     labelled_pairs,
     trains,
@@ -47,19 +48,23 @@ def judge() -> LikenessJudge:
 def test_every_box_of_the_set_has_a_label_and_a_half() -> None:
     found, pictures = read_labelled()
     labels = Counter(item.label for item in found.boxes)
-    assert len(found.boxes) == 376 and set(labels) == {"right", "half", "wrong"}
+    assert len(found.boxes) == 472 and set(labels) == {"right", "half", "wrong"}
     assert min(labels.values()) > 100
     assert {item.phrase for item in found.boxes} == set(CATEGORY_NAMES)
-    assert pictures.shape[1:] == (64, 64, 3) and len(pictures) == 240
-    assert max(item.picture for item in found.boxes) == 239
+    assert pictures.shape[1:] == (64, 64, 3) and len(pictures) == 336
+    assert max(item.picture for item in found.boxes) == 335
     halves = {number: item.half for item in found.boxes for number in [item.picture]}
     counts = Counter(item.half for item in found.boxes)
-    assert counts == {"train": 188, "test": 188} and set(halves.values()) == {"train", "test"}
+    assert counts == {"train": 188 + 96, "test": 188} and set(halves.values()) == {"train", "test"}
     # all boxes of a picture are in one half, and what trains is of one half alone
     for item in found.boxes:
         assert item.half == halves[item.picture]
         assert not trains(item) or item.half == "train"
-    assert 100 < sum(map(trains, found.boxes)) < 188
+        # pictures that were drawn to train on are never tested on
+        assert item.half == "train" or item.picture < 240
+        # the test half alone has a second label
+        assert (item.second is None) == (item.half == "train")
+    assert 188 < sum(map(trains, found.boxes)) < 188 + 96
     assert (ASSETS / "labelled-4.png").stat().st_size < 2e6
 
 
@@ -139,11 +144,25 @@ def test_the_threshold_is_the_one_that_agrees_most() -> None:
     assert best_threshold(values, right & False) > 0.9
 
 
+def test_area_under_the_curve() -> None:
+    values = np.array([0.1, 0.4, 0.4, 0.9])
+    assert area(values, np.array([False, False, True, True])) == 0.875  # one tie of four pairs
+    assert area(values, np.array([True, True, False, False])) == 0.125
+
+
 def test_the_card_says_how_well_it_agrees(judge: LikenessJudge) -> None:
     card = judge.card
-    assert card.labelled_train == card.labelled_test == 188
+    assert card.labelled_train == 284 and card.labelled_test == 188
     # both measured on the half that neither was trained or chosen on
     assert card.agreement_test > card.old_agreement_test + 0.2
+    boxes = [item for item in read_labelled()[0].boxes if item.half == "test"]
+    for agreement, labels in (
+        (card.second_agreement_test, {"right"}),
+        (card.second_lenient_agreement_test, {"right", "half"}),
+    ):
+        same = [(b.label in labels) == (b.second in labels) for b in boxes]
+        assert agreement == pytest.approx(np.mean(same), abs=1e-4)
+    assert card.auc_wrong_test > 0.5 < card.auc_right_test
 
 
 def test_real_figures_are_recognised_and_others_are_not(judge: LikenessJudge) -> None:

@@ -1,1 +1,1 @@
-"""The likeness judge: does a box show its phrase so that a person names it at once?"""
+"""The likeness judge: does a box show its phrase so that the eye names it at once?"""

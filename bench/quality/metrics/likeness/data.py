@@ -1,4 +1,4 @@
-"""Training pairs of the likeness judge: a crop, what it should show, and whether a person sees it.
+"""Training pairs of the likeness judge: a crop, what it should show, and whether the eye sees it.
 
 Right crops have the damage that a picture may have: softness, colour shift, blotches, noise, a
 small VAE. Hard negatives are what the eye refuses and a texture does not: figures with parts
@@ -203,7 +203,7 @@ class Pairs:
     """Pairs of both editions, drawn by step number.
 
     Args:
-        labelled: pairs of generated pictures that a person looked at; two fifths of each batch.
+        labelled: pairs of labelled boxes; three fifths of each batch.
         decoded: pairs of pictures that went through a VAE, a tenth.
     """
 
@@ -239,9 +239,9 @@ class Pairs:
 
     def _draw(self, rng: np.random.Generator) -> Pair:
         lot = rng.random()
-        if self._labelled and lot < 0.4:
+        if self._labelled and lot < 0.6:
             return self._labelled[int(rng.integers(len(self._labelled)))]
-        if self._decoded and lot < 0.5:
+        if self._decoded and lot < 0.7:
             return self._decoded[int(rng.integers(len(self._decoded)))]
         return self.synthetic(rng)
 

@@ -1,9 +1,10 @@
-"""Boxes of generated pictures that a person has looked at, one by one: what judges are measured by.
+"""Boxes of generated pictures that were labelled by eye, one by one: what judges are measured by.
 
 ``assets/labelled-4.png`` holds the pictures (the fourth edition of `tiny`), tile by tile, and
-``labelled-4.json`` each box with its phrase and label: "right" (a person names it at once), "half"
-(parts of it, or two at once) or "wrong" (a smudge, or another thing). Bits differ between
-processors, hence the pictures instead of the command that made them::
+``labelled-4.json`` each box with its phrase and label: "right" (the eye names it at once), "half"
+(parts of it, or two at once) or "wrong" (a smudge, or another thing). ``LABELLING.md`` has the
+rules. The half "test" was labelled a second time, without sight of the first labels. Bits differ
+between processors, hence the pictures instead of the command that made them::
 
     python -m hcma_fast.bench.quality.metrics.likeness.labels --out FOLDER
 
@@ -43,6 +44,9 @@ Label = Literal["right", "half", "wrong"]
 Half = Literal["train", "test"]
 ASSETS = Path(__file__).parent / "assets"
 _SINGLE_SIDES = (0.8, 0.6, 0.45, 0.3, 0.7, 0.5)
+_MORE_SIDES = (0.75, 0.4, 0.6, 0.5)
+_FIRST_PICTURES = 240
+"""Pictures that are split into two halves; those after them only train"""
 _SCENES = range(2000, 2064)
 """of the split "test", beyond those that benchmarks use"""
 _FEW_STEPS_SCENES = range(2064, 2096)
@@ -51,7 +55,7 @@ _SHEET_COLUMNS, _SHEET_ROWS, _CELL = 6, 5, 192
 
 
 class LabelledBox(BaseModel):
-    """A box of a picture, and what a person says of it (None: nobody has looked yet)."""
+    """A box of a picture and its label (None: not labelled yet)."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -59,10 +63,14 @@ class LabelledBox(BaseModel):
     phrase: str
     box: Box
     label: Label | None = None
+    second: Label | None = None
+    """of a second, blind labelling, in the half "test" alone; judges are measured by ``label``"""
 
     @property
     def half(self) -> Half:
         """The half of the set that its picture belongs to, by a hash of its number."""
+        if self.picture >= _FIRST_PICTURES:
+            return "train"
         digest = hashlib.sha256(f"picture {self.picture}".encode()).digest()
         return "train" if digest[0] < 128 else "test"
 
@@ -88,30 +96,34 @@ class Drawing:
     steps: int
 
 
-def _alone(row: int, column: int, side: float) -> Drawing:
+def _alone(row: int, column: int, side: float, stream: int, seed: int) -> Drawing:
     """A category alone, somewhere."""
     name, backgrounds = CATEGORY_NAMES[row], list(BACKGROUNDS)
-    rng = np.random.default_rng([12, row, column])
+    rng = np.random.default_rng([stream, row, column])
     x, y = (float(v) for v in rng.uniform(0.02, 0.98 - side, size=2).round(3))
     background = backgrounds[(row + 3 * column) % len(backgrounds)]
     return Drawing(
         f"{count_phrase(name, 1, PLURALS)} {background}",
         Layout([name], [(x, y, x + side, y + side)]),
-        seed=100 * row + column,
+        seed=seed,
         steps=50,
     )
 
 
 def drawings() -> Iterator[Drawing]:
-    """Each category alone, six times; scenes of several objects; some of them in few steps."""
+    """Each category alone, six times; scenes of several objects, some in few steps; each category
+    alone four times more, to train on."""
     for row in range(len(CATEGORY_NAMES)):
         for column, side in enumerate(_SINGLE_SIDES):
-            yield _alone(row, column, side)
+            yield _alone(row, column, side, 12, seed=100 * row + column)
     for steps, indices in ((50, _SCENES), (20, _FEW_STEPS_SCENES)):
         for index in indices:
             scene = sample_scene("test", index)
             layout = Layout([o.phrase for o in scene.objects], [o.box for o in scene.objects])
             yield Drawing(scene.captions[index % 2], layout, seed=index, steps=steps)
+    for row in range(len(CATEGORY_NAMES)):
+        for column, side in enumerate(_MORE_SIDES):
+            yield _alone(row, column, side, 16, seed=5000 + 100 * row + column)
 
 
 def read_labelled(folder: Path = ASSETS) -> tuple[LabelledSet, NDArray[np.uint8]]:

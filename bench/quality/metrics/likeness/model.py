@@ -1,4 +1,4 @@
-"""The likeness judge: does a box of a picture show its phrase so that a person names it at once?
+"""The likeness judge: does a box of a picture show its phrase so that the eye names it at once?
 
 It compares a crop with the figure that the phrase means, and knows no category by heart: what it
 learns of shape and colour on one figure it applies to all, in both editions of EmojiScenes.
@@ -58,7 +58,7 @@ class LikenessNet(nn.Module):
 
 
 class LikenessCard(BaseModel):
-    """likeness.json: what the weights are, and how well they agree with a person."""
+    """likeness.json: what the weights are, and how well they agree with the labels."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,9 +73,21 @@ class LikenessCard(BaseModel):
     labelled_test: int
     agreement_train: float
     agreement_test: float
-    """share of boxes on which it agrees with the person, "half" counting as not recognised"""
+    """share of boxes on which it agrees with the labels, "half" counting as not recognised"""
+    lenient_agreement_test: float
+    """the same, "half" counting as recognised, at :attr:`lenient_threshold`"""
+    lenient_threshold: float
+    """chosen as the other one"""
+    auc_right_test: float
+    """area under the curve of "right" against "half" and "wrong" """
+    auc_wrong_test: float
+    """of "right" and "half" against "wrong" """
     old_agreement_test: float
-    """the same of the fourth edition's judge"""
+    """agreement of the fourth edition's judge, "half" counting as not recognised"""
+    old_lenient_agreement_test: float
+    second_agreement_test: float
+    """agreement of a second, blind labelling: a judge cannot be expected to agree more"""
+    second_lenient_agreement_test: float
 
 
 class LikenessJudge:

@@ -1,11 +1,11 @@
-"""Train the likeness judge, and measure how well it agrees with a person.
+"""Train the likeness judge, and measure how well it agrees with the labels.
 
 It takes minutes to an hour on one core, and goes on where it stopped::
 
     python -m hcma_fast.bench.quality.metrics.likeness.training --out .runs/likeness
 
-Of the generated boxes that a person looked at it sees the half "train" alone: most of them train,
-the others choose the threshold. The half "test" measures.
+Of the labelled boxes it sees the half "train" alone: most of them train, the others choose the
+thresholds. The half "test" measures.
 """
 
 from __future__ import annotations
@@ -160,14 +160,46 @@ def best_threshold(values: NDArray[np.float64], right: NDArray[np.bool_]) -> flo
     return round(float(best[len(best) // 2]), 2)
 
 
-def old_agreement(boxes: Sequence[LabelledBox], pictures: NDArray[np.uint8]) -> float:
-    """Of the judge of the fourth edition, on the same boxes."""
+def area(values: NDArray[np.float64], right: NDArray[np.bool_]) -> float:
+    """Area under the curve: how often what is right has the larger value of two (ties: half)."""
+    above, below = values[right][:, None], values[~right]
+    return float((above > below).mean() + (above == below).mean() / 2)
+
+
+def old_verdicts(boxes: Sequence[LabelledBox], pictures: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which boxes the judge of the fourth edition recognises."""
     judge = Judge.load()
     seen = [judge.predict(pictures[b.picture][None], [[b.box]])[0][0].category for b in boxes]
-    verdicts = [
-        (name == b.phrase) == (b.label == "right") for name, b in zip(seen, boxes, strict=True)
-    ]
-    return float(np.mean(verdicts))
+    return np.array([name == b.phrase for name, b in zip(seen, boxes, strict=True)])
+
+
+def _measured(
+    judge: LikenessJudge, parts: dict[str, list[LabelledBox]], pictures: NDArray[np.uint8]
+) -> dict[str, float]:
+    """The card's thresholds and figures, by name."""
+    values = {half: probabilities(judge, boxes, pictures) for half, boxes in parts.items()}
+    chooses = np.array([not trains(b) for b in parts["train"]])
+    old = old_verdicts(parts["test"], pictures)
+    figures: dict[str, float] = {}
+    for prefix, labels in (("", ("right",)), ("lenient_", ("right", "half"))):
+        shown = {
+            half: np.array([b.label in labels for b in boxes]) for half, boxes in parts.items()
+        }
+        second = np.array([b.second in labels for b in parts["test"]])
+        threshold = best_threshold(values["train"][chooses], shown["train"][chooses])
+        agreement = {
+            half: float(np.mean((values[half] >= threshold) == shown[half])) for half in parts
+        }
+        figures[f"{prefix}threshold"] = threshold
+        figures[f"{prefix}agreement_test"] = agreement["test"]
+        figures[f"old_{prefix}agreement_test"] = float(np.mean(old == shown["test"]))
+        figures[f"second_{prefix}agreement_test"] = float(np.mean(second == shown["test"]))
+        figures["auc_wrong_test" if prefix else "auc_right_test"] = area(
+            values["test"], shown["test"]
+        )
+        if not prefix:
+            figures["agreement_train"] = agreement["train"]
+    return {name: round(value, 4) for name, value in figures.items()}
 
 
 def store(net: LikenessNet, folder: Path, steps: tuple[int, int], batch: int) -> LikenessCard:
@@ -186,28 +218,22 @@ def store(net: LikenessNet, folder: Path, steps: tuple[int, int], batch: int) ->
         seed=_SEED,
         steps=steps,
         batch=batch,
-        threshold=0.5,
         labelled_train=len(parts["train"]),
         labelled_test=len(parts["test"]),
+        threshold=0.5,
         agreement_train=0,
         agreement_test=0,
-        old_agreement_test=round(old_agreement(parts["test"], pictures), 4),
+        lenient_threshold=0.5,
+        lenient_agreement_test=0,
+        auc_right_test=0,
+        auc_wrong_test=0,
+        old_agreement_test=0,
+        old_lenient_agreement_test=0,
+        second_agreement_test=0,
+        second_lenient_agreement_test=0,
     )
     judge = LikenessJudge(rounded, draft)
-    values = {half: probabilities(judge, boxes, pictures) for half, boxes in parts.items()}
-    right = {half: np.array([b.label == "right" for b in boxes]) for half, boxes in parts.items()}
-    chooses = np.array([not trains(b) for b in parts["train"]])
-    threshold = best_threshold(values["train"][chooses], right["train"][chooses])
-    agreement = {
-        half: round(float(np.mean((values[half] >= threshold) == right[half])), 4) for half in parts
-    }
-    card = draft.model_copy(
-        update={
-            "threshold": threshold,
-            "agreement_train": agreement["train"],
-            "agreement_test": agreement["test"],
-        }
-    )
+    card = draft.model_copy(update=_measured(judge, parts, pictures))
     make_folder(folder)
     text = (json.dumps(card.model_dump(), indent=2) + "\n").encode()
     write_whole(folder / WEIGHTS, lambda file: file.write(content))
@@ -218,7 +244,7 @@ def store(net: LikenessNet, folder: Path, steps: tuple[int, int], batch: int) ->
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog=f"python -m {__package__}.training",
-        description="Train the likeness judge, and measure how well it agrees with a person.",
+        description="Train the likeness judge, and measure how well it agrees with the labels.",
     )
     parser.add_argument("--out", type=Path, default=Path(".runs/likeness"))
     parser.add_argument("--assets", type=Path, default=ASSETS)
