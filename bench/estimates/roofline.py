@@ -28,7 +28,7 @@ from hcma_fast.bench.shared.machine import Machine, describe_machine
 from hcma_fast.config import MAX_OBJECTS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
-from hcma_fast.export.precision import PRECISIONS, Precision, at_precision
+from hcma_fast.export.precision import Precision, at_precision, check_precision
 from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
@@ -205,9 +205,7 @@ def roofline(
         WeightsError, EngineError: no such model, or a damaged one.
     """
     gpus, batches = parse_gpus(",".join(gpus)), parse_batches(",".join(map(str, batches)))
-    if precision not in (None, *PRECISIONS):
-        remedy = f"Use one of {', '.join(PRECISIONS)}."
-        raise UsageError("unknown precision", value=precision, remedy=remedy)
+    check_precision(precision)
     if not 0 <= boxes <= MAX_OBJECTS:
         remedy = f"An image has 0 to {MAX_OBJECTS}."
         raise UsageError("too many boxes, or fewer than none", value=boxes, remedy=remedy)

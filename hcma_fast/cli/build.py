@@ -142,7 +142,18 @@ def build(
             from hcma_fast.export.target import Target
             from hcma_fast.specs import BatchRange
 
-            name = _chosen(backend)
+            if backend == "auto":
+                from hcma_fast.export.open import choose_backend
+                from hcma_fast.export.target import device_for
+
+                choice = choose_backend(device, precision, build=True)
+                print_note(f"Backend {choice.label}: {choice.why}.")
+                name, precision = choice.backend, choice.precision
+                # an option of torch-compile alone
+                compiled_for = device_for(name, choice.device or "cpu")
+                device = None if compiled_for == "cpu" else compiled_for
+            else:
+                name = backend
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
@@ -165,16 +176,6 @@ def build(
         print_json(report)
     else:
         typer.echo(report["folder"])
-
-
-def _chosen(backend: str) -> str:
-    if backend != "auto":
-        return backend
-    from hcma_fast.export.open import choose_backend
-
-    name, why = choose_backend()
-    print_note(f"Backend {name}: {why}.")
-    return name
 
 
 def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:
