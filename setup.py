@@ -53,8 +53,8 @@ INSTALL_REQUIRES = [
 # `hcma-fast doctor` say it too. All other extras go together.
 EXTRAS_REQUIRE = {
     # smaller than `cpu`: all that `make demo` needs
-    "onnxruntime": ["onnxruntime>=1.24,<2"],
-    "cpu": ["onnxruntime>=1.24,<2", "openvino>=2026.0"],
+    "onnxruntime": ["onnxruntime>=1.24.1,<2"],
+    "cpu": ["onnxruntime>=1.24.1,<2", "openvino>=2026.0"],
     # CUDA builds of torch pin their own triton (torch 2.13.0: 3.7.1), hence the wide range
     "gpu": ["onnxruntime-gpu>=1.24,<2", "triton>=3.6,<4"],
     "tensorrt": ["tensorrt>=11,<12"],

@@ -36,6 +36,12 @@ PRECISIONS_OF: dict[str, tuple[Precision, ...]] = {
 }
 
 
+def default_precision(backend: str) -> Precision:
+    """float32 where the backend computes in it, else the first that it has."""
+    possible = PRECISIONS_OF.get(backend, ("float32",))
+    return "float32" if "float32" in possible else possible[0]
+
+
 @dataclass(frozen=True)
 class Target:
     """What to build for. Checked when it is made, before anything is loaded.
@@ -51,8 +57,8 @@ class Target:
             backends' engines are not for the one or the other, or for a GPU only.
 
     Raises:
-        BackendError: unknown backend, or a precision or architecture that it lacks.
-        UsageError: an option that the backend does not have.
+        BackendError: a precision or architecture that the backend lacks.
+        UsageError: an unknown backend, or an option that it does not have.
     """
 
     backend: str
@@ -68,7 +74,7 @@ class Target:
 
     def __post_init__(self) -> None:
         if self.backend not in COMPILED_BACKENDS:
-            raise BackendError(
+            raise UsageError(
                 "engines cannot be built for this backend",
                 value=self.backend,
                 remedy=f"Backends: {', '.join(COMPILED_BACKENDS)}.",

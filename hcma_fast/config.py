@@ -18,7 +18,7 @@ from pydantic import (
     model_validator,
 )
 
-from hcma_fast.errors import SettingsError
+from hcma_fast.errors import SettingsError, UsageError
 from hcma_fast.scalars import plain, plain_pair
 
 MAX_OBJECTS = 30
@@ -51,6 +51,17 @@ _DEVICES = {
 def devices_of(backend: str) -> tuple[str, ...]:
     """Kinds of device that a backend runs on; the first is where it runs by default."""
     return _DEVICES.get(backend, ("cpu",))
+
+
+def check_backend(name: str | None, *others: str) -> None:
+    """Refuse a name that is none of ``BACKENDS``, nor one of ``others``.
+
+    Raises:
+        UsageError: with the names that are possible.
+    """
+    possible = (*others, *BACKENDS)
+    if name not in possible:
+        raise UsageError("unknown backend", value=name, remedy=f"Backends: {', '.join(possible)}.")
 
 
 GRAD_BACKENDS = ("eager", "compile", "triton", "onnx")

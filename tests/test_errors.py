@@ -8,7 +8,7 @@ import pickle
 import pytest
 
 from hcma_fast import errors
-from hcma_fast.errors import HcmaError, InputError, Remedy
+from hcma_fast.errors import HcmaError, InputError, Remedy, printable
 
 KINDS = [
     kind
@@ -117,3 +117,9 @@ def test_a_message_is_one_short_line_of_printable_characters_with_its_remedy() -
     path = f"/home/{'a' * 5_000}/model.bin"
     shown = str(InputError("bad", value=path, remedy="X."))
     assert "'/home/aaa" in shown and "aaa/model.bin'" in shown
+
+
+def test_text_for_a_terminal_is_one_printable_line_of_500_letters() -> None:
+    assert printable("two\nlines\x1b[31m") == r"two lines\x1b[31m"
+    shown = printable("a" * 400 + "b" * 400)
+    assert len(shown) == 500 and shown.startswith("aaa") and shown.endswith("bbb")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -20,6 +20,7 @@ from hcma_fast.cli.hints import HintedCommand
 from hcma_fast.cli.options import PLAIN_HELP
 from hcma_fast.cli.output import print_error, print_note
 from hcma_fast.cli.train.command import train_app
+from hcma_fast.errors import UsageError
 from hcma_fast.program import run_program
 
 app = typer.Typer(
@@ -76,7 +77,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default those of the process.
     """
     given = None if argv is None else list(argv)
-    return run_program(lambda: app(args=given, prog_name="hcma-fast"), print_error)
+    return run_program(lambda: _run(given), print_error)
+
+
+def _run(args: list[str] | None) -> None:
+    """Call the app; what its parser refuses is an error like ours: one line, cut and escaped.
+
+    Raises:
+        UsageError: an unknown option or command, or a value that does not parse.
+    """
+    try:
+        code = app(args=args, prog_name="hcma-fast", standalone_mode=False)
+    except Exception as error:
+        # the parser's kinds are private to typer, and in older versions click's
+        describe: Callable[[], str] | None = getattr(error, "format_message", None)
+        if describe is None:
+            raise
+        if type(error).__name__ == "NoArgsIsHelpError":
+            typer.echo(describe(), err=True)
+            raise SystemExit(2) from error
+        context = getattr(error, "ctx", None)
+        command = "hcma-fast" if context is None else context.command_path
+        what, mark, guess = describe().removesuffix(".").partition(" Did you mean ")
+        remedy = f"{mark.strip()} {guess} See {command} -h.".strip()
+        raise UsageError(what.removesuffix("."), remedy=remedy) from error
+    if isinstance(code, int) and code:
+        raise SystemExit(code)
 
 
 if __name__ == "__main__":

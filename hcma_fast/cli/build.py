@@ -12,7 +12,7 @@ from rich.table import Table
 
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
-from hcma_fast.config import BACKENDS
+from hcma_fast.config import check_backend
 from hcma_fast.errors import EngineError, UsageError
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def build(
             report = _verify(verify, _source(model, aligner, random_weights), verify_key)
         else:
             from hcma_fast.export.precision import Precision
-            from hcma_fast.export.target import Target
+            from hcma_fast.export.target import Target, default_precision
             from hcma_fast.specs import BatchRange
 
             if backend == "auto":
@@ -157,7 +157,7 @@ def build(
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
-                precision=cast(Precision, precision or _default_precision(name)),
+                precision=cast(Precision, precision or default_precision(name)),
                 batch=BatchRange.parse(batch) if batch else None,
                 height=height,
                 width=width,
@@ -253,19 +253,8 @@ def _verify(folder: Path, source: ModelSource, verify_key: Path | None) -> dict[
     return {"folder": str(folder), "verified": found}
 
 
-def _default_precision(backend: str) -> str:
-    """float32 where the backend computes in it, else its first precision."""
-    from hcma_fast.export.target import PRECISIONS_OF
-
-    possible = PRECISIONS_OF.get(backend, ("float32",))
-    return "float32" if "float32" in possible else possible[0]
-
-
 def _check_backend(backend: str) -> None:
-    if backend not in ("auto", *BACKENDS):
-        raise UsageError(
-            "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
-        )
+    check_backend(backend, "auto")
     if backend == "eager":
         raise UsageError(
             "eager runs the weights as they are, there is nothing to build",

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 
 from hcma_fast.config import GRAD_BACKENDS
 from hcma_fast.engine import Engine
-from hcma_fast.errors import BackendError
+from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.kernels.cosine_loss import cosine_loss_op
 from hcma_fast.kernels.region_pool import region_pool
@@ -19,10 +19,11 @@ def check_grad_backend(name: str, device: str) -> None:
     """Refuse what cannot run, before anything is loaded.
 
     Raises:
-        BackendError: an unknown name, or Triton without a GPU.
+        UsageError: an unknown name.
+        BackendError: Triton without a GPU.
     """
     if name not in GRAD_BACKENDS:
-        raise BackendError(
+        raise UsageError(
             "unknown backend of the gradient",
             value=name,
             remedy=f"Gradient backends: {', '.join(GRAD_BACKENDS)}.",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from hcma_fast.config import BACKENDS, AlignmentSettings, devices_of
+from hcma_fast.config import AlignmentSettings, check_backend, devices_of
 from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, DivergenceError, InputError, UsageError
 from hcma_fast.export.backends.eager import eager_engines
@@ -151,7 +151,8 @@ class HCMAPipeline:
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
                 eager, or the engine folder's own. A compiled one is built into the cache at first.
-            precision: float32, float16 or bfloat16; default float32, or what "auto" chooses.
+            precision: float32, float16 or bfloat16; default float32 where the backend has it, or
+                what "auto" chooses.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
             grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
@@ -163,10 +164,8 @@ class HCMAPipeline:
             WeightsError, BackendError, EngineError, UsageError.
         """
         check_names(name_or_path, aligner, backend, precision, device, grad_backend)
-        if backend not in (None, "auto", *BACKENDS):
-            raise BackendError(
-                "unknown backend", value=backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
-            )
+        if backend is not None:
+            check_backend(backend, "auto")
         place = None if isinstance(name_or_path, Checkpoint) else Path(name_or_path)
         if place is not None and (place / ENGINE_MANIFEST).is_file():
             fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
@@ -202,11 +201,11 @@ class HCMAPipeline:
             pipe = cls.from_components(load_components(checkpoint), device=device, precision=kind)
         else:
             from hcma_fast.export.cache import engine_folder
-            from hcma_fast.export.target import Target, device_for
+            from hcma_fast.export.target import Target, default_precision, device_for
 
             where = device or devices_of(backend)[0]
             check_device(where, backend)
-            rounded = cast(Precision, precision or "float32")
+            rounded = cast(Precision, precision or default_precision(backend))
             target = Target(backend, rounded, device=device_for(backend, where))
             engine = engine_folder(checkpoint, target, progress=progress)
             pipe = cls.from_engines(engine, device=where)

@@ -74,9 +74,20 @@ def test_light_commands_as_a_process_import_no_torch() -> None:
     ],
 )
 def test_wrong_usage_is_exit_2(cli: Any, argv: list[str]) -> None:
-    result = cli(*argv)
-    assert (result.code, result.out) == (2, "")
-    assert "Traceback" not in result.err
+    cli(*argv).failed(2)
+
+
+def test_the_parser_s_errors_are_like_ours(cli: Any) -> None:
+    cli("generate", "--promt", "x").failed(2, "--promt", "--prompt", "See hcma-fast generate -h.")
+    cli("bench", "rn").failed(2, "'rn'", "Did you mean 'run'?", "See hcma-fast bench -h.")
+    for words in (["--" + "x" * 5_000], ["--\x1b[31mred"], ["generate", "--steps", "\x1b]0;t\x07"]):
+        result = cli(*words)
+        result.failed(2)
+        line = result.err.strip()
+        assert len(line) <= len("error: ") + 500 and line.isprintable()
+    for words in ([], ["bench"]):
+        result = cli(*words)
+        assert result.code == 2 and result.err.startswith("Usage: hcma-fast")
 
 
 @pytest.mark.parametrize("kind", [HcmaError, InputError, BackendError, EngineError])

@@ -14,7 +14,12 @@ import numpy as np
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+)
 from PIL import Image
 
 from hcma_fast.export.estimate import estimate
@@ -229,6 +234,27 @@ def test_keys_are_asked_for_where_they_mean_something(
     )
     cli(*generate, random_engine).failed(6, "is not signed", "--sign-key")
     assert os.listdir() == ["key.pem"]
+
+
+@pytest.mark.slow
+def test_a_signed_folder_is_built_verified_and_drawn_with(build: Any, cli: Any) -> None:
+    key = Ed25519PrivateKey.generate()
+    Path("key.pem").write_bytes(
+        key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    Path("key.pub").write_bytes(
+        key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+    )
+    result = build("--backend", "onnxruntime", "--sign-key", "key.pem", "--out", "engine")
+    assert result.code == 0, result.err
+    assert build("--verify", "engine", "--verify-key", "key.pub").code == 0
+    generate = ("generate", *OPTIONS, "--model", "engine", "--verify-key", "key.pub")
+    result = cli(*generate, "--out", "x")
+    assert result.code == 0, result.err
+    manifest = Path("engine/manifest.json")
+    manifest.write_text(manifest.read_text().replace('"guidance', '"guidancf', 1))
+    assert cli(*generate, "--out", "y").code == 6
+    assert not Path("y").exists()
 
 
 def test_verify_compares_again(build: Any, random_engine: Path) -> None:

@@ -116,7 +116,7 @@ def test_refuses_to_replace_what_it_did_not_write(
 def test_unknown_and_missing_backends(
     random_components: Components, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(BackendError, match="Backends: onnxruntime"):
+    with pytest.raises(UsageError, match="Backends: onnxruntime"):
         Target(backend="caffe")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(BackendError, match=r"pip install .*hcma-fast\[cpu\]"):

@@ -211,7 +211,7 @@ def test_a_prompt_of_exactly_77_tokens_passes(pipe: HCMAPipeline) -> None:
 
 
 def test_unknown_backend_and_device(random_checkpoint: Path) -> None:
-    with pytest.raises(BackendError, match="eager, onnxruntime"):
+    with pytest.raises(UsageError, match="eager, onnxruntime"):
         HCMAPipeline.from_pretrained(random_checkpoint, backend="tensorflow")
     with pytest.raises(UsageError, match="device"):
         HCMAPipeline.from_pretrained(random_checkpoint, device="toaster")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from hcma_fast.bench.quality.metrics.networks import load_pretrained
+from hcma_fast.bench.quality.metrics.pretrained import load_pretrained
 from hcma_fast.errors import InputError
 from hcma_fast.layout import Box, Layout
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 from hcma_fast.bench.quality.metrics.fidelity import Features
 from hcma_fast.bench.quality.metrics.judge.data import crop, to_tensor
 from hcma_fast.bench.quality.metrics.judge.model import Judge
+from hcma_fast.bench.quality.metrics.pretrained import load_pretrained
 from hcma_fast.errors import InputError, WeightsError
 from hcma_fast.layout import Box
 
@@ -179,25 +179,3 @@ def cut(image: Image.Image, box: Box) -> Image.Image:
     left, top = min(int(box[0] * width), width - 1), min(int(box[1] * height), height - 1)
     right, bottom = round(box[2] * width), round(box[3] * height)
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-
-
-def load_pretrained(cls: Any, name: str) -> Any:
-    """A part of a transformers checkpoint by folder or hub id; no pickles, no remote code.
-
-    Raises:
-        WeightsError: it is missing, damaged or of another kind.
-    """
-    weights = {"use_safetensors": True} if cls.__name__.endswith(("Model", "Detection")) else {}
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        loaded = cls.from_pretrained(name, trust_remote_code=False, **weights)
-    except Exception as error:  # transformers and the hub raise many kinds
-        raise WeightsError(
-            f"cannot load {cls.__name__}: {(str(error).splitlines() or [''])[0]}",
-            value=name,
-            remedy="Give a folder, or a hub id that is in the cache, in transformers' format.",
-        ) from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    return loaded.eval().requires_grad_(False) if weights else loaded

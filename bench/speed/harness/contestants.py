@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from hcma_fast.bench.speed.harness.report import Label
 from hcma_fast.bench.speed.harness.rounds import HALF_ERROR, MAX_ERROR
 from hcma_fast.bench.speed.harness.workers import Contestant, worker
-from hcma_fast.config import BACKENDS, MAX_OBJECTS
+from hcma_fast.config import BACKENDS, MAX_OBJECTS, check_backend
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.specs import BatchRange, GraphName
@@ -101,13 +101,11 @@ class Ours:
         """From ``backend`` or ``backend:precision``.
 
         Raises:
-            BackendError: no such backend, or not in this precision.
+            UsageError: no such backend.
+            BackendError: it does not compute in this precision.
         """
         backend, _, precision = text.partition(":")
-        if backend not in BACKENDS:
-            raise BackendError(
-                "unknown backend", value=backend, remedy=f"Backends: {', '.join(BACKENDS)}."
-            )
+        check_backend(backend)
         found = cls(backend, precision=precision or "float32")
         if backend == "eager" and found.precision != "float32":
             raise BackendError(

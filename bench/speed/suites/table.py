@@ -80,8 +80,8 @@ def check_suites(names: Sequence[str], plan: Plan) -> None:
     """Refuse what cannot run, before the first suite does.
 
     Raises:
-        UsageError: an unknown suite, or one twice, or an unknown device.
-        BackendError: an unknown backend, one not in this precision, no such device, or a suite
+        UsageError: an unknown suite, or one twice, or an unknown device or backend.
+        BackendError: a backend that lacks the precision, no such device, or a suite
             that this device cannot run.
         WeightsError: no such model.
     """

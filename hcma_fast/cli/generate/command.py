@@ -14,7 +14,7 @@ from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline,
 from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
 from hcma_fast.cli.options import precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
-from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED
+from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED, check_backend
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.sampling.savings import parse_savings
@@ -293,10 +293,8 @@ def generate(
             savings,
             verify_key,
         )
-    if plan.backend not in (None, "auto", *BACKENDS):
-        raise UsageError(
-            "unknown backend", value=plan.backend, remedy=f"Backends: auto, {', '.join(BACKENDS)}."
-        )
+    if plan.backend is not None:
+        check_backend(plan.backend, "auto")
     # the sidecar fixes the seed, and its own folder has the first image
     other = "another --out" + ("" if original is not None else " or --seed")
     check_outputs(jobs, out, force=force or skip_existing, other=other)

@@ -36,7 +36,7 @@ _GENERATION = {
     *("suppress_tokens", "temperature", "top_k", "top_p", "typical_p", "use_cache"),
     *("transformers_version", "_from_model_config"),
 }
-_TRANSFORMERS = {
+TRANSFORMERS_KEYS = {
     *("_name_or_path", "add_cross_attention", "architectures", "chunk_size_feed_forward"),
     *("cross_attention_hidden_size", "dropout", "dtype", "finetuning_task", "id2label"),
     *("is_decoder", "is_encoder_decoder", "label2id", "model_type", "prefix", "problem_type"),
@@ -128,7 +128,7 @@ PART_KINDS: dict[PartName, PartKind] = {
     "text_encoder": PartKind(
         ("CLIPTextModel", "CLIPTextModelWithProjection"),
         _TEXT,
-        _TRANSFORMERS - _TEXT,
+        TRANSFORMERS_KEYS - _TEXT,
         layers=("num_hidden_layers",),
         most_layers=128,
     ),

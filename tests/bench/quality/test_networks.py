@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -146,6 +149,37 @@ def test_what_does_not_load_is_refused(kind: type, tmp_path: Path, clip_folder: 
         (damaged / path.name).write_bytes(path.read_bytes()[:-40])
     with pytest.raises(WeightsError):
         kind(str(damaged))
+
+
+def test_configs_that_ask_for_code_are_refused(clip_folder: Path, tmp_path: Path) -> None:
+    config = json.loads((clip_folder / "config.json").read_text())
+    vision = config["vision_config"]
+    bad: dict[str, tuple[str, dict[str, Any]]] = {
+        "auto_map": ("config.json", {**config, "auto_map": {"AutoModel": "x--y.Z"}}),
+        "quantization_config": ("config.json", {**config, "quantization_config": {}}),
+        "attn_implementation": (
+            "config.json",
+            {**config, "vision_config": {**vision, "attn_implementation": "a/kernel"}},
+        ),
+        "no such kind": ("config.json", {**config, "model_type": "own"}),
+        "custom_code": ("preprocessor_config.json", {"custom_code": "x"}),
+    }
+    for word, (name, content) in bad.items():
+        folder = tmp_path / word
+        shutil.copytree(clip_folder, folder)
+        (folder / name).write_text(json.dumps(content))
+        for kind in (ClipScorer, VisionFeatures):
+            with pytest.raises(WeightsError, match=word):
+                kind(str(folder))
+
+
+def test_files_that_are_not_read_change_nothing(clip_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "with an adapter"
+    shutil.copytree(clip_folder, folder)
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "no/such"}')
+    images = pictures(2)
+    ours, theirs = (VisionFeatures(str(path)).images(images) for path in (folder, clip_folder))
+    assert np.array_equal(ours, theirs)
 
 
 def test_detector_by_folder(detector_folder: Path) -> None:

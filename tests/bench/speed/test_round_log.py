@@ -14,6 +14,7 @@ from hcma_fast.bench.speed.harness.round_log import RoundLog, SuiteKey
 from hcma_fast.bench.speed.harness.rounds import Case, Group, group_rows, in_words, take_turns
 from hcma_fast.bench.speed.harness.workers import Contestant, Loaded, Run
 from hcma_fast.bench.speed.suites.peers import peers
+from hcma_fast.bench.speed.suites.training import train
 from hcma_fast.errors import InputError
 
 KEY = SuiteKey(
@@ -130,7 +131,11 @@ def test_bfloat16_is_left_out_where_the_cpu_has_none(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr("torch.cpu.get_capabilities", lambda found=capabilities: found)
         why = lacks_bfloat16()
         assert (why is not None) is missing
-        group = peers(Plan(quick=True, backends=("eager",)))[0]
-        names = [case.name for case in group.cases]
-        assert ("plain loop in bfloat16" in names) is not missing
-        assert dict(group.left_out) == ({"plain loop in bfloat16": why} if missing else {})
+        plan = Plan(quick=True, backends=("eager",))
+        for suite, name in (
+            (peers, "plain loop in bfloat16"),
+            (train, "bfloat16 autocast, cached"),
+        ):
+            group = suite(plan)[0]
+            assert (name in [case.name for case in group.cases]) is not missing
+            assert dict(group.left_out) == ({name: why} if missing else {})

@@ -24,6 +24,7 @@ from hcma_fast.bench.speed.suites.peers import load_compiled, load_exported, loa
 from hcma_fast.bench.speed.suites.scaling import fit_scaling, scaling_png
 from hcma_fast.bench.speed.suites.stages import align, load_align, load_gradient, load_unet
 from hcma_fast.bench.speed.suites.table import ON_GPU, SUITES, check_suites
+from hcma_fast.cli.app import main
 from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.errors import BackendError, HcmaError, UsageError
 from hcma_fast.export.manifest import open_folder
@@ -270,7 +271,7 @@ def test_ladder_plot_leaves_void_rows_out() -> None:
     [
         (["nonsense"], UsageError),
         (["latency", "latency"], UsageError),
-        (["latency", "--backend", "nonsense"], BackendError),
+        (["latency", "--backend", "nonsense"], UsageError),
         (["latency", "--device", "nonsense"], UsageError),
         (["latency", "--device", "cudax"], UsageError),
         (["latency", "--model", "/no/such/folder"], HcmaError),
@@ -321,6 +322,31 @@ def test_run_measures_and_writes(
     (report,) = run_quick(random_checkpoint, tmp_path, "latency").reports
     assert [row.name for row in report.rows] == ["a", "b"] and report.rounds == 1
     assert report.rows[1].speedup is not None and report.rows[1].images_per_second > 0
+
+
+def test_an_interrupted_run_goes_on_with_resume(
+    random_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted = []
+
+    def second(plan: Plan) -> list[Group]:
+        if not interrupted:
+            interrupted.append(True)
+            raise KeyboardInterrupt
+        return fake_groups(plan)
+
+    monkeypatch.setitem(SUITES, "latency", (fake_groups, 5))
+    monkeypatch.setitem(SUITES, "throughput", (second, 5))
+    out = tmp_path / "out"
+    arguments = ["bench", "run", "latency", "throughput", "--model", str(random_checkpoint)]
+    arguments += ["--quick", "--backend", "eager", "--out", str(out)]
+    assert main([*arguments[:-2], "--resume"]) == 2
+    assert main(arguments) == 130
+    (first,) = read_results(out / "bench.json").reports
+    assert main([*arguments, "--resume"]) == 0
+    reports = read_results(out / "bench.json").reports
+    # the first suite is kept as it was measured
+    assert reports[0] == first and [row.name for row in reports[1].rows] == ["a", "b"]
 
 
 def test_run_ends_with_an_error_if_a_case_cannot_run(

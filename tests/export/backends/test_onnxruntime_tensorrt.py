@@ -16,7 +16,7 @@ from hcma_fast.export.backends.onnxruntime.engine import OrtEngine
 from hcma_fast.export.backends.onnxruntime.session import TENSORRT, open_session
 from hcma_fast.export.build import build
 from hcma_fast.export.open import verify
-from hcma_fast.export.target import Target
+from hcma_fast.export.target import Target, default_precision
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.specs import BatchRange
 
@@ -129,6 +129,8 @@ def test_it_is_a_backend_of_gpus_in_half_precision() -> None:
     assert not target.native and target.batch_range == BatchRange(1, 1, 8)
     with pytest.raises(BackendError, match="float16"):
         Target("onnxruntime-tensorrt")
+    assert default_precision("onnxruntime-tensorrt") == "float16"
+    assert default_precision("onnxruntime") == default_precision("eager") == "float32"
 
 
 @pytest.mark.slow
