@@ -62,7 +62,7 @@ def cases(device: Device, *, small: bool, result: Path) -> list[Case]:
 class _UNet:
     def __init__(self, device: Device, small: bool) -> None:
         self.device, self.small = device, small
-        self.repeats = 2 if small else 20
+        self.repeats = 1 if small else 20
 
     @cached_property
     def parts(self) -> Components:
