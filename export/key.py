@@ -18,9 +18,9 @@ from hcma_fast.export.target import Target, backend_version, machine
 GRAPH_CODE = (
     "config",
     "losses",
-    "schedule",
     "specs",
     "kernels.cosine_loss",
+    "kernels.update_sums",
     "models.aligner",
     "models.heads",
     "models.regions",

@@ -24,7 +24,7 @@ from hcma_fast.export.target import Target, backend_version, machine
 from hcma_fast.files import read_json
 from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
 from hcma_fast.opened import OpenedFile, private_folder
-from hcma_fast.specs import GraphName, IOSpec
+from hcma_fast.specs import BATCH, PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName, IOSpec
 
 MANIFEST_FILE = "manifest.json"
 FORMAT: Literal[3] = 3
@@ -293,6 +293,11 @@ def check_usable(manifest: Manifest) -> None:
     built_for = manifest.key_parts.get("machine", "an unknown machine")
     if manifest.backend == "torch-compile" and machine(manifest.target) != built_for:
         raise _unusable(f"it was built for {built_for}", machine(manifest.target))
+    for name in STEP_NAMES:
+        record = manifest.graphs.get(name)
+        shapes = [tensor.shape for tensor in record.spec.inputs] if record else None
+        if shapes is not None and (BATCH, PLAN_ROWS, PLAN_COLUMNS) not in shapes:
+            raise _unusable("its step graphs were built by an older version", name)
 
 
 def is_inside(name: str) -> bool:

@@ -52,7 +52,7 @@ class Target:
         height, width: of the images, in pixels; None for the size that the model was trained at.
         architectures: NVIDIA GPUs, such as "sm89"; for tensorrt-rtx.
         workspace_mib, strip_weights: see ``trt_engine.TRTOptions``.
-        fuse: "step" adds graphs that do a whole evaluation, see ``models.step``.
+        fuse: "step" adds graphs that do a whole evaluation, see ``sampling.exported``.
         device: what torch-compile compiles for: this machine's CPU, or its GPU ("cuda"). Other
             backends' engines are not for the one or the other, or for a GPU only.
 

@@ -29,9 +29,61 @@ GRAPH_NAMES: tuple[GraphName, ...] = (
 )
 STEP_NAMES: tuple[GraphName, ...] = ("step_grounded", "step_plain")
 """An evaluation in one graph; only built when asked for"""
-PLAN_ROWS, PLAN_COLUMNS = 1000, 10
-"""Of the coefficients that a step graph takes: the most evaluations, see models.step.step_plan"""
 HISTORY = 3
+"""Earlier predictions that a solver may use"""
+
+
+class Column:
+    """Columns of a plan, which holds all numbers of one image's trajectory, a row per evaluation.
+
+    Those from ``PREDICTION_Z`` on are the solver's (``sampling.solvers``):
+
+        prediction = PREDICTION_Z z + PREDICTION_EPS eps
+        z' = NEXT_Z z + NEXT_STORED stored + NEXT_MOVE move + NEXT_NOISE noise
+             + NEXT_SCALE (NEXT_0 prediction + sum of NEXT_j history_j)
+        stored' = STORED_Z z + STORED_STORED stored + STORED_MOVE move + STORED_NOISE noise
+                  + STORED_0 prediction + sum of STORED_j history_j
+
+    z is the aligned latent, and move what the alignment added to it. (Plain numbers: members of an
+    enum take longer to look up than an operator to run.)
+    """
+
+    TIMESTEP = 0
+    ETA = 1
+    """rate of a computed alignment, 0 without"""
+    REPEAT = 2
+    """rate at which an earlier gradient is followed"""
+    GATE = 3
+    """1 with gated attention, 0 without"""
+    GUIDANCE = 4
+    ACTIVE = 5
+    """0 where nothing may change: behind the last evaluation"""
+    PREDICTION_Z = 6
+    PREDICTION_EPS = 7
+    NEXT_Z = 8
+    NEXT_STORED = 9
+    NEXT_MOVE = 10
+    NEXT_NOISE = 11
+    NEXT_SCALE = 12
+    NEXT_0 = 13
+    NEXT_1 = 14
+    NEXT_2 = 15
+    NEXT_3 = 16
+    STORED_Z = 17
+    STORED_STORED = 18
+    STORED_MOVE = 19
+    STORED_NOISE = 20
+    STORED_0 = 21
+    STORED_1 = 22
+    STORED_2 = 23
+    STORED_3 = 24
+    PUSHES = 25
+    """1 where the prediction joins the history"""
+
+
+PLAN_ROWS, PLAN_COLUMNS = 1001, 26
+"""Of a plan: the longest trajectory has 1,000 evaluations, so that the last row never changes an
+image"""
 BATCH = "batch"
 MAX_BATCH = 1024
 _TEXTS = 32
@@ -202,15 +254,14 @@ def graph_specs(
         ),
     )
     history = _tensor("history", HISTORY, *latent)
-    index = TensorSpec("index", (1,), "int64")
+    index = _tensor("index", dtype="int64")
     halves_of = [replace(t, shape=(BATCH, 2, *t.shape[1:])) for t in (text_context, objects)]
     fixed = (
         _tensor("z", *latent),
         _tensor("stored", *latent),
         history,
         index,
-        TensorSpec("plan", (PLAN_ROWS, PLAN_COLUMNS)),
-        TensorSpec("guidance_scale", (1,)),
+        _tensor("plan", PLAN_ROWS, PLAN_COLUMNS),
         _tensor("lambdas", 2),
         caption,
         labels,

@@ -44,7 +44,7 @@ def align_update_reference(
     rate = _eta(value, table, step)
     if normalized:
         rate = rate * (_square(value).clamp(min=_FLOOR) / _square(slope).clamp(min=_FLOOR)).sqrt()
-    return (value - rate * slope).to(z.dtype)
+    return torch.addcmul(value, rate, slope, value=-1).to(z.dtype)
 
 
 def _eta(z: Tensor, table: Tensor, step: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor
 from hcma_fast.config import MAX_OBJECTS
 from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.kernels import align_update, cosine_loss, denoise_update, launch, region_pool
+from hcma_fast.specs import HISTORY, PLAN_COLUMNS
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = ("float16", "bfloat16", "float32")
@@ -144,15 +145,16 @@ def denoise_case(
 ) -> tuple[launch.Launch, Traffic]:
     """With guidance and a full history; the latent and its history are float32."""
     z, stored = _tensor(batch, *latent), _tensor(batch, *latent)
-    history = _tensor(denoise_update.RING, batch, *latent)
+    history = _tensor(batch, HISTORY, *latent)
     eps_uncond, eps_cond = (_tensor(batch, *latent, dtype=dtype) for _ in range(2))
-    table, step = _tensor(1, 51, denoise_update.COLUMNS), _tensor(1, dtype=torch.int64)
+    plan, step = _tensor(1, 51, PLAN_COLUMNS), _tensor(1, dtype=torch.int64)
     made = denoise_update.denoise_update_launch(
-        z, history, stored, eps_uncond, eps_cond, table, step
+        z, stored, history, eps_uncond, eps_cond, None, None, plan, step
     )
-    row = _bytes(table[0, 0], step)
-    # reads both predictions, history and latent; writes a slot and the latent
-    latents = _bytes(eps_uncond, eps_cond, history, z, history[0], z)
+    # of the plan's columns, those that are not the alignment's, nor of move and noise
+    row = _bytes(plan[0, 0, :18], step)
+    # reads both predictions, history and latent; writes history, latent and stored latent
+    latents = _bytes(eps_uncond, eps_cond, history, z, history, z, stored)
     return made, Traffic(latents + _programs(made) * row, latents + row)
 
 

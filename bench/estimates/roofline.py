@@ -38,7 +38,9 @@ from hcma_fast.export.precision import Precision, at_precision, check_precision
 from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
-from hcma_fast.schedule import eta_table, grounded_steps, plms_table
+from hcma_fast.sampling.schedule import eta_table
+from hcma_fast.sampling.solvers import plms
+from hcma_fast.schedule import grounded_steps
 from hcma_fast.specs import ANY_BATCH, MAX_BATCH, BatchRange, GraphName
 
 MAX_ALIGN_SHARE = 0.05
@@ -127,13 +129,13 @@ def _listed(text: str, what: str, valid: Callable[[str], bool], remedy: str) -> 
 def calls(settings: AlignmentSettings, steps: int, boxes: int, batch: int) -> list[Call]:
     """What the pipeline calls for ``batch`` images with ``boxes`` phrases each.
 
-    No text is shared but the negative prompt. The rules are those of ``runtime.conditioning``
-    and ``runtime.sampler``; the tests compare.
+    No text is shared but the negative prompt. The rules are those of ``sampling.conditioning``
+    and ``sampling.state``; the tests compare.
     """
-    table = plms_table(steps)
+    table = plms(steps)
     guided = settings.guidance_scale > 1
     halves = 2 if guided else 1
-    aligning = bool((eta_table(steps, settings) > 0).any())
+    aligning = bool((eta_table(table, settings) > 0).any())
     grounded = int((table.step_index < grounded_steps(settings.grounding_beta, steps)).sum())
     found = [
         Call("text_encoder", batch * (1 + boxes) + guided, 1),
@@ -179,7 +181,7 @@ def roofline(
     if not 0 <= boxes <= MAX_OBJECTS:
         remedy = f"An image has 0 to {MAX_OBJECTS}."
         raise UsageError("too many boxes, or fewer than none", value=boxes, remedy=remedy)
-    plms_table(num_inference_steps)
+    plms(num_inference_steps)
     if (Path(model) / MANIFEST_FILE).is_file():
         source = _onnx_source(Path(model), precision)
     else:

@@ -32,8 +32,9 @@ from hcma_fast.engine import Engine
 from hcma_fast.export.backends.split_batch import rows_of
 from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.runtime.pipeline import HCMAPipeline
-from hcma_fast.sampling.loop import Schedule, sample
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
 STEPS = 50

@@ -23,7 +23,7 @@ from hcma_fast.bench.speed.harness.contestants import (
 from hcma_fast.bench.speed.harness.report import Report
 from hcma_fast.bench.speed.harness.rounds import Case, Group, run_group
 from hcma_fast.errors import UsageError
-from hcma_fast.schedule import plms_table
+from hcma_fast.sampling.solvers import plms
 
 PLAIN = "plain diffusers loop"
 
@@ -74,7 +74,7 @@ def measure_speed(
     """
     if batch < 1:
         raise UsageError("batch must be at least 1", value=batch, remedy="Use 1.")
-    plms_table(num_inference_steps)  # refuses bad steps before anything is loaded
+    plms(num_inference_steps)  # refuses bad steps before anything is loaded
     say = progress or (lambda line: None)
     work = Work(num_inference_steps, batch)
     cases = [ours_case(str(model), Ours(backend), work, device) for backend in backends]

@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.export.onnx.merge_products import unflatten_products
-from hcma_fast.sampling.exported import FusedStep, step_plan
-from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.sampling.exported import FusedStep
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import BATCH, GraphName, IOSpec, TensorSpec
 
 _aten = torch.ops.aten
@@ -109,11 +109,10 @@ def random_inputs(
         if tensor.name == "lambdas":
             return 0.5 + torch.rand(size, generator=generator)
         if tensor.name == "plan":
-            return step_plan(plms_table(50), eta_table(50, AlignmentSettings()))
+            plan = Schedule.of(50, AlignmentSettings()).plan.float()
+            return plan.expand(size).contiguous()
         if tensor.name == "index":
             return torch.randint(0, 51, size, generator=generator)
-        if tensor.name == "guidance_scale":
-            return torch.tensor([7.5])
         drawn = torch.randn(size, generator=generator)
         if tensor.name == "label_embeddings":
             # padding holds zeros, at which norms and their gradients are easily NaN
@@ -152,7 +151,7 @@ def traceable(name: GraphName, module: nn.Module, example: tuple[Tensor, ...]) -
     if name == "align":
         return trace_gradient(module, example)
     if isinstance(module, FusedStep):
-        z, _, _, _, _, _, lambdas, *fixed = example[:11]
+        z, _, _, _, _, lambdas, *fixed = example[:10]
         eta = z.new_zeros(len(z))
         times = (eta.long(),) if module.timed else ()
         align = trace_gradient(module.align, (z, *fixed, eta, lambdas, *times))

@@ -33,9 +33,9 @@ from hcma_fast.runtime.requests import (
 )
 from hcma_fast.sampling.capture import memory_errors, no_capture
 from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Schedule, StepLosses
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings, check_savings
+from hcma_fast.sampling.schedule import Schedule, StepLosses
 from hcma_fast.scalars import whole_number
 from hcma_fast.specs import GraphName
 from hcma_fast.torch_state import neutral_torch
@@ -388,6 +388,6 @@ def image_losses(losses: Sequence[StepLosses], row: int, schedule: Schedule) -> 
             of_step[entry.step].loss_global[row],
             of_step[entry.step].loss_local[row],
         )
-        for entry, what in zip(schedule.table.rows(), schedule.alignments(), strict=True)
+        for entry, what in zip(schedule.table.evaluations, schedule.alignments(), strict=True)
         if what == "computed"
     ]

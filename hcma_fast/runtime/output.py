@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hcma_fast.sampling.loop import StepLosses
+from hcma_fast.sampling.schedule import StepLosses
 
 
 @dataclass(frozen=True)

@@ -44,9 +44,10 @@ from hcma_fast.runtime.requests import (
 )
 from hcma_fast.sampling.capture import CaptureMode, check_capturable
 from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings, check_savings
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import BatchRange, GraphName
 from hcma_fast.torch_state import neutral_torch
 
@@ -359,15 +360,14 @@ class HCMAPipeline:
         )
 
         def on_evaluation(k: int, z: Tensor) -> Tensor:
-            # evaluation 0 predicts what evaluation 1 corrects: not the end of a step yet
-            if k == 0 or callback_on_step_end is None:
+            step, *later = table.step_index[k : k + 2].tolist()
+            # the first of two evaluations of a step is not its end
+            if callback_on_step_end is None or later[:1] == [step]:
                 return z
-            step = int(table.step_index[k])
             time = int(table.timesteps[0 if step == 0 else k])
             return next_latents(callback_on_step_end(self, step, time, {"latents": z}), z)
 
-        fused = fusable(self.engines, [schedule])
-        run = self.replay or partial(sample_fused if fused else sample, self.engines)
+        run = self.replay or partial(sample, self.engines)
         watch = on_evaluation if callback_on_step_end else None
         z, losses = run(noise.to(self.device), conditioning, schedule, watch)
         if not bool(z.isfinite().all()):

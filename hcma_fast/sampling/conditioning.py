@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,8 +13,81 @@ from transformers import CLIPTokenizer
 from hcma_fast.engine import Engine
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
-from hcma_fast.sampling.loop import Conditioning, ground, grounding_inputs
 from hcma_fast.specs import GraphName
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What stays fixed over the steps. C = 2B with guidance (unconditional half first), else B."""
+
+    text_context: Tensor
+    """(C, 77, W) keys and values of the caption in every attention layer"""
+    grounding_context: Tensor
+    """(C, M, W) those of the boxes"""
+    caption_embedding: Tensor
+    """(B, d)"""
+    label_embeddings: Tensor
+    """(B, M, d)"""
+    regions: Tensor
+    """(B, M, N)"""
+    region_mask: Tensor
+    """(B, M)"""
+    boxes: Tensor
+    """(B, M, 4)"""
+    encoder_hidden_states: Tensor
+    """(C, 77, d) of the captions: the contexts come from these and the boxes"""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of it by name, as the graphs call their inputs."""
+        return {
+            "text_context": self.text_context,
+            "grounding_context": self.grounding_context,
+            "caption_embedding": self.caption_embedding,
+            "label_embeddings": self.label_embeddings,
+            "regions": self.regions,
+            "region_mask": self.region_mask,
+            "boxes": self.boxes,
+            "encoder_hidden_states": self.encoder_hidden_states,
+        }
+
+    def by_image(self) -> dict[str, Tensor]:
+        """As the step graphs take it: contexts (2B, T, W), half after half, become (B, 2, T, W)."""
+        given, batch = self.tensors(), len(self.caption_embedding)
+        for name in CONTEXTS:
+            given[name] = given[name].unflatten(0, (2, batch)).transpose(0, 1)
+        return given
+
+    def halves(self) -> list[dict[str, Tensor]]:
+        """See :func:`grounding_inputs`."""
+        return grounding_inputs(
+            self.boxes, self.region_mask, self.label_embeddings, self.encoder_hidden_states
+        )
+
+
+CONTEXTS = ("text_context", "grounding_context")
+
+
+def grounding_inputs(
+    boxes: Tensor, region_mask: Tensor, label_embeddings: Tensor, encoder_hidden_states: Tensor
+) -> list[dict[str, Tensor]]:
+    """What the `grounding` graph takes, per half of the guidance, the unconditional one first: it
+    has no boxes. The arguments are those of :class:`Conditioning`."""
+    states = encoder_hidden_states.split(len(boxes))
+    masks = [torch.zeros_like(region_mask), region_mask][-len(states) :]
+    fixed = {"boxes": boxes, "label_embeddings": label_embeddings}
+    return [
+        {**fixed, "region_mask": mask, "encoder_hidden_states": half}
+        for mask, half in zip(masks, states, strict=True)
+    ]
+
+
+def ground(
+    engines: Mapping[GraphName, Engine], halves: Sequence[Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Contexts of some halves of the guidance, one after the other, and regions of the last."""
+    found = [engines["grounding"](half) for half in halves]
+    joined = {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
+    return {**joined, "regions": found[-1]["regions"]}
 
 
 def condition(

@@ -1,4 +1,4 @@
-"""One whole evaluation as one graph: align, denoise with guidance, combine by PLMS, step.
+"""One whole evaluation as one graph: align, denoise with guidance, combine, step.
 
 A backend that runs it makes one call per evaluation, and the caller hands back what it got.
 """
@@ -8,42 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.errors import InputError
+from hcma_fast.kernels.update_sums import columns_of, denoise_update_rows, update_of
 from hcma_fast.models.checkpoint.folder import ModelSource
-from hcma_fast.schedule import PLMSTable
-from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName
-
-
-def step_plan(table: PLMSTable, etas: Tensor) -> Tensor:
-    """All coefficients of a trajectory, a row per evaluation: (1000, 10) float32, zero-padded.
-
-    Columns: timestep, eta, scales of the sample and of the noise, four weights of the history,
-    whether the stored sample is used (the corrector), whether the prediction joins the history.
-
-    Args:
-        table: of K <= 1000 evaluations; etas: (K,).
-
-    Raises:
-        InputError: ``etas`` has another length than the table.
-    """
-    if etas.shape != table.timesteps.shape:
-        raise InputError(
-            "there must be one alignment rate per evaluation",
-            value=tuple(etas.shape),
-            remedy=f"Give {len(table)} of them, see schedule.eta_table.",
-        )
-    columns = [
-        table.timesteps,
-        etas,
-        table.sample_scale,
-        table.noise_scale,
-        *table.history_weights.unbind(1),
-        table.uses_stored_sample,
-        table.pushes_history,
-    ]
-    plan = torch.zeros(PLAN_ROWS, PLAN_COLUMNS)
-    plan[: len(table)] = torch.stack([column.double() for column in columns], dim=1).float()
-    return plan
+from hcma_fast.specs import PLAN_ROWS, STEP_NAMES, Column, GraphName
 
 
 class FusedStep(nn.Module):
@@ -60,7 +27,6 @@ class FusedStep(nn.Module):
         history: Tensor,
         index: Tensor,
         plan: Tensor,
-        guidance_scale: Tensor,
         lambdas: Tensor,
         caption_embedding: Tensor,
         label_embeddings: Tensor,
@@ -68,38 +34,48 @@ class FusedStep(nn.Module):
         region_mask: Tensor,
         *contexts: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Evaluation ``index``.
+        """The evaluation that each image stands at.
 
         Args:
-            z, stored: (B, 4, h, w), the latent, and the one that the previous evaluation started
-                from; history: (B, 3, 4, h, w), earlier predictions, the newest first.
-            index: (1,) int64; plan: see :func:`step_plan`; guidance_scale: (1,).
-            contexts: (B, 2, T, W) each, both halves of the guidance, the unconditional first.
+            z, stored: (B, 4, h, w); history: (B, HISTORY, 4, h, w), the newest first.
+            index: (B,) int64, the evaluation; plan: (B, PLAN_ROWS, PLAN_COLUMNS), see
+                ``specs.Column``.
+            contexts: (B, 2, T, W) each, both halves of the guidance, the unconditional first: of
+                the text, and of the boxes with gated attention.
         Returns:
             z, stored, history and index for the next evaluation, loss_global (B,), loss_local
             (B, M).
         """
-        row = plan.index_select(0, index)[0]
-        batch = z.shape[0]
-        time = row[0].round().to(torch.int64)
+        at = index.view(-1, 1, 1).expand(-1, 1, plan.shape[2])
+        rows = plan.gather(1, at).squeeze(1)
+        columns = columns_of(rows, z.dim())
+        time = rows[:, Column.TIMESTEP].round().to(torch.int64)
+        eta = rows[:, Column.ETA]
         fixed = (caption_embedding, label_embeddings, regions, region_mask)
-        times = (time.expand(batch),) if self.timed else ()
-        aligned, loss_global, loss_local = self.align(
-            z, *fixed, row[1].expand(batch), lambdas, *times
-        )
+        times = (time,) if self.timed else ()
+        aligned, loss_global, loss_local = self.align(z, *fixed, eta, lambdas, *times)
         # a rate of 0 leaves the latent as it is to the last bit, whatever the gradient
-        aligned = torch.where(row[1] > 0, aligned, z)
+        aligned = torch.where(columns[Column.ETA] > 0, aligned, z)
         doubled = torch.stack([aligned, aligned], 1).flatten(0, 1)
-        halves = (context.flatten(0, 1) for context in contexts)
-        (eps,) = self.unet(doubled, time.expand(2 * batch), *halves)
-        unconditional, conditional = eps.unflatten(0, (batch, 2)).unbind(1)
-        eps = unconditional + guidance_scale * (conditional - unconditional)
-        recent = torch.cat([eps.unsqueeze(1), history], 1)
-        combined = (row[4:8].view(1, 4, 1, 1, 1) * recent).sum(1)
-        start = torch.where(row[8] > 0, stored, aligned)
-        moved = row[2] * start + row[3] * combined
-        history = torch.where(row[9] > 0, recent[:, :3], history)
-        return moved, aligned, history, index + 1, loss_global, loss_local
+        halves = [context.flatten(0, 1) for context in contexts]
+        if len(contexts) == 2:
+            gate = rows[:, Column.GATE]
+            halves.append(torch.stack([gate, gate], 1).flatten())
+        (eps,) = self.unet(doubled, torch.stack([time, time], 1).flatten(), *halves)
+        unconditional, conditional = eps.unflatten(0, (z.shape[0], 2)).unbind(1)
+        moved, held, recent = denoise_update_rows(
+            aligned,
+            stored,
+            history.unbind(1),
+            unconditional,
+            conditional,
+            aligned - z,
+            None,
+            update_of(columns),
+        )
+        history = torch.stack([*recent], 1)
+        following = (index + 1).clamp(max=PLAN_ROWS - 1)
+        return moved, held, history, following, loss_global, loss_local
 
 
 def graph_of(

@@ -1,164 +1,181 @@
-"""The sampler: align, denoise, combine, step (paper Algorithm 1, lines 15 to 23, with PLMS)."""
+"""The sampler: all evaluations of a batch (paper Algorithm 1, lines 15 to 23)."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from hcma_fast.config import AlignmentSettings
 from hcma_fast.engine import Engine
-from hcma_fast.sampling.exported import step_plan
-from hcma_fast.sampling.savings import EXACT, Savings
-from hcma_fast.schedule import PLMSTable, eta_table, grounded_steps, plms_table
+from hcma_fast.kernels.update_sums import denoise_update_rows
+from hcma_fast.sampling.batch_kind import Kind, check_deterministic, shared_updates
+from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning, ground
+from hcma_fast.sampling.schedule import Networks, Schedule, StepLosses, fusable
+from hcma_fast.sampling.step import SeparateStep
 from hcma_fast.specs import HISTORY, GraphName
 
 
-@dataclass(frozen=True)
-class Conditioning:
-    """What stays fixed over the steps. C = 2B with guidance (unconditional half first), else B."""
+class Trajectory(ABC):
+    """A batch of which all images stand at the same evaluation of one schedule.
 
-    text_context: Tensor
-    """(C, 77, W) keys and values of the caption in every attention layer"""
-    grounding_context: Tensor
-    """(C, M, W) those of the boxes"""
-    caption_embedding: Tensor
-    """(B, d)"""
-    label_embeddings: Tensor
-    """(B, M, d)"""
-    regions: Tensor
-    """(B, M, N)"""
-    region_mask: Tensor
-    """(B, M)"""
-    boxes: Tensor
-    """(B, M, 4)"""
-    encoder_hidden_states: Tensor
-    """(C, 77, d) of the captions: the contexts come from these and the boxes"""
+    The host knows that evaluation, so its numbers are the host's, and nothing is copied: latents
+    are those that the engines return. :class:`sampling.state.State` does the same in tensors that
+    stay where they are.
+    """
 
-    def halves(self) -> list[dict[str, Tensor]]:
-        """See :func:`grounding_inputs`."""
-        return grounding_inputs(
-            self.boxes, self.region_mask, self.label_embeddings, self.encoder_hidden_states
+    def __init__(
+        self,
+        engines: Mapping[GraphName, Engine],
+        z: Tensor,
+        conditioning: Conditioning,
+        schedule: Schedule,
+    ) -> None:
+        check_deterministic([schedule])
+        self.z, self.engines, self.schedule = z, engines, schedule
+        self.lambdas = torch.tensor([schedule.lambdas] * len(z), device=z.device)
+        self.found: list[Mapping[str, Tensor]] = []
+
+    @abstractmethod
+    def advance(self, networks: Networks) -> None:
+        """One evaluation: align, denoise, combine, step."""
+
+    def latent(self) -> Tensor:
+        """The latent, in float32."""
+        return self.z if self.z.dtype == torch.float32 else self.z.float()
+
+    def losses(self) -> list[StepLosses]:
+        """Of the evaluations that ran the alignment."""
+        rows = zip(self.schedule.table.evaluations, self.schedule.networks, strict=True)
+        aligned = [row for row, needed in rows if needed.aligned]
+        return [
+            StepLosses(row.step, row.timestep, found["loss_global"], found["loss_local"])
+            for row, found in zip(aligned, self.found, strict=True)
+        ]
+
+
+class SeparateTrajectory(SeparateStep, Trajectory):
+    """By the graphs `align`, `unet_grounded` and `unet_plain`."""
+
+    def __init__(
+        self,
+        engines: Mapping[GraphName, Engine],
+        z: Tensor,
+        conditioning: Conditioning,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(engines, z, conditioning, schedule)
+        batch, device = len(z), z.device
+        kind = Kind.of([schedule])
+        self.kind, self.conditioning, self.evaluation = kind, conditioning, 0
+        self.narrow = kind.dtype != z.dtype
+        self.z = z.to(kind.dtype)
+        self.stored = self.gradient = self.wide = self.z
+        self.move: Tensor | None = None
+        self.history: Sequence[Tensor] = [torch.zeros_like(self.z)] * HISTORY
+        self.updates = shared_updates(schedule)
+        self.alignments, self.rates = schedule.alignments(), schedule.etas.tolist()
+        both = {**conditioning.tensors(), "lambdas": self.lambdas}
+        conditional = both | {name: both[name][-batch:] for name in CONTEXTS}
+        self.fixed = {True: both, False: conditional}
+        self.halves = len(conditioning.text_context) // batch
+        self.etas = _by_evaluation(schedule.etas.float(), batch, device)
+        times, gates = schedule.table.timesteps, schedule.gates()
+        self.times = {}
+        self.gates = {}
+        for guided, size in ((False, batch), (True, self.halves * batch)):
+            self.times[guided] = _by_evaluation(times, size, device)
+            self.gates[guided] = _by_evaluation(gates, size, device)
+
+    def _align(self, computed: bool) -> None:
+        k, z = self.evaluation, self.z.float() if self.narrow else self.z
+        before, rate = z, self.rates[k]
+        if computed:
+            at = {"z": z, "eta": self.etas[k], "timestep": self.times[False][k]}
+            found = self.engines["align"]({**self.fixed[True], **at})
+            self.found.append(found)
+            if rate:
+                aligned = found["z_aligned"]
+                if self.kind.repeats:
+                    self.gradient = (z - aligned) / rate
+                z = aligned
+        elif rate:
+            z = torch.add(z, self.gradient, alpha=-rate)
+        if self.narrow:
+            z = z.to(self.kind.dtype).float()
+        if self.kind.moves:
+            self.move = z - before
+        self.wide = z
+
+    def _engine(self, name: GraphName, guided: bool) -> Engine:
+        return self.engines[name]
+
+    def _unet_inputs(self, networks: Networks) -> Mapping[str, Tensor]:
+        k, guided = self.evaluation, networks.guided
+        fixed = self.fixed[guided]
+        if self.kind.recomputes:
+            fixed = fixed | ground(self.engines, self.conditioning.halves()[0 if guided else -1 :])
+        at = {
+            "sample": torch.cat([self.wide, self.wide]) if guided else self.wide,
+            "timestep": self.times[guided][k],
+            "grounding_gate": self.gates[guided][k],
+        }
+        return {**fixed, **at}
+
+    def _combine(self, unconditional: Tensor | None, conditional: Tensor) -> None:
+        latent = self.wide.to(self.kind.dtype) if self.narrow else self.wide
+        self.z, self.stored, self.history = denoise_update_rows(
+            latent,
+            self.stored,
+            self.history,
+            unconditional,
+            conditional,
+            self.move,
+            None,
+            self.updates[self.evaluation],
         )
+        self.evaluation += 1
 
 
-CONTEXTS = ("text_context", "grounding_context")
+class FusedTrajectory(Trajectory):
+    """By the step graphs, one call per evaluation: the state goes in, and comes out as it is."""
+
+    def __init__(
+        self,
+        engines: Mapping[GraphName, Engine],
+        z: Tensor,
+        conditioning: Conditioning,
+        schedule: Schedule,
+    ) -> None:
+        super().__init__(engines, z, conditioning, schedule)
+        batch, device = len(z), z.device
+        plan = schedule.plan.float().expand(batch, -1, -1)
+        self.fixed = {name: value.contiguous() for name, value in conditioning.by_image().items()}
+        self.fixed |= {"plan": plan.contiguous().to(device), "lambdas": self.lambdas}
+        self.stored = z
+        self.history = torch.zeros(batch, HISTORY, *z.shape[1:], device=device)
+        self.index = torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def advance(self, networks: Networks) -> None:
+        """See :meth:`Trajectory.advance`."""
+        engine = self.engines["step_grounded" if networks.grounded else "step_plain"]
+        state = {
+            "z": self.z,
+            "stored": self.stored,
+            "history": self.history,
+            "index": self.index,
+        }
+        found = engine({**self.fixed, **state})
+        self.z, self.stored = found["next_z"], found["next_stored"]
+        self.history, self.index = found["next_history"], found["next_index"]
+        if networks.aligned:
+            self.found.append(found)
 
 
-def grounding_inputs(
-    boxes: Tensor, region_mask: Tensor, label_embeddings: Tensor, encoder_hidden_states: Tensor
-) -> list[dict[str, Tensor]]:
-    """What the `grounding` graph takes, per half of the guidance, the unconditional one first: it
-    has no boxes. The arguments are those of :class:`Conditioning`."""
-    states = encoder_hidden_states.split(len(boxes))
-    masks = [torch.zeros_like(region_mask), region_mask][-len(states) :]
-    fixed = {"boxes": boxes, "label_embeddings": label_embeddings}
-    return [
-        {**fixed, "region_mask": mask, "encoder_hidden_states": half}
-        for mask, half in zip(masks, states, strict=True)
-    ]
-
-
-def ground(
-    engines: Mapping[GraphName, Engine], halves: Sequence[Mapping[str, Tensor]]
-) -> dict[str, Tensor]:
-    """Contexts of some halves of the guidance, one after the other, and regions of the last."""
-    found = [engines["grounding"](half) for half in halves]
-    joined = {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
-    return {**joined, "regions": found[-1]["regions"]}
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """PLMS table, alignment rate per evaluation, and how to weigh."""
-
-    table: PLMSTable
-    etas: Tensor
-    """(K,) float64"""
-    lambdas: tuple[float, float]
-    guidance_scale: float
-    grounding_beta: float
-    """share of the PLMS steps, from the first, with gated attention; cut to whole steps"""
-    savings: Savings = EXACT
-
-    @classmethod
-    def of(
-        cls,
-        num_inference_steps: int,
-        settings: AlignmentSettings,
-        savings: Savings = EXACT,
-    ) -> Schedule:
-        """The schedule of these steps and settings.
-
-        Raises:
-            UsageError: fewer than 2 or more than 999 steps.
-        """
-        return cls(
-            plms_table(num_inference_steps),
-            eta_table(num_inference_steps, settings),
-            (settings.lambda_global, settings.lambda_local),
-            settings.guidance_scale,
-            settings.grounding_beta,
-            savings,
-        )
-
-    @property
-    def steps(self) -> int:
-        """PLMS steps."""
-        return int(self.table.step_index[-1]) + 1
-
-    @property
-    def grounded_steps(self) -> int:
-        """PLMS steps with gated attention."""
-        return grounded_steps(self.grounding_beta, self.steps)
-
-    @property
-    def grounded_unet_steps(self) -> int:
-        """PLMS steps that run `unet_grounded`, its gate open or closed."""
-        return self.grounded_steps if self.savings.skip_closed_gate else self.steps
-
-    @property
-    def guided_steps(self) -> int:
-        """PLMS steps with classifier-free guidance: all, some from the first, or none."""
-        if self.guidance_scale <= 1:
-            return 0
-        return max(1, round(self.savings.guidance_end * self.steps))
-
-    def gates(self) -> Tensor:
-        """Per evaluation, 1 with gated attention, 0 without: (K,) float32."""
-        return (self.table.step_index < self.grounded_steps).float()
-
-    def alignments(self) -> list[Literal["none", "computed", "repeated"]]:
-        """Per evaluation, what becomes of the alignment.
-
-        Where the `align` graph is run, losses are recorded; elsewhere the gradient is none, or that
-        of an earlier step.
-        """
-        found: list[Literal["none", "computed", "repeated"]] = []
-        moves = 0
-        for rate, may in zip(self.etas.tolist(), self.table.aligns.tolist(), strict=True):
-            if rate > 0:
-                found.append("repeated" if moves % self.savings.align_every else "computed")
-                moves += 1
-            else:
-                idle = may and not self.savings.skip_idle_alignment
-                found.append("computed" if idle else "none")
-        return found
-
-
-@dataclass(frozen=True)
-class StepLosses:
-    """Losses before one PLMS step's alignment; left on the device, so nothing waits for them."""
-
-    step: int
-    timestep: int
-    loss_global: Tensor
-    """(B,)"""
-    loss_local: Tensor
-    """(B, M), 0 for padding"""
+def _by_evaluation(values: Tensor, size: int, device: torch.device) -> tuple[Tensor, ...]:
+    """(size,) for each of ``values`` (K,)."""
+    return values.to(device).unsqueeze(1).expand(-1, size).contiguous().unbind()
 
 
 def sample(
@@ -170,142 +187,19 @@ def sample(
 ) -> tuple[Tensor, list[StepLosses]]:
     """Run all evaluations from noise ``z`` (B, 4, h, w) to the clean, scaled latent.
 
+    By the step graphs where there are any that can run this schedule, else by the separate ones.
     ``on_evaluation`` gets the evaluation's number and the new latent, and returns the latent to
     go on with.
     """
-    table, batch, device = schedule.table, len(z), z.device
-    guided = len(conditioning.text_context) == 2 * batch
-    guided_steps = schedule.guided_steps if guided else 0
-    narrow = schedule.savings.latent_dtype == "bfloat16"
-    alignments, rates = schedule.alignments(), schedule.etas.tolist()
-    lambdas = torch.tensor([schedule.lambdas] * batch, device=device)
-    both = dict(vars(conditioning), lambdas=lambdas)
-    conditional = both | {n: both[n][-batch:] for n in ("text_context", "grounding_context")}
-    etas, times, gates = (
-        of_evaluation.to(device).unsqueeze(1).expand(-1, 2 * batch)
-        for of_evaluation in (schedule.etas.float(), table.timesteps, schedule.gates())
-    )
-    grounded_steps = schedule.grounded_unet_steps
-    history: list[Tensor] = []
-    losses: list[StepLosses] = []
-    gradient = stored = z = _rounded(z) if narrow else z
-    for k, row in enumerate(table.rows()):
-        # align: once per PLMS step in the window, before the copy for guidance (Eq. 8)
-        if alignments[k] == "computed":
-            at = {"z": z, "eta": etas[k, :batch], "timestep": times[k, :batch]}
-            aligned = engines["align"]({**both, **at})
-            if rates[k]:
-                if schedule.savings.align_every > 1:
-                    gradient = (z - aligned["z_aligned"]) / rates[k]
-                z = aligned["z_aligned"]
-            losses.append(
-                StepLosses(row.step, row.timestep, aligned["loss_global"], aligned["loss_local"])
-            )
-        elif alignments[k] == "repeated":
-            z = torch.add(z, gradient, alpha=-rates[k])
-        if narrow:
-            z = _rounded(z)
-        # denoise (Eq. 9): both halves of the guidance in one batch
-        unet = engines["unet_grounded" if row.step < grounded_steps else "unet_plain"]
-        twice = row.step < guided_steps
-        doubled = torch.cat([z, z]) if twice else z
-        rows = slice(len(doubled))
-        at = {"sample": doubled, "timestep": times[k, rows], "grounding_gate": gates[k, rows]}
-        fixed = both if twice else conditional
-        if not schedule.savings.contexts_once:
-            fixed = fixed | ground(engines, conditioning.halves()[0 if twice else -1 :])
-        eps = unet({**fixed, **at})["noise_pred"]
-        if twice:
-            unconditional, wanted = eps.chunk(2)
-            eps = unconditional + schedule.guidance_scale * (wanted - unconditional)
-        # combine: this prediction and the history, by the weights of PLMS
-        recent = [_rounded(eps) if narrow else eps, *history]
-        combined = row.weights[0] * eps
-        for weight, earlier in zip(row.weights[1:], history, strict=False):
-            combined = torch.add(combined, earlier, alpha=weight)
-        # step: the corrector starts again from the aligned latent of evaluation 0
-        start = stored if row.uses_stored_sample else z
-        stored = z
-        z = torch.add(row.sample_scale * start, combined, alpha=row.noise_scale)
-        if row.pushes_history:
-            history = recent[:3]
-        if on_evaluation is not None:
-            z = on_evaluation(k, z)
-        if narrow:
-            z = _rounded(z)
-    return z, losses
-
-
-def _rounded(z: Tensor) -> Tensor:
-    """What is left of it in bfloat16, as wide as it was."""
-    return z.bfloat16().to(z.dtype)
-
-
-def fusable(engines: Mapping[GraphName, Engine], schedules: Sequence[Schedule]) -> bool:
-    """Whether the step graphs are there, and can run images with these schedules as one batch.
-
-    They guide and align always, know of no approximation, have one table for all images and no
-    gate to close, and leave the contexts to who calls them. Where a window leaves steps unaligned,
-    the separate graphs save those alignments, which cost more than a call (docs/decisions.md).
-    """
-    first = schedules[0]
-    savings = first.savings
-    able = savings.contexts_once and savings.skip_closed_gate and not savings.approximate
-    if "step_grounded" not in engines or not able or first.guidance_scale <= 1:
-        return False
-    moves = first.etas[first.table.aligns] > 0
-    idle = not savings.skip_idle_alignment
-    return bool(moves.all() or (idle and moves.any())) and all(
-        other is first or _same_but_lambdas(first, other) for other in schedules
-    )
-
-
-def _same_but_lambdas(one: Schedule, other: Schedule) -> bool:
-    settings = ("guidance_scale", "grounding_beta", "savings")
-    return (
-        all(getattr(one, name) == getattr(other, name) for name in settings)
-        and torch.equal(one.table.timesteps, other.table.timesteps)
-        and torch.equal(one.etas, other.etas)
-    )
-
-
-def halves_by_image(conditioning: Conditioning) -> dict[str, Tensor]:
-    """As the step graphs take it: contexts (2B, T, W), half after half, become (B, 2, T, W)."""
-    given, batch = dict(vars(conditioning)), len(conditioning.caption_embedding)
-    for name in ("text_context", "grounding_context"):
-        given[name] = given[name].unflatten(0, (2, batch)).transpose(0, 1)
-    return given
-
-
-def sample_fused(
-    engines: Mapping[GraphName, Engine],
-    z: Tensor,
-    conditioning: Conditioning,
-    schedule: Schedule,
-    on_evaluation: Callable[[int, Tensor], Tensor] | None = None,
-) -> tuple[Tensor, list[StepLosses]]:
-    """The same as :func:`sample` by the step graphs, one call per evaluation; guided only.
-
-    The state goes in and comes out as it is: index and history stay where the engine left them. The
-    graphs know of no savings.
-    """
-    table, device = schedule.table, z.device
-    fixed = {name: value.contiguous() for name, value in halves_by_image(conditioning).items()}
-    fixed["lambdas"] = torch.tensor([schedule.lambdas] * len(z), device=device)
-    fixed["plan"] = step_plan(table, schedule.etas).to(device)
-    fixed["guidance_scale"] = torch.tensor([schedule.guidance_scale], device=device)
-    history = torch.zeros(len(z), HISTORY, *z.shape[1:], device=device)
-    state = {"z": z, "stored": z, "history": history}
-    state["index"] = torch.zeros(1, dtype=torch.int64, device=device)
-    alignments = schedule.alignments()
-    losses: list[StepLosses] = []
-    for k, row in enumerate(table.rows()):
-        engine = engines["step_grounded" if row.step < schedule.grounded_steps else "step_plain"]
-        found = engine({**fixed, **state})
-        state = {name: found[f"next_{name}"] for name in state}
-        if alignments[k] == "computed":
-            given = (found["loss_global"], found["loss_local"])
-            losses.append(StepLosses(row.step, row.timestep, *given))
-        if on_evaluation is not None:
-            state["z"] = on_evaluation(k, state["z"])
-    return state["z"], losses
+    guided = len(conditioning.text_context) == 2 * len(z)
+    fused = guided and fusable(engines, [schedule])
+    make = FusedTrajectory if fused else SeparateTrajectory
+    with torch.no_grad():
+        trajectory = make(engines, z, conditioning, schedule)
+        for k, networks in enumerate(schedule.networks):
+            # without an unconditional half there is no guidance, whatever the schedule says
+            trajectory.advance(networks if guided else networks._replace(guided=False))
+            if on_evaluation is not None:
+                changed = on_evaluation(k, trajectory.latent())
+                trajectory.z = changed.to(trajectory.z.dtype)
+        return trajectory.latent(), trajectory.losses()

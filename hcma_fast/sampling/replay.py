@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from hcma_fast.engine import Engine
-from hcma_fast.errors import InputError, UsageError
+from hcma_fast.errors import UsageError
+from hcma_fast.sampling.batch_kind import Kind
 from hcma_fast.sampling.capture import (
     Capture,
     CaptureMode,
@@ -21,25 +22,22 @@ from hcma_fast.sampling.capture import (
     memory_errors,
     no_capture,
 )
-from hcma_fast.sampling.loop import Conditioning, Schedule, StepLosses, fusable
-from hcma_fast.sampling.trajectory import (
-    Buffers,
-    FusedTrajectory,
-    Kind,
-    Trajectory,
-    evaluation_kinds,
+from hcma_fast.sampling.conditioning import Conditioning
+from hcma_fast.sampling.schedule import (
+    Networks,
+    Schedule,
+    StepLosses,
+    evaluation_networks,
+    fusable,
 )
+from hcma_fast.sampling.state import SeparateGraphs, State, StepGraphs
 from hcma_fast.specs import GraphName
-
-_MOST_KINDS = 8
-"""Captured evaluations of a shape, unless one call needs more: savings make up to 48 kinds."""
 
 
 class ReplaySampler:
-    """What :func:`runtime.sampler.sample` does, by replays; make one per pipeline.
+    """What :func:`sampling.loop.sample` does, by replays; make one per pipeline.
 
-    Where the engines hold step graphs that can run what is asked for, those are replayed, as
-    :func:`runtime.sampler.sample_fused` would call them.
+    Where the engines hold step graphs that can run what is asked for, those are replayed.
 
     Results are copies, so they belong to the caller. Threads take turns: the buffers are one
     batch's at a time. A new shape takes new buffers and graphs, and the least used go.
@@ -48,8 +46,9 @@ class ReplaySampler:
         device: where engines and buffers are. On "cuda" evaluations are captured as CUDA graphs.
         mode: "step" replays once per evaluation; "trajectory" holds all evaluations in one graph,
             which leaves no place for a callback.
-        max_shapes: shapes that are kept: batch size, latent size and dtype, with guidance or
-            without, by step graphs or not; with "trajectory" also the graphs of each.
+        max_shapes: states that are kept: by batch size, latent size and dtype, with guidance or
+            without, by step graphs or not, and savings that change what is launched; with
+            "trajectory" also the graphs of each.
         capture: for another way than the device's own.
     """
 
@@ -66,7 +65,7 @@ class ReplaySampler:
         self.device = torch.device(device)
         on_gpu = self.device.type == "cuda"
         self._capture = capture or (CudaGraphs(self.device) if on_gpu else no_capture)
-        self._shapes: OrderedDict[tuple[str | int, ...], Buffers] = OrderedDict()
+        self._shapes: OrderedDict[tuple[object, ...], State] = OrderedDict()
         self._lock = threading.Lock()
         self._owner: int | None = None
         self._done = torch.cuda.Event() if on_gpu else None
@@ -78,7 +77,7 @@ class ReplaySampler:
         schedule: Schedule | Sequence[Schedule],
         on_evaluation: Callable[[int, Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, list[StepLosses]]:
-        """See :func:`runtime.sampler.sample`.
+        """See :func:`sampling.loop.sample`.
 
         Args:
             schedule: one for all, or one per image. Images of fewer steps wait for the others, and
@@ -103,28 +102,18 @@ class ReplaySampler:
                 "a callback cannot generate with the pipeline that called it",
                 remedy="Load a second pipeline, or generate after the call.",
             )
-        kinds = evaluation_kinds(schedules)
+        networks = evaluation_networks(schedules)
         with self._turn(), torch.no_grad():
-            batch = self._buffers(z, conditioning, schedules)
-            launches = tuple(batch.launches(kind) for kind in kinds)
+            state = self._state(z, conditioning, schedules)
+            launches = tuple(state.launches(needed) for needed in networks)
             groups = [launches] if self.mode == "trajectory" else [(one,) for one in launches]
-            replays = self._captured(batch, groups)
-            batch.load(z, conditioning, schedules)
+            replays = self._captured(state, groups)
+            state.load(z, conditioning, schedules)
             for k, group in enumerate(groups):
                 replays[group]()
                 if on_evaluation is not None:
-                    batch.z.copy_(on_evaluation(k, batch.latent()))
-            count = len(kinds)
-            result = batch.latent()
-            loss_global = batch.loss_global[:count].clone().unbind()
-            loss_local = batch.loss_local[:count].clone().unbind()
-        rows = max((s.table for s in schedules), key=len).rows()
-        losses = [
-            StepLosses(row.step, row.timestep, *found)
-            for row, kind, *found in zip(rows, kinds, loss_global, loss_local, strict=True)
-            if kind.aligns
-        ]
-        return result, losses
+                    state.z.copy_(on_evaluation(k, state.latent()))
+            return state.latent(), state.losses(schedules, networks)
 
     def clear(self) -> None:
         """Give all buffers and graphs back; what comes next captures anew."""
@@ -157,68 +146,56 @@ class ReplaySampler:
         _, gone = self._shapes.popitem(last=False)
         gone.captured.clear()
 
-    def _buffers(
-        self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]
-    ) -> Buffers:
-        """Those of this shape, the most recently used last."""
+    def _state(self, z: Tensor, conditioning: Conditioning, schedules: Sequence[Schedule]) -> State:
+        """That of this shape, the most recently used last."""
         halves = len(conditioning.text_context) // len(z)
-        dtypes = sorted({schedule.savings.latent_dtype for schedule in schedules})
-        if len(dtypes) > 1:
-            raise InputError(
-                "images of one batch must keep their latents in the same dtype",
-                value=dtypes,
-                remedy="Give them the same latent_dtype.",
-            )
         fused = halves == 2 and fusable(self.engines, schedules)
-        key = ("fused" if fused else dtypes[0], halves, *z.shape)
-        found = self._shapes.get(key)
-        if found is None:
-            while len(self._shapes) >= self.max_shapes:
-                self._drop()
-            with memory_errors():
-                given = (self.engines, conditioning, tuple(z.shape[1:]))
-                captured = self._capture is not no_capture
-                found = (
-                    FusedTrajectory(*given, self.device, captured=captured)
-                    if fused
-                    else Trajectory(
-                        *given, halves, self.device, getattr(torch, dtypes[0]), captured=captured
-                    )
-                )
+        captured = self._capture is not no_capture
+        with memory_errors():
+            key = ("fused" if fused else Kind.of(schedules), halves, *z.shape)
+            found = self._shapes.get(key)
+            if found is None:
+                while len(self._shapes) >= self.max_shapes:
+                    self._drop()
+                make = StepGraphs if fused else SeparateGraphs
+                found = make(self.engines, conditioning, z, schedules, captured=captured)
         self._shapes[key] = found
         self._shapes.move_to_end(key)
         return found
 
     def _captured(
-        self, batch: Buffers, groups: Sequence[tuple[Kind, ...]]
-    ) -> dict[tuple[Kind, ...], Callable[[], None]]:
-        """A replay for each distinct group of evaluations; of the others the least used go."""
+        self, state: State, groups: Sequence[tuple[Networks, ...]]
+    ) -> dict[tuple[Networks, ...], Callable[[], None]]:
+        """A replay for each distinct group of evaluations.
+
+        Of whole trajectories the least used others go; single evaluations have few kinds.
+        """
         wanted = dict.fromkeys(groups)
-        others = [group for group in batch.captured if group not in wanted]
-        kept = self.max_shapes if self.mode == "trajectory" else _MOST_KINDS
-        excess = len(others) + len(wanted) - max(kept, len(wanted))
-        if excess > 0 and self._done is not None:
-            self._done.synchronize()
-        for group in others[: max(0, excess)]:
-            del batch.captured[group]
+        if self.mode == "trajectory":
+            others = [group for group in state.captured if group not in wanted]
+            excess = len(others) + len(wanted) - max(self.max_shapes, len(wanted))
+            if excess > 0 and self._done is not None:
+                self._done.synchronize()
+            for group in others[: max(0, excess)]:
+                del state.captured[group]
         for group in wanted:
-            replay = batch.captured.pop(group, None)
+            replay = state.captured.pop(group, None)
             if replay is None:
-                # warm-ups advance the counter: it must not leave the tables
-                batch.step.zero_()
+                # warm-ups advance the counters: they begin anew
+                state.step.zero_()
                 with memory_errors(), capture_errors():
                     replay = self._capture(
-                        partial(_evaluate, batch, group), partial(_warm_up, batch, group)
+                        partial(_advance, state, group), partial(_warm_up, state, group)
                     )
-            batch.captured[group] = replay
-        return batch.captured
+            state.captured[group] = replay
+        return state.captured
 
 
-def _evaluate(batch: Buffers, group: Sequence[Kind]) -> None:
-    for kind in group:
-        batch.evaluate(kind)
+def _advance(state: State, group: Sequence[Networks]) -> None:
+    for networks in group:
+        state.advance(networks)
 
 
-def _warm_up(batch: Buffers, group: Sequence[Kind]) -> None:
-    _evaluate(batch, sorted(set(group)))
-    batch.check_capturable()
+def _warm_up(state: State, group: Sequence[Networks]) -> None:
+    _advance(state, sorted(set(group)))
+    state.check_capturable()

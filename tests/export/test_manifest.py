@@ -9,6 +9,7 @@ import operator
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from hcma_fast.export.manifest import (
 )
 from hcma_fast.export.open import open_engines
 from hcma_fast.export.target import Target
+from hcma_fast.specs import BATCH, PLAN_COLUMNS, PLAN_ROWS, TensorSpec
 
 
 @pytest.fixture
@@ -243,3 +245,18 @@ def test_code_of_the_other_device_is_refused(random_engine: Path, built: str, as
     with pytest.raises(BackendError, match=f"compiled for the device {built}") as caught:
         open_engines(VerifiedFolder(random_engine, compiled(random_engine, built), {}), asked)
     assert f"--device {asked}" in str(caught.value)
+
+
+def test_step_graphs_of_an_older_version_are_refused(random_engine: Path) -> None:
+    manifest = load_manifest(random_engine)
+    check_usable(manifest)
+    record = manifest.graphs["align"]
+    for shape, right in (((1000, 10), False), ((BATCH, PLAN_ROWS, PLAN_COLUMNS), True)):
+        spec = replace(record.spec, inputs=(TensorSpec("plan", shape),))
+        graphs = {**manifest.graphs, "step_plain": record.model_copy(update={"spec": spec})}
+        changed = manifest.model_copy(update={"graphs": graphs})
+        if right:
+            check_usable(changed)
+        else:
+            with pytest.raises(EngineError, match="older version"):
+                check_usable(changed)

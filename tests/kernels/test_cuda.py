@@ -6,16 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from hcma_fast.config import AlignmentSettings
 from hcma_fast.kernels.align_update import align_update, align_update_, align_update_reference
 from hcma_fast.kernels.cosine_loss import cosine_loss, cosine_loss_reference
-from hcma_fast.kernels.denoise_update import (
-    RING,
-    denoise_table,
-    denoise_update_,
-    denoise_update_reference,
-)
+from hcma_fast.kernels.denoise_update import denoise_update_, denoise_update_reference
 from hcma_fast.kernels.region_pool import region_pool, region_pool_reference
-from hcma_fast.schedule import plms_table
+from hcma_fast.sampling.schedule import Schedule
+from hcma_fast.specs import HISTORY
 
 pytestmark = pytest.mark.gpu
 
@@ -62,15 +59,16 @@ def test_kernels_agree_with_float64(dtype: torch.dtype) -> None:
 
 def test_one_captured_step_replays_over_the_trajectory() -> None:
     torch.manual_seed(0)
-    plms, shape = plms_table(50), (2, 4, 64, 64)
-    rows, etas = denoise_table(plms, 7.5).cuda(), torch.rand(1, len(plms)).cuda()
+    schedule, shape = Schedule.of(50, AlignmentSettings()), (2, 4, 64, 64)
+    rows, etas = schedule.plan[None].cuda(), torch.rand(1, len(schedule.table)).cuda()
     table, step = rows.float(), torch.zeros(1, dtype=torch.int64, device="cuda")
-    z, stored, history = normal(*shape), normal(*shape), normal(RING, *shape)
+    z, stored = normal(*shape), normal(*shape)
+    history = normal(shape[0], HISTORY, *shape[1:])
     eps, gradient = normal(2, *shape), normal(*shape)
 
     def advance() -> None:
         align_update_(z, gradient, etas, step, False)
-        denoise_update_(z, history, stored, eps[0], eps[1], table, step)
+        denoise_update_(z, stored, history, eps[0], eps[1], None, None, table, step)
         step.add_(1)
 
     side = torch.cuda.Stream()
@@ -82,14 +80,14 @@ def test_one_captured_step_replays_over_the_trajectory() -> None:
         advance()
     step.zero_()
     z.copy_(normal(*shape))
-    exact = tuple(value.double() for value in (z, history, stored))
-    for k in range(len(plms)):
+    exact = tuple(value.double() for value in (z, stored, history))
+    for k in range(len(schedule.table)):
         eps.copy_(normal(2, *shape))
         gradient.copy_(normal(*shape))
         at = torch.tensor([k], device="cuda")
         moved = align_update_reference(exact[0], gradient.double(), etas.double(), at, False)
         wide = eps.double()
-        exact = denoise_update_reference(moved, *exact[1:], wide[0], wide[1], rows, at)
+        exact = denoise_update_reference(moved, *exact[1:], wide[0], wide[1], None, None, rows, at)
         graph.replay()
         close(z, exact[0])
-    assert int(step) == len(plms)
+    assert int(step) == len(schedule.table)

@@ -20,7 +20,7 @@ def test_kernels_agree_with_their_references_under_the_interpreter(tmp_path: Pat
     pytest.importorskip("triton")
     settings = {
         "TRITON_INTERPRET": "1",
-        "PYTHONPATH": str(FOLDER),
+        "PYTHONPATH": os.pathsep.join((str(FOLDER), str(FOLDER.parents[1] / "shared"))),
         "PYTHONSAFEPATH": "1",
         "PYTEST_ADDOPTS": "",
     }

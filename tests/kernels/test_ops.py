@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
-from hcma_fast.config import AlignerConfig
+from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.errors import UsageError
 from hcma_fast.kernels import launch
 from hcma_fast.kernels.align_update import (
@@ -23,23 +23,20 @@ from hcma_fast.kernels.align_update import (
     align_update_in_place_op,
 )
 from hcma_fast.kernels.cosine_loss import cosine_loss, cosine_loss_cuda, cosine_loss_op
-from hcma_fast.kernels.denoise_update import (
-    COLUMNS,
-    RING,
-    denoise_table,
-    denoise_update_,
-    denoise_update_op,
-)
+from hcma_fast.kernels.denoise_update import denoise_update_, denoise_update_op
 from hcma_fast.kernels.region_pool import (
     region_pool,
     region_pool_backward_op,
     region_pool_cuda,
     region_pool_op,
 )
+from hcma_fast.kernels.update_sums import columns_of, denoise_update_rows, update_of
 from hcma_fast.losses import global_loss, local_loss, local_mean
 from hcma_fast.models.heads import RegionHead
-from hcma_fast.sampling.loop import Conditioning, Schedule, sample
-from hcma_fast.schedule import plms_table
+from hcma_fast.sampling.batch_kind import used_columns
+from hcma_fast.sampling.schedule import Schedule
+from hcma_fast.sampling.solvers import ddim, dpmpp_2m, plms
+from hcma_fast.specs import HISTORY
 
 DOUBLE = torch.float64
 
@@ -77,12 +74,12 @@ def update_inputs(dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor, Tensor, 
 STEP = torch.tensor([4, 0, 2])
 
 
-def denoise_inputs(dtype: torch.dtype = DOUBLE) -> list[Tensor]:
+def denoise_inputs(dtype: torch.dtype = DOUBLE) -> list[Any]:
     tensors = [normal(2, 3, 4, dtype=dtype, seed=seed) for seed in range(4)]
     z, stored, *eps = tensors
-    history = normal(RING, 2, 3, 4, dtype=dtype, seed=9)
-    table = denoise_table(plms_table(5), 2.0).to(dtype)
-    return [z, history, stored, *eps, table, torch.tensor([3])]
+    history = normal(2, HISTORY, 3, 4, dtype=dtype, seed=9)
+    plan = Schedule.of(5, AlignmentSettings(guidance_scale=2)).plan.to(dtype)
+    return [z, stored, history, *eps, None, None, plan[None], torch.tensor([3])]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
@@ -140,58 +137,36 @@ def test_align_update_below_the_floors_of_its_norms() -> None:
     torch.testing.assert_close(*slopes)
 
 
-class Replay:
-    """An engine that answers with predictions drawn ahead."""
-
-    spec: Any = None
-
-    def __init__(self, answers: list[dict[str, Tensor]]) -> None:
-        self.answers = iter(answers)
-
-    def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return next(self.answers)
-
-
-@pytest.mark.parametrize("steps", [2, 3, 50])
-@pytest.mark.parametrize("guided", [True, False])
-def test_denoise_update_is_the_sampler_over_the_whole_trajectory(steps: int, guided: bool) -> None:
-    table, scale, shape = plms_table(steps), 7.5, (2, 4, 6, 5)
-    halves = 2 if guided else 1
-    eps = [normal(halves * shape[0], *shape[1:], seed=k) for k in range(len(table))]
-    start, empty = normal(*shape, seed=99), torch.empty(0)
-    conditioning = Conditioning(torch.empty(len(eps[0]), 1, 1), *[empty] * 7)
-    schedule = Schedule(table, torch.zeros(len(table)), (1.0, 1.0), scale, 1.0)
-    trajectory: list[Tensor] = []
-    engine = Replay([{"noise_pred": value} for value in eps])
-
-    def record(k: int, z: Tensor) -> Tensor:
-        trajectory.append(z)
-        return z
-
-    sample({"unet_grounded": engine}, start, conditioning, schedule, record)  # type: ignore[dict-item]
-    rows = denoise_table(table, scale)
-    z, counter = start.clone(), torch.zeros(1, dtype=torch.int64)
-    history, stored = (torch.full(s, torch.nan, dtype=DOUBLE) for s in ((RING, *shape), shape))
-    for expected, value in zip(trajectory, eps, strict=True):
-        unconditional, conditional = value.chunk(2) if guided else (None, value)
-        denoise_update_(z, history, stored, unconditional, conditional, rows, counter)
-        counter += 1
-        torch.testing.assert_close(z, expected, rtol=1e-12, atol=1e-12)
-    before = z.clone()
-    denoise_update_(z, history, stored, unconditional, conditional, rows, counter)
-    assert torch.equal(z, before)
-
-
 def test_rows_beyond_a_schedule_change_nothing() -> None:
-    table = denoise_table(plms_table(5), 3.0, rows=8)
-    assert table.shape == (1, 8, COLUMNS)
-    targets = denoise_inputs()[:3]
+    targets, plan = denoise_inputs()[:3], denoise_inputs()[7]
     before = [target.clone() for target in targets]
     nothing = torch.full_like(targets[0], torch.nan)
-    denoise_update_(*targets, nothing, nothing, table, torch.tensor([6]))
-    assert torch.equal(targets[0], before[0])
-    with pytest.raises(UsageError, match="6 evaluations"):
-        denoise_table(plms_table(5), 3.0, rows=5)
+    for step in (-1, 6, 1000, 1001):
+        denoise_update_(*targets, nothing, nothing, None, None, plan, torch.tensor([step]))
+        for target, truth in zip(targets, before, strict=True):
+            assert torch.equal(target, truth)
+
+
+def test_columns_that_are_neutral_everywhere_may_be_left_out() -> None:
+    """For each solver, with the state and all inputs drawn at random."""
+    z, stored, history, *eps = denoise_inputs()[:5]
+    move = noise = torch.full_like(z, torch.nan)
+    for solver in (plms, ddim, dpmpp_2m):
+        schedule = Schedule.of(5, AlignmentSettings(guidance_scale=2), solver=solver)
+        used = used_columns([schedule])
+        for k in range(len(schedule.table)):
+            columns = columns_of(schedule.plan[k : k + 1], z.dim())
+            state = (z, stored, history.unbind(1), *eps)
+            found = denoise_update_rows(*state, move, noise, update_of(columns, used[k]))
+            every = denoise_update_rows(*state, None, None, update_of(columns))
+            numbers = update_of(schedule.plan[k].tolist())
+            shared = denoise_update_rows(*state, move, noise, numbers)
+            for one, other, third in zip(found[:2], every[:2], shared[:2], strict=True):
+                assert torch.equal(one, other)
+                torch.testing.assert_close(third, one)
+            for one, other, third in zip(found[2], every[2], shared[2], strict=True):
+                assert torch.equal(one, other)
+                torch.testing.assert_close(third, one)
 
 
 def test_opcheck() -> None:
@@ -300,9 +275,9 @@ def test_export_keeps_the_ops_and_a_free_batch(op: str, function: Callable[..., 
 
 
 def test_compiled_updates_write_in_place() -> None:
-    def step(z: Tensor, history: Tensor, stored: Tensor, *rest: Tensor) -> Tensor:
-        denoise_update_(z, history, stored, *rest)
-        align_update_(z, rest[0], rest[2][..., 5], rest[3], True)
+    def step(z: Tensor, stored: Tensor, history: Tensor, *rest: Any) -> Tensor:
+        denoise_update_(z, stored, history, *rest)
+        align_update_(z, rest[0], rest[4][..., 5], rest[5], True)
         return z + 0
 
     eager, compiled = denoise_inputs(), denoise_inputs()
@@ -330,7 +305,7 @@ def test_targets_must_be_contiguous() -> None:
     with pytest.raises(UsageError, match="contiguous"):
         align_update_(z.transpose(2, 3), gradient.transpose(2, 3), table, step, False)
     inputs = denoise_inputs()
-    inputs[1] = inputs[1].transpose(2, 3).contiguous().transpose(2, 3)
+    inputs[2] = inputs[2].transpose(2, 3).contiguous().transpose(2, 3)
     with pytest.raises(UsageError, match="history"):
         denoise_update_(*inputs)
 

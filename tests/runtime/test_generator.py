@@ -29,9 +29,8 @@ from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.cached_engine import CachedEngine
 from hcma_fast.runtime.generator import BatchGenerator, Request, group_requests
-from hcma_fast.sampling.loop import Schedule
 from hcma_fast.sampling.replay import ReplaySampler
-from hcma_fast.sampling.trajectory import evaluation_kinds
+from hcma_fast.sampling.schedule import Schedule, evaluation_networks
 from hcma_fast.specs import BatchRange, IOSpec, TensorSpec
 
 DOG_PIZZA = Layout(["dog", "pizza"], [[0.05, 0.3, 0.45, 0.9], [0.5, 0.5, 0.95, 0.9]])
@@ -125,7 +124,7 @@ def test_groups_hold_each_request_once_and_can_run(wanted: list[tuple[int, float
     groups = group_requests(schedules)
     assert sorted(index for group in groups for index in group) == list(range(len(wanted)))
     for group in groups:
-        evaluation_kinds([schedules[i] for i in group])  # refuses what needs two UNets at once
+        evaluation_networks([schedules[i] for i in group])  # refuses what needs two UNets at once
         assert len({schedules[i].guidance_scale > 1 for i in group}) == 1
 
 

@@ -13,10 +13,10 @@ import torch
 
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.sampling.capture import CaptureMode
-from hcma_fast.sampling.loop import Schedule, sample, sample_fused
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
-from hcma_fast.sampling.trajectory import evaluation_kinds
+from hcma_fast.sampling.schedule import Schedule, evaluation_networks
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES
 
 from captures import conditioned, make_engines, noise, plan, relative
@@ -60,7 +60,7 @@ def replays_of(
 ) -> tuple[list[Callable[[], None]], torch.Tensor]:
     """Those of all evaluations, from the one shape that was sampled; and the counter."""
     (batch,) = sampler._shapes.values()
-    launches = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
+    launches = [batch.launches(kind) for kind in evaluation_networks([schedule])]
     groups: Sequence[tuple[object, ...]] = (
         [tuple(launches)] if sampler.mode == "trajectory" else [(one,) for one in launches]
     )
@@ -78,8 +78,7 @@ def test_cuda_graphs_equal_the_plain_sampler(
     narrow = schedule.savings.latent_dtype == "bfloat16"
     for images in ([0, 1], [2], [1, 0]):
         given = conditioned(random_components, engines, images, device="cuda")
-        plain = sample_fused if fused else sample
-        expected, _ = plain(engines, noise(images).cuda(), given, schedule)
+        expected, _ = sample(engines, noise(images).cuda(), given, schedule)
         found, _ = sampler(noise(images).cuda(), given, schedule)
         assert relative(found, expected) < (2e-2 if narrow else 1e-4)
 

@@ -13,9 +13,10 @@ from hcma_fast.engine import Engine
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.sampling.capture import CaptureMode
-from hcma_fast.sampling.loop import Schedule, sample, sample_fused
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName
 
 from captures import LAYOUTS, Counted, Counting, conditioned, make_engines, noise, plan, relative
@@ -42,7 +43,7 @@ def test_step_graphs_are_replayed_where_there_are_any(
     mode: CaptureMode,
 ) -> None:
     given = conditioned(random_components, engines, [0, 1])
-    expected, losses = sample_fused(engines, noise([0, 1]), given, schedule)
+    expected, losses = sample(engines, noise([0, 1]), given, schedule)
     calls, captures = Counter[str](), Counted()
     counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
     sampler = ReplaySampler(counting, "cpu", mode=mode, capture=captures)
@@ -70,7 +71,7 @@ def test_a_fused_batch_finds_nothing_of_the_one_before(
     runs = [plan(steps=9, guidance=5.0), plan(steps=4, eta0=0.5), plan(eta0=1.0)]
     results = [sampler(noise([0, 1]), given, schedule)[0] for schedule in runs]
     for schedule, found in zip(runs, results, strict=True):
-        assert torch.equal(found, sample_fused(engines, noise([0, 1]), given, schedule)[0])
+        assert torch.equal(found, sample(engines, noise([0, 1]), given, schedule)[0])
 
 
 def test_lambdas_are_each_images_own_in_a_step_graph(
@@ -85,15 +86,29 @@ def test_lambdas_are_each_images_own_in_a_step_graph(
     assert relative(together[:1], together[1:]) > 1e-4, "the lambdas must matter here"
     for row, schedule in enumerate(schedules):
         given = conditioned(random_components, engines, [0])
-        alone, _ = sample_fused(engines, noise([0]), given, schedule)
+        alone, _ = sample(engines, noise([0]), given, schedule)
         assert relative(together[row : row + 1], alone) < 1e-5
+
+
+def test_images_of_a_step_graph_have_steps_and_guidance_of_their_own(
+    engines: dict[GraphName, Engine], random_components: Components
+) -> None:
+    for other in (plan(steps=7), plan(guidance=4.0)):
+        calls = Counter[str]()
+        counting: dict[GraphName, Engine] = {n: Counting(e, calls) for n, e in engines.items()}
+        schedules = [plan(), other]
+        given = conditioned(random_components, engines, [0, 1])
+        together, _ = ReplaySampler(counting, "cpu")(noise([0, 1]), given, schedules)
+        assert set(calls) == {"step_grounded"}
+        for row, schedule in enumerate(schedules):
+            given = conditioned(random_components, engines, [row])
+            alone, _ = sample(engines, noise([row]), given, schedule)
+            assert relative(together[row : row + 1], alone) < 1e-5
 
 
 @pytest.mark.parametrize(
     ("schedules", "guided"),
     [
-        ([plan(), plan(steps=7)], True),
-        ([plan(), plan(guidance=4.0)], True),
         ([plan(), plan(window=(0.0, 0.6))], True),
         ([plan(eta0=0.0)], True),
         ([plan(window=(0.0, 0.5))], True),
@@ -103,8 +118,6 @@ def test_lambdas_are_each_images_own_in_a_step_graph(
         ([plan(guidance=1.0)], False),
     ],
     ids=[
-        "steps",
-        "guidance",
         "windows",
         "unaligned",
         "window",
@@ -137,7 +150,7 @@ def test_what_no_step_graph_can_do_runs_by_the_separate_graphs(
     images = [0]
     given = conditioned(random_components, engines, images)
     again, _ = sampler(noise(images), given, plan())
-    assert torch.equal(again, sample_fused(engines, noise(images), given, plan())[0])
+    assert torch.equal(again, sample(engines, noise(images), given, plan())[0])
     assert calls["step_grounded"] == 7
 
 
@@ -150,7 +163,7 @@ def test_a_callback_may_replace_the_latent_of_a_step_graph(
         return z / 2 if k == 3 else z
 
     found, _ = ReplaySampler(engines, "cpu")(noise([0]), given, plan(), halve)
-    expected, _ = sample_fused(engines, noise([0]), given, plan(), halve)
+    expected, _ = sample(engines, noise([0]), given, plan(), halve)
     assert torch.equal(found, expected)
 
 

@@ -12,8 +12,7 @@ from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.models.unet import Grounding
-from hcma_fast.sampling.conditioning import condition
-from hcma_fast.sampling.loop import Conditioning
+from hcma_fast.sampling.conditioning import Conditioning, condition
 from hcma_fast.specs import BatchRange
 
 PROMPTS = ["a dog and a cat", "a pizza"]

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH, AlignmentSettings
 from hcma_fast.engine import Engine
-from hcma_fast.errors import InputError
 from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.models.checkpoint.folder import Components
-from hcma_fast.sampling.exported import graph_of, step_plan
-from hcma_fast.sampling.loop import Conditioning, Schedule, StepLosses, sample, sample_fused
-from hcma_fast.schedule import eta_table, plms_table
-from hcma_fast.specs import PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName, IOSpec
+from hcma_fast.sampling.conditioning import Conditioning
+from hcma_fast.sampling.loop import sample
+from hcma_fast.sampling.schedule import Schedule, StepLosses, eta_table
+from hcma_fast.sampling.solvers import plms
+from hcma_fast.specs import GraphName, IOSpec
 
 BATCH, STEPS = 2, 10
 
@@ -95,7 +95,8 @@ def schedule(
     eta0: float, guidance: float = 3.0, beta: float = 1.0, window: tuple[float, float] = (0.0, 1.0)
 ) -> Schedule:
     settings = AlignmentSettings(eta0=eta0, window=window)
-    return Schedule(plms_table(STEPS), eta_table(STEPS, settings), (1.0, 0.5), guidance, beta)
+    table = plms(STEPS)
+    return Schedule(table, eta_table(table, settings), (1.0, 0.5), guidance, beta)
 
 
 @torch.no_grad()
@@ -234,42 +235,3 @@ def test_the_hook_sees_every_evaluation_and_may_replace_the_latent(
     z, _ = sample(engines, scene["noise"], conditioning, schedule(eta0=0.0), hook)
     assert seen == list(range(STEPS + 1))
     assert z.abs().max() == 0
-
-
-@pytest.mark.parametrize("window", [(0.0, 1.0), (0.2, 0.6)])
-@pytest.mark.parametrize("beta", [1.0, 0.4])
-def test_fused_steps_equal_separate_graphs(
-    random_components: Components,
-    engines: dict[GraphName, Engine],
-    scene: dict[str, Tensor],
-    window: tuple[float, float],
-    beta: float,
-) -> None:
-    specs = random_components.specs()
-    steps = {n: EagerEngine(graph_of(random_components, n), specs[n]) for n in STEP_NAMES}
-    plan, given = schedule(2.0, beta=beta, window=window), condition(engines, scene, guided=True)
-    expected, losses = sample(engines, scene["noise"], given, plan)
-    seen: list[int] = []
-
-    def watch(k: int, z: Tensor) -> Tensor:
-        seen.append(k)
-        return z
-
-    found, fused = sample_fused({**engines, **steps}, scene["noise"], given, plan, watch)
-    assert seen == list(range(STEPS + 1))
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-    for one, other in zip(fused, losses, strict=True):
-        assert (one.step, one.timestep) == (other.step, other.timestep)
-        torch.testing.assert_close(one.loss_local, other.loss_local, rtol=1e-3, atol=1e-4)
-
-
-def test_a_plan_has_a_row_per_evaluation() -> None:
-    table = plms_table(STEPS)
-    with pytest.raises(InputError, match="one alignment rate per evaluation"):
-        step_plan(table, torch.zeros(STEPS))
-    longest = plms_table(999)
-    plan = step_plan(longest, eta_table(999, AlignmentSettings()))
-    assert (
-        plan.shape == (PLAN_ROWS, PLAN_COLUMNS)
-        and plan[:, 0].tolist() == longest.timesteps.tolist()
-    )

@@ -1,4 +1,4 @@
-"""The sampler that is captured: equal to the plain one. test_trajectory.py: fit for a CUDA graph.
+"""The sampler that is captured: equal to the plain one. test_state.py: fit for a CUDA graph.
 
 Without a GPU the captured function is called instead of replayed.
 """
@@ -19,9 +19,10 @@ from hcma_fast.errors import BackendError, UsageError
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.pipeline import HCMAPipeline
 from hcma_fast.sampling.capture import CaptureMode, capture_errors, check_capturable
-from hcma_fast.sampling.loop import Schedule, sample
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import GraphName
 
 from captures import LAYOUTS, STEPS, Counted, conditioned, make_engines, noise, plan, relative

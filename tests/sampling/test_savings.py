@@ -14,9 +14,9 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import UsageError
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.runtime.generator import BatchGenerator, Request
-from hcma_fast.sampling.loop import Schedule
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings, parse_savings
+from hcma_fast.sampling.schedule import Schedule
 from hcma_fast.specs import GraphName, IOSpec
 
 STEPS = 10

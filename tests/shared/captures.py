@@ -19,11 +19,11 @@ from hcma_fast.export.backends.eager import EagerEngine
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.sampling.capture import no_capture
-from hcma_fast.sampling.conditioning import condition
+from hcma_fast.sampling.conditioning import Conditioning, condition
 from hcma_fast.sampling.exported import graph_of
-from hcma_fast.sampling.loop import Conditioning, Schedule
 from hcma_fast.sampling.savings import EXACT, Savings
-from hcma_fast.schedule import eta_table, plms_table
+from hcma_fast.sampling.schedule import Schedule, eta_table
+from hcma_fast.sampling.solvers import Solver, plms
 from hcma_fast.specs import GRAPH_NAMES, GraphName, IOSpec
 
 STEPS = 6
@@ -79,9 +79,11 @@ def plan(
     window: tuple[float, float] = (0.0, 1.0),
     savings: Savings = EXACT,
     lambdas: tuple[float, float] = (1.0, 0.5),
+    solver: Solver = plms,
 ) -> Schedule:
-    etas = eta_table(steps, AlignmentSettings(eta0=eta0, window=window))
-    return Schedule(plms_table(steps), etas, lambdas, guidance, beta, savings)
+    table = solver(steps)
+    etas = eta_table(table, AlignmentSettings(eta0=eta0, window=window))
+    return Schedule(table, etas, lambdas, guidance, beta, savings)
 
 
 def relative(a: Tensor, b: Tensor) -> float:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hcma_fast.bench.quality.methods.attention import AttentionMap, AttentionUNet
 from hcma_fast.errors import UsageError
-from hcma_fast.schedule import alphas_cumprod, plms_table
+from hcma_fast.sampling.solvers import plms
+from hcma_fast.schedule import alphas_cumprod
 from hcma_fast.specs import IOSpec
 
 
@@ -75,7 +76,7 @@ class GuidanceEngine:
     ) -> None:
         """``guides``: one per image of the batch; None for one that has nothing to guide."""
         self.spec, self._unet, self._guides, self._total = spec, unet, guides, steps
-        self._numbers = {row.timestep: row.step for row in plms_table(steps).rows() if row.aligns}
+        self._numbers = {row.timestep: row.step for row in plms(steps).evaluations if row.aligns}
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """z_aligned; loss_global is the peer's loss, NaN at steps without; loss_local is 0."""

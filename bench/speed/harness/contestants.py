@@ -278,15 +278,14 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
 
     from hcma_fast.runtime.requests import noise_from_seeds
     from hcma_fast.sampling.conditioning import condition
-    from hcma_fast.sampling.loop import Schedule, fusable, sample, sample_fused
+    from hcma_fast.sampling.loop import sample
+    from hcma_fast.sampling.schedule import Schedule
 
     settings = pipe.settings
     if work.eta0 is not None:
         settings = settings.model_copy(update={"eta0": work.eta0})
     whole = Schedule.of(work.steps, settings)
-    table = replace(
-        whole.table, **{name: rows[: work.evaluations] for name, rows in vars(whole.table).items()}
-    )
+    table = whole.table.first(work.evaluations)
     if int(table.step_index[-1]) >= whole.grounded_steps:
         raise UsageError(
             "the grounding gate closes before the last of these evaluations",
@@ -305,8 +304,7 @@ def _evaluate(pipe: HCMAPipeline, work: Work) -> NDArray[np.float32]:
             [work.layout] * work.batch,
             pipe.device,
         )
-        sampler = sample_fused if fusable(pipe.engines, [schedule]) else sample
-        run = pipe.replay or partial(sampler, pipe.engines)
+        run = pipe.replay or partial(sample, pipe.engines)
         z, _ = run(noise_from_seeds(work.seeds, shape).to(pipe.device), given, schedule)
     found: NDArray[np.float32] = z.cpu().numpy()
     return found

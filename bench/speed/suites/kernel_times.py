@@ -18,10 +18,10 @@ from hcma_fast.bench.estimates.kernel_resources import CASES, DTYPES
 from hcma_fast.bench.speed.harness.plan import Plan
 from hcma_fast.bench.speed.harness.rounds import Case, Group
 from hcma_fast.bench.speed.harness.workers import Contestant
+from hcma_fast.config import AlignmentSettings
 from hcma_fast.kernels.align_update import align_update_in_place_cuda, align_update_reference
 from hcma_fast.kernels.cosine_loss import cosine_loss_cuda, cosine_loss_reference
 from hcma_fast.kernels.denoise_update import (
-    denoise_table,
     denoise_update_cuda,
     denoise_update_reference,
 )
@@ -32,7 +32,7 @@ from hcma_fast.kernels.region_pool import (
     region_pool_reference,
 )
 from hcma_fast.sampling.capture import CudaGraphs
-from hcma_fast.schedule import plms_table
+from hcma_fast.sampling.schedule import Schedule
 
 TORCH, TRITON = "torch", "Triton"
 _CALLS = 2000
@@ -48,11 +48,19 @@ class Kernel:
     """Both implementations, and which of the launch's tensors they take, in order."""
 
     inputs: tuple[str, ...]
-    reference: Callable[..., Tensor | Sequence[Tensor]]
+    reference: Callable[..., Tensor | Sequence[Tensor] | None]
     launch: Callable[..., Tensor | Sequence[Tensor] | None]
     """None where it writes over the first input"""
     last: tuple[bool, ...] = ()
     """what both take besides"""
+
+
+def _without_move(
+    update: Callable[..., tuple[Tensor, ...] | None], *inputs: Tensor
+) -> tuple[Tensor, ...] | None:
+    """The update by a solver that uses neither the alignment's move nor noise."""
+    *state, plan, step = inputs
+    return update(*state, None, None, plan, step)
 
 
 KERNELS = {
@@ -66,9 +74,9 @@ KERNELS = {
         ("grad", "regions", "total"), region_pool_backward_reference, region_pool_backward_cuda
     ),
     "denoise_update": Kernel(
-        ("z", "history", "stored", "eps_uncond", "eps_cond", "table", "step"),
-        denoise_update_reference,
-        denoise_update_cuda,
+        ("z", "stored", "history", "eps_uncond", "eps_cond", "plan", "step"),
+        partial(_without_move, denoise_update_reference),
+        partial(_without_move, denoise_update_cuda),
     ),
     "align_update": Kernel(
         ("z", "gradient", "table", "step"),
@@ -153,8 +161,8 @@ def draw_inputs(name: str, dtype: str, device: str) -> list[Tensor]:
         value = torch.rand(like.shape, generator=generator).to(like.dtype)
         if key == "step":
             value = torch.full(like.shape, 5)
-        elif key == "table" and name == "denoise_update":
-            value = denoise_table(plms_table(50), 7.5).float()
+        elif key == "plan":
+            value = Schedule.of(50, AlignmentSettings()).plan[None].float()
         elif key == "mask":
             value = torch.ones(like.shape)
         found.append(value.to(device))

@@ -24,7 +24,7 @@ from hcma_fast.specs import BATCH, GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec, T
 if TYPE_CHECKING:
     from hcma_fast.engine import Engine
     from hcma_fast.models.checkpoint.folder import Components
-    from hcma_fast.sampling.loop import Conditioning
+    from hcma_fast.sampling.conditioning import Conditioning
 
 GOAL_MS = 0.3
 """Per step."""
@@ -109,7 +109,7 @@ def load_sampler(
     """
     from time import perf_counter
 
-    from hcma_fast.sampling.loop import Schedule
+    from hcma_fast.sampling.schedule import Schedule
 
     parts = components_of(model, drawn=())
     specs = parts.specs()
@@ -140,17 +140,17 @@ def load_sampler(
 def _sampler(
     name: str, engines: Mapping[GraphName, Engine], device: str
 ) -> Callable[..., tuple[Tensor, object]]:
-    from hcma_fast.sampling.loop import sample, sample_fused
+    from hcma_fast.sampling.loop import sample
     from hcma_fast.sampling.replay import ReplaySampler
 
     if name.startswith("captured"):
         return ReplaySampler(engines, device)
-    return partial(sample_fused if "step graphs" in name else sample, engines)
+    return partial(sample, engines)
 
 
 def no_op_conditioning(parts: Components, batch: int, device: str = "cpu") -> Conditioning:
     """Zeros: nothing looks at them."""
-    from hcma_fast.sampling.loop import CONTEXTS, Conditioning
+    from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 
     specs = parts.specs()
     graphs: tuple[GraphName, ...] = ("align", "unet_grounded", "grounding")

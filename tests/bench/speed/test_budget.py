@@ -65,7 +65,7 @@ def test_encoding_again_at_every_step_is_above_the_budget(monkeypatch: pytest.Mo
 
     def wasteful(engines: Any, z: Any, given: Any, schedule: Any, *rest: Any, **named: Any) -> Any:
         ids = {"input_ids": torch.zeros(1, TOKEN_LENGTH, dtype=torch.int64)}
-        for _ in schedule.table.rows():
+        for _ in schedule.table.evaluations:
             engines["text_encoder"](ids)
         return sample(engines, z, given, schedule, *rest, **named)
 

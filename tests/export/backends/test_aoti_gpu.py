@@ -22,7 +22,8 @@ from hcma_fast.export.precision import Precision
 from hcma_fast.export.target import Target
 from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.sampling.capture import CaptureMode
-from hcma_fast.sampling.loop import sample, sample_fused
+from hcma_fast.sampling.exported import graph_of
+from hcma_fast.sampling.loop import sample
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import Savings
 from hcma_fast.specs import STEP_NAMES, GraphName
@@ -100,15 +101,14 @@ def test_cuda_graphs_hold_compiled_engines(
     engines: dict[GraphName, Engine] = make_engines(random_components, "cuda")
     for name in names:
         spec, path = random_components.specs()[name], tmp_path / f"{name}.pt2"
-        compile_aoti(spec, random_components.graph(name), path, device="cuda")
+        compile_aoti(spec, graph_of(random_components, name), path, device="cuda")
         engines[name] = CompiledEngine(path, spec)
     sampler = ReplaySampler(engines, "cuda", mode=mode)
     schedules = [plan(beta=0.5)] if fused else [plan(beta=0.5), plan(savings=AGAIN)]
     for images in ([0, 1], [2], [1, 0]):
         given = conditioned(random_components, engines, images, device="cuda")
         for schedule in schedules:
-            plain = sample_fused if fused else sample
-            expected, _ = plain(engines, noise(images).cuda(), given, schedule)
+            expected, _ = sample(engines, noise(images).cuda(), given, schedule)
             found, _ = sampler(noise(images).cuda(), given, schedule)
             assert relative(found, expected) < 1e-4
 

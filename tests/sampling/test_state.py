@@ -21,28 +21,22 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, InputError
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.sampling.capture import check_capturable
-from hcma_fast.sampling.loop import CONTEXTS, Conditioning, Schedule, sample
+from hcma_fast.sampling.conditioning import CONTEXTS, Conditioning
 from hcma_fast.sampling.replay import ReplaySampler
 from hcma_fast.sampling.savings import EXACT, Savings
-from hcma_fast.sampling.trajectory import Buffers, FusedTrajectory, Trajectory, evaluation_kinds
+from hcma_fast.sampling.schedule import Networks, Schedule, evaluation_networks, networks_of
+from hcma_fast.sampling.state import SeparateGraphs, State, StepGraphs
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, GraphName, IOSpec
 
-from captures import Counted, conditioned, make_engines, noise, plan, relative
+from captures import Counted, conditioned, make_engines, noise, plan
 
 EVERY = (*GRAPH_NAMES, *STEP_NAMES)
 FRUGAL = Savings(align_every=3, guidance_end=0.7, latent_dtype="bfloat16")
 WASTEFUL = Savings(skip_idle_alignment=False, contexts_once=False, skip_closed_gate=False)
 CASES = pytest.mark.parametrize(
-    ("savings", "fused", "captured"),
-    [
-        (EXACT, False, True),
-        (FRUGAL, False, True),
-        (WASTEFUL, False, True),
-        (EXACT, True, True),
-        (EXACT, False, False),
-        (FRUGAL, False, False),
-    ],
-    ids=["exact", "frugal", "wasteful", "fused", "called", "called-frugal"],
+    ("savings", "fused"),
+    [(EXACT, False), (FRUGAL, False), (WASTEFUL, False), (EXACT, True)],
+    ids=["exact", "frugal", "wasteful", "fused"],
 )
 
 
@@ -58,13 +52,21 @@ def test_a_batch_that_needs_two_widths_at_once_is_refused() -> None:
         (plan(4, savings=ends), plan(8, savings=ends)),
     ):
         with pytest.raises(InputError, match="same step"):
-            evaluation_kinds([one, other])
-    assert len(evaluation_kinds([plan(steps=4), plan(steps=8)])) == 9
+            evaluation_networks([one, other])
+    assert len(evaluation_networks([plan(steps=4), plan(steps=8)])) == 9
+
+
+def test_images_at_evaluations_of_their_own_run_what_one_of_them_needs() -> None:
+    half = plan(4, beta=0.5, window=(0.0, 0.5))
+    assert networks_of([(half, 0)]) == Networks(True, True, True)
+    assert networks_of([(half, 1), (half, 4)]) == Networks(False, True, True)
+    assert networks_of([(half, 3), (half, 4)]) == Networks(False, False, True)
+    assert networks_of([(plan(guidance=1.0), 2)]) == Networks(True, True, False)
 
 
 def test_the_grounded_unet_runs_while_one_image_needs_it() -> None:
     def gated(*schedules: Schedule) -> list[bool]:
-        return [kind.gated for kind in evaluation_kinds(schedules)]
+        return [kind.grounded for kind in evaluation_networks(schedules)]
 
     # the second evaluation corrects the first step
     assert gated(plan(4, beta=0.5)) == [True] * 3 + [False] * 2
@@ -132,30 +134,26 @@ class Unwatched:
         Watch.watching = True
 
 
-def make_buffers(
+def make_state(
     engines: Mapping[GraphName, Engine],
     given: Conditioning,
     device: str,
-    savings: Savings,
+    schedule: Schedule,
     fused: bool,
-    captured: bool,
-) -> Buffers:
-    where = torch.device(device)
-    if fused:
-        return FusedTrajectory(engines, given, (4, 8, 8), where)
-    narrow = getattr(torch, savings.latent_dtype)
-    return Trajectory(engines, given, (4, 8, 8), 2, where, narrow, captured=captured)
+) -> State:
+    make = StepGraphs if fused else SeparateGraphs
+    like = torch.zeros(2, 4, 8, 8, device=device)
+    return make(engines, given, like, [schedule], captured=True)
 
 
-def tensors_of(batch: Buffers) -> dict[str, Tensor]:
-    """All buffers, and what the engines are given of them."""
-    groups = [vars(batch)]
-    if isinstance(batch, Trajectory):
-        groups += [vars(batch.conditioning), batch.align_inputs, *batch.unet_inputs.values()]
-        groups += [{f"update.{name}": value for name, value in vars(batch.update).items()}]
-        groups += [{f"grounding.{name}": v for name, v in batch.halves[0][0].items()}]
-    if isinstance(batch, FusedTrajectory):
-        groups += [batch.inputs]
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All tensors of a state, and what the engines are given of them."""
+    groups = [vars(state)]
+    if isinstance(state, SeparateGraphs):
+        groups += [state.conditioning.tensors(), state.align_inputs, *state.unet_inputs.values()]
+        groups += [{f"grounding.{name}": v for name, v in state.halves[0][0].items()}]
+    if isinstance(state, StepGraphs):
+        groups += [state.inputs]
     every = {name: value for group in groups for name, value in group.items()}
     return {name: value for name, value in every.items() if isinstance(value, Tensor)}
 
@@ -166,28 +164,28 @@ def test_evaluations_allocate_nothing_and_keep_their_addresses(
     random_components: Components,
     savings: Savings,
     fused: bool,
-    captured: bool,
 ) -> None:
     given = conditioned(random_components, engines, [0, 1])
     steady: dict[GraphName, Engine] = {name: InPlace(engine) for name, engine in engines.items()}
-    batch = make_buffers(steady, given, "cpu", savings, fused, captured)
     schedule = plan(steps=50, beta=0.5, window=(0.0, 0.8), savings=savings)
-    kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
+    batch = make_state(steady, given, "cpu", schedule, fused)
+    kinds = [batch.launches(kind) for kind in evaluation_networks([schedule])]
     with torch.no_grad():
         for kind in set(kinds):
-            batch.evaluate(kind)
+            batch.advance(kind)
         batch.load(noise([0, 1]), given, [schedule])
         before = {name: tensor.data_ptr() for name, tensor in tensors_of(batch).items()}
         with Watch() as watch:
             for kind in kinds:
-                batch.evaluate(kind)
-    assert len(kinds) == 51 and int(batch.step) == 51
+                batch.advance(kind)
+    assert len(kinds) == 51 and batch.step.tolist() == [51, 51]
     assert not watch.allocating, watch.allocating
     assert {name: tensor.data_ptr() for name, tensor in tensors_of(batch).items()} == before
     assert len(before) > 15
     # what is not contiguous would be copied by an engine that takes addresses
-    assert all(tensor.is_contiguous() for tensor in tensors_of(batch).values())
-    assert watch.ops["hcma_fast.denoise_update_.default"] == (51 if captured and not fused else 0)
+    public = {n: t for n, t in tensors_of(batch).items() if not n.startswith("_")}
+    assert all(tensor.is_contiguous() for tensor in public.values())
+    assert watch.ops["hcma_fast.denoise_update_.default"] == (0 if fused else 51)
     # the watch itself works
     with Watch() as watch:
         torch.cat([batch.z, batch.z])
@@ -207,7 +205,7 @@ class OnDevice(TorchDispatchMode):
 
 @CASES
 def test_evaluations_never_read_a_value_nor_touch_the_host(
-    random_components: Components, savings: Savings, fused: bool, captured: bool
+    random_components: Components, savings: Savings, fused: bool
 ) -> None:
     """All of torch eager's graphs, the gradient included: what a GPU would be asked to capture."""
     specs = random_components.specs()
@@ -229,42 +227,18 @@ def test_evaluations_never_read_a_value_nor_touch_the_host(
             for name, shape in shapes.items()
         }
     )
-    batch = make_buffers(engines, given, "meta", savings, fused, captured)
     schedule = plan(steps=10, beta=0.5, window=(0.0, 0.8), savings=savings)
+    batch = make_state(engines, given, "meta", schedule, fused)
     batch.load(torch.empty(2, 4, 8, 8), given, [schedule])
-    kinds = [batch.launches(kind) for kind in evaluation_kinds([schedule])]
-    assert len(set(kinds)) == (2 if fused else {EXACT: 4, FRUGAL: 7, WASTEFUL: 2}[savings])
+    kinds = [batch.launches(kind) for kind in evaluation_networks([schedule])]
+    assert len(set(kinds)) == (2 if fused else {EXACT: 4, FRUGAL: 5, WASTEFUL: 2}[savings])
     with torch.no_grad(), OnDevice():
         for kind in kinds:
-            batch.evaluate(kind)
+            batch.advance(kind)
     with pytest.raises(AssertionError, match="touches cpu"), OnDevice():
         batch.z.copy_(torch.zeros(2, 4, 8, 8))
     with pytest.raises(RuntimeError, match="meta"):
         float(batch.z.sum())
-
-
-def test_captured_kinds_of_a_shape_are_bounded(
-    engines: dict[GraphName, Engine], random_components: Components
-) -> None:
-    separate = {name: engines[name] for name in GRAPH_NAMES}
-    captures = Counted()
-    sampler = ReplaySampler(separate, "cpu", capture=captures)
-    given = conditioned(random_components, engines, [0])
-    frugal = Savings(align_every=2, guidance_end=0.5)
-    runs = [
-        plan(beta=0.5, window=(0.0, 0.7)),
-        plan(beta=0.3, savings=frugal),
-        plan(beta=0.7, window=(0.3, 1.0), savings=frugal),
-    ]
-    for schedule in runs:
-        found, _ = sampler(noise([0]), given, schedule)
-        assert relative(found, sample(separate, noise([0]), given, schedule)[0]) < 1e-5
-        (batch,) = sampler._shapes.values()
-        needed = set(evaluation_kinds([schedule]))
-        assert len(batch.captured) <= max(8, len(needed))
-        assert {(kind,) for kind in needed} <= set(batch.captured)
-    every = {kind for schedule in runs for kind in evaluation_kinds([schedule])}
-    assert captures.captures >= len(every) > 8, "more kinds than are kept"
 
 
 class Uncapturable(InPlace):
