@@ -77,6 +77,12 @@ def build(
             help="step: also build graphs that do a whole step in one call, where all steps align."
         ),
     ] = "none",
+    tuning: Annotated[
+        str,
+        typer.Option(
+            help="autotune: torch-compile on a GPU searches for faster kernels, minutes a graph."
+        ),
+    ] = "default",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
     ] = False,
@@ -165,7 +171,13 @@ def build(
                 workspace_mib=workspace,
                 strip_weights=strip_weights,
                 fuse=cast(Literal["none", "step"], fuse),
+                tuning=cast(Literal["default", "autotune"], tuning),
             )
+            if target.device == "cuda" and not target.batch_range.static:
+                print_note(
+                    "A range of batches keeps torch's convolutions in the slower layout (NCHW): "
+                    "--batch 1 builds for one size, with channels last."
+                )
             if device is not None:
                 from hcma_fast.runtime.requests import check_device
 

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from hcma_fast.bench.gpu_check.device import Device
 from hcma_fast.bench.gpu_check.weights import model_parts
 from hcma_fast.bench.gpu_check.worker import Case, Figures, Wrong
-from hcma_fast.export.backends.aoti.build import compile_aoti
+from hcma_fast.export.backends.aoti.build import Tuning, compile_aoti
 from hcma_fast.export.backends.aoti.engine import CompiledEngine
 from hcma_fast.export.channels_last import channels_last
 from hcma_fast.export.onnx.trace import random_inputs
@@ -56,6 +56,9 @@ def cases(device: Device, *, small: bool, result: Path) -> list[Case]:
         found += [
             Case(f"torch-compile, batch {size}", partial(bench.compiled, size)) for size in batches
         ]
+        found.append(
+            Case("torch-compile, batch 1, autotuned", partial(bench.compiled, 1, "autotune"))
+        )
     return found
 
 
@@ -112,12 +115,12 @@ class _UNet:
         with torch.no_grad():
             return self.device.calls(lambda: self.module(*inputs))
 
-    def compiled(self, batch: int) -> Figures:
+    def compiled(self, batch: int, tuning: Tuning = "default") -> Figures:
         spec, inputs = self.spec(batch), self.inputs(batch)
         with TemporaryDirectory() as folder:
             file = Path(folder) / "unet.pt2"
             started = time.monotonic()
-            compile_aoti(spec, self._draw(), file, device=self.device.place)
+            compile_aoti(spec, self._draw(), file, device=self.device.place, tuning=tuning)
             compile_s = time.monotonic() - started
             engine = CompiledEngine(file, spec)
         with torch.no_grad():
