@@ -120,7 +120,7 @@ def _obstacle(name: str, precision: str | None) -> str | None:
         return f"{name} has no {precision}"
     if name == "tensorrt-rtx":
         architecture = "sm{}{}".format(*torch.cuda.get_device_capability())
-        if architecture not in ARCHITECTURES[name]:
+        if architecture not in ARCHITECTURES["tensorrt-rtx"]:
             return f"{name} has no engines for {architecture}"
     if name == "torch-compile":
         try:

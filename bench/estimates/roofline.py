@@ -177,7 +177,7 @@ def roofline(
         WeightsError, EngineError: no such model, or a damaged one.
     """
     gpus, batches = parse_gpus(",".join(gpus)), parse_batches(",".join(map(str, batches)))
-    check_precision(precision)
+    checked = check_precision(precision) if precision is not None else "float16"
     if not 0 <= boxes <= MAX_OBJECTS:
         remedy = f"An image has 0 to {MAX_OBJECTS}."
         raise UsageError("too many boxes, or fewer than none", value=boxes, remedy=remedy)
@@ -185,7 +185,7 @@ def roofline(
     if (Path(model) / MANIFEST_FILE).is_file():
         source = _onnx_source(Path(model), precision)
     else:
-        source = _torch_source(model, precision or "float16")
+        source = _torch_source(model, checked)
     for size in batches:
         if not source.batch.min <= size <= source.batch.max:
             raise InputError(

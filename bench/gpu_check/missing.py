@@ -47,7 +47,7 @@ def missing(
         pins: name -> version to install; by default the specifier is given as it is.
     """
     known = {canonicalize_name(name): version for name, version in installed.items()}
-    marked = {**default_environment(), "extra": ""}
+    marked: dict[str, str] = {**default_environment(), "extra": ""}  # type: ignore[dict-item]
     if python is not None:
         marked |= {"python_version": python, "python_full_version": f"{python}.0"}
     found: dict[str, str] = {}

