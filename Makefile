@@ -11,7 +11,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 # no byte code for what is never imported: that is most of torch and transformers
 INSTALL := $(BIN)/pip install --quiet --no-compile -c constraints.txt
 
-.PHONY: help demo smoke test test-slow lint type docs bench bench-gpu clean
+.PHONY: help demo smoke test test-slow lint type docs bench gpu-check gpu-pack test-oldest clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,7 +21,9 @@ help:
 	@echo "make lint type  ruff, mypy"
 	@echo "make docs       tables of docs/performance.md, docs/cli.md, API reference into build/docs"
 	@echo "make bench      speed beside a plain diffusers loop, and of training, into bench-results/"
-	@echo "make bench-gpu  all suites on an NVIDIA GPU, into bench-gpu/ (docs/gpu.md)"
+	@echo "make gpu-check  check and time everything on an NVIDIA GPU in 8 minutes, into gpu-check.json"
+	@echo "make gpu-pack   wheels for a GPU machine without a network: INSTALLED=its pip list (docs/gpu.md)"
+	@echo "make test-oldest  kernels and pipeline with the oldest versions (torch with CUDA is 5 GB)"
 	@echo "make clean      remove what these made, but not $(VENV)"
 
 $(BIN)/python:
@@ -82,10 +84,26 @@ bench: $(VENV)/.installed-dev
 	$(BIN)/hcma-fast bench run peers train --out bench-results
 	$(BIN)/hcma-fast bench run train --model sd14 --rounds 1 --out bench-results/sd14
 
-# The extras for a GPU exclude those above, so it takes the environment as it is (docs/gpu.md).
-bench-gpu:
-	$(BIN)/hcma-fast bench run all --device cuda --rounds 3 --out bench-gpu
+# It takes the environment as it is: on a GPU machine that is an image's, or one with the extra gpu.
+GPU_PYTHON ?= $(firstword $(wildcard $(BIN)/python) python3)
+gpu-check:
+	$(GPU_PYTHON) -m hcma_fast.bench.gpu_check --out gpu-check.json
+
+# INSTALLED: what `python3 -m pip list --format=freeze` says on the GPU machine
+gpu-pack: $(VENV)/.installed-dev
+	$(BIN)/python -m hcma_fast.bench.gpu_check.pack --installed $(INSTALLED) --out build/gpu-check
+
+OLDEST := .venv-oldest
+$(OLDEST)/.installed: setup.py constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip install --quiet --no-compile -c constraints-oldest.txt -e ".[onnxruntime]" \
+		triton "pytest>=9,<10" "pytest-timeout>=2.4,<3" "hypothesis>=6.130,<7"
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed
+	$(OLDEST)/bin/python -m pytest tests/kernels tests/sampling/test_loop.py \
+		tests/runtime/test_pipeline.py tests/export/test_build.py
 
 clean:
-	rm -rf build dist demo bench-gpu bench-results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf build dist demo bench-results *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find hcma_fast kernels export train bench tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,7 +36,7 @@ def export_graph(
     """
     if target.backend == "torch-compile":
         file = folder / f"{spec.graph}.pt2"
-        aoti.compile_aoti(spec, module, file, device=target.device)
+        aoti.compile_aoti(spec, module, file, device=target.device, tuning=target.tuning)
         return file
     file = folder / f"{spec.graph}.onnx"
     export_onnx(spec, module, file, weights, vocabulary=vocabulary)

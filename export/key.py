@@ -33,6 +33,7 @@ GRAPH_CODE = (
     "models.checkpoint.tokenizer",
     "models.checkpoint.weight_files",
     "sampling.exported",
+    "export.channels_last",
     "export.compile",
     "export.precision",
     "export.weights_file",
@@ -69,7 +70,7 @@ def key_parts(weights_hash: str, target: Target) -> dict[str, str]:
         "image size": size,
         "machine": machine(target),
         "options": f"fuse {target.fuse}, strip {target.strip_weights}, "
-        f"workspace {target.workspace_mib}",
+        f"workspace {target.workspace_mib}, tuning {target.tuning}",
         "libraries": ", ".join(f"{name} {metadata.version(name)}" for name in _LIBRARIES),
         "code of hcma-fast": f"{code_hash()}, opset {OPSET}",
     }

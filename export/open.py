@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,11 +12,12 @@ import torch
 
 from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, EngineError, UsageError
+from hcma_fast.export.backends.aoti import build as aoti
 from hcma_fast.export.backends.aoti.engine import CompiledEngine
 from hcma_fast.export.backends.onnxruntime.engine import OrtEngine
 from hcma_fast.export.backends.openvino.engine import OpenVINOEngine
 from hcma_fast.export.backends.openvino.model import precision_of
-from hcma_fast.export.backends.trt.build import TRTLibrary
+from hcma_fast.export.backends.trt.build import ARCHITECTURES, TRTLibrary
 from hcma_fast.export.backends.trt.engine import TRTEngine
 from hcma_fast.export.kernel_cache import kernel_folder
 from hcma_fast.export.manifest import (
@@ -24,6 +26,7 @@ from hcma_fast.export.manifest import (
     check_usable,
     open_folder,
 )
+from hcma_fast.export.precision import PRECISIONS
 from hcma_fast.export.target import PRECISIONS_OF, TRT_LIBRARIES
 from hcma_fast.export.validate import cases_for, measure, on_device
 from hcma_fast.models.checkpoint.folder import ModelSource
@@ -36,37 +39,95 @@ _MODULES = {
     "onnxruntime": "onnxruntime",
     "openvino": "openvino",
 }
+_ON_GPU = ("tensorrt", "tensorrt-rtx", "torch-compile", "eager")
+"""The fastest first, by what others published; onnxruntime is the last that is compiled"""
 
 
-def choose_backend(device: str | None = None, precision: str | None = None) -> tuple[str, str]:
-    """The backend for ``auto``, by what is installed and if there is a GPU: its name, and why.
+@dataclass(frozen=True)
+class Choice:
+    """What ``auto`` takes."""
+
+    backend: str
+    precision: str | None
+    """None: the backend's own default"""
+    device: str | None
+    """None: the backend's own default"""
+    why: str
+
+    @property
+    def label(self) -> str:
+        """Backend and precision."""
+        return self.backend if self.precision is None else f"{self.backend} in {self.precision}"
+
+
+def choose_backend(
+    device: str | None = None, precision: str | None = None, *, build: bool = False
+) -> Choice:
+    """What to take for ``auto``: by the GPU, what is installed, and what fits it.
+
+    On an NVIDIA GPU: TensorRT, TensorRT-RTX, torch-compile, eager, in float16 unless another
+    precision is asked for. Else ONNX Runtime, then OpenVINO.
 
     Args:
         device, precision: what the user insists on, if anything.
+        build: engines are to be built, so eager is no answer.
 
     Raises:
-        BackendError: no compiled backend is installed that has them.
+        BackendError: no backend is installed that has them.
     """
     gpu = torch.cuda.is_available()
-    wanted = device.split(":")[0] if device else None
-    on_gpu = (*TRT_LIBRARIES, "onnxruntime") if wanted == "cuda" else TRT_LIBRARIES
-    on_cpu = () if wanted == "cuda" else ("onnxruntime", "openvino")
-    order = [
-        name
-        for name in (*(on_gpu if gpu and wanted != "cpu" else ()), *on_cpu)
-        if precision is None or precision in PRECISIONS_OF[name]
-    ]
-    there = f"torch finds {'an NVIDIA GPU' if gpu else 'no NVIDIA GPU'}"
-    for name in order:
-        if find_spec(_MODULES[name]) is not None:
-            skipped = order[: order.index(name)]
-            missing = f"; {', '.join(skipped)} not installed" if skipped else ""
-            return name, f"{there}, and {name} is installed{missing}"
+    kind = device.split(":")[0] if device else None
+    skipped: list[str] = []
+    if gpu and kind in (None, "cuda"):
+        wanted = precision or "float16"
+        for name in (*_ON_GPU, *(("onnxruntime",) if kind == "cuda" else ())):
+            if name == "eager" and build:
+                continue
+            problem = _obstacle(name, wanted)
+            if problem is None:
+                return _choice("torch finds an NVIDIA GPU", name, wanted, device or "cuda", skipped)
+            skipped.append(problem)
+    if kind != "cuda":
+        there = f"torch finds {'an NVIDIA GPU' if gpu else 'no NVIDIA GPU'}"
+        for name in ("onnxruntime", "openvino"):
+            problem = _obstacle(name, precision)
+            if problem is None:
+                return _choice(there, name, precision, device, skipped)
+            skipped.append(problem)
     raise BackendError(
-        "no compiled backend is installed that has this device and precision",
+        f"no backend is here that has this device and precision ({'; '.join(skipped)})"
+        if skipped
+        else "no backend is here that has this device, since torch finds no NVIDIA GPU",
         value=f"{device or 'any device'}, {precision or 'any precision'}",
         remedy='Run pip install "hcma-fast[cpu]", or use backend="eager".',
     )
+
+
+def _choice(
+    there: str, name: str, precision: str | None, device: str | None, skipped: list[str]
+) -> Choice:
+    why = "; ".join([f"{there}, and {name} is installed", *skipped])
+    return Choice(name, precision, device, why)
+
+
+def _obstacle(name: str, precision: str | None) -> str | None:
+    """Why a backend is not to be taken here; None where it is."""
+    module = _MODULES.get(name)
+    if module is not None and find_spec(module) is None:
+        return f"{name} is not installed"
+    possible = PRECISIONS if name == "eager" else PRECISIONS_OF[name]
+    if precision not in (None, *possible):
+        return f"{name} has no {precision}"
+    if name == "tensorrt-rtx":
+        architecture = "sm{}{}".format(*torch.cuda.get_device_capability())
+        if architecture not in ARCHITECTURES["tensorrt-rtx"]:
+            return f"{name} has no engines for {architecture}"
+    if name == "torch-compile":
+        try:
+            aoti.check_compiler("cuda")
+        except BackendError as error:
+            return error.what
+    return None
 
 
 def open_engines(opened: VerifiedFolder, device: str) -> dict[GraphName, Engine]:

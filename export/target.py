@@ -55,6 +55,8 @@ class Target:
         fuse: "step" adds graphs that do a whole evaluation, see ``sampling.exported``.
         device: what torch-compile compiles for: this machine's CPU, or its GPU ("cuda"). Other
             backends' engines are not for the one or the other, or for a GPU only.
+        tuning: "autotune" has torch-compile search for faster kernels on the GPU, see
+            ``aoti.build.TUNINGS``.
 
     Raises:
         BackendError: a precision or architecture that the backend lacks.
@@ -71,6 +73,7 @@ class Target:
     strip_weights: bool = False
     fuse: Literal["none", "step"] = "none"
     device: Literal["cpu", "cuda"] = "cpu"
+    tuning: aoti.Tuning = "default"
 
     def __post_init__(self) -> None:
         if self.backend not in COMPILED_BACKENDS:
@@ -94,6 +97,18 @@ class Target:
                 "the device is an option of torch-compile alone",
                 value=self.backend,
                 remedy="Leave it out: other engines run wherever their backend does.",
+            )
+        if self.tuning not in aoti.TUNINGS:
+            raise UsageError(
+                "unknown tuning",
+                value=self.tuning,
+                remedy=f"Use one of {', '.join(aoti.TUNINGS)}.",
+            )
+        if self.tuning != "default" and self.device != "cuda":
+            raise UsageError(
+                "tuning is an option of torch-compile on a GPU",
+                value=f"{self.backend} on {self.device}",
+                remedy="Leave it out, or add the device cuda.",
             )
         possible = PRECISIONS_OF[self.backend]
         if self.precision not in possible:

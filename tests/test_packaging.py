@@ -210,5 +210,20 @@ def test_constraints_pin_versions_that_setup_allows(metadata: dict[str, Any]) ->
     assert str(pins["torch"].specifier) == "==2.13.0"
 
 
+def test_the_oldest_constraints_are_the_lower_bounds(metadata: dict[str, Any]) -> None:
+    text = (ROOT / "constraints-oldest.txt").read_text()
+    pins = requirements([line for line in text.splitlines() if line and not line.startswith("#")])
+    bounds = {}
+    for group in ("onnxruntime", "gpu"):
+        bounds |= requirements(metadata["extras_require"][group])
+    bounds |= requirements(metadata["install_requires"])
+    # another wheel in the same place
+    del bounds["onnxruntime-gpu"]
+    assert pins.keys() == bounds.keys()
+    for name, bound in bounds.items():
+        lowest = [s.version for s in bound.specifier if s.operator == ">="]
+        assert [s.version for s in pins[name].specifier] == lowest, name
+
+
 def test_changelog_knows_the_version(metadata: dict[str, Any]) -> None:
     assert f"[{metadata['version']}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -2,8 +2,8 @@
 
 Torch modules run on the meta device, which knows shapes and dtypes only. Operations are counted by
 the formulas of ``torch.utils.flop_counter``: matrix products, convolutions and attention, a
-multiply and an add as two. What pointwise operators and norms compute is left out, as the field
-does.
+multiply and an add as two. What pointwise operators compute is left out, as the field does; the
+exponentials of softmax, the padding of attention and what norms pass over are counted beside.
 ``FlopCounterMode`` itself cannot see inside a module that calls ``autograd.grad``, as `align` does;
 the tests compare it with these counts elsewhere, and on the traced gradient.
 """
@@ -36,6 +36,22 @@ _NO_TRAFFIC = frozenset(
 _GATHERS = frozenset((_aten.embedding, _aten.index, _aten.index_select, _aten.gather))
 
 
+_NORMS = frozenset(
+    (
+        *(_aten.native_group_norm, _aten.native_layer_norm),
+        *(_aten.native_group_norm_backward, _aten.native_layer_norm_backward),
+    )
+)
+_SOFTMAX = frozenset((_aten._softmax, _aten._safe_softmax))
+#: widths of a head for which attention kernels are written; others are filled up with zeros
+_HEAD_WIDTHS = (16, 32, 64, 96, 128, 192, 256)
+
+
+def padded_width(width: int) -> int:
+    """The width of a head that a fused attention kernel computes with."""
+    return next((size for size in _HEAD_WIDTHS if size >= width), width)
+
+
 @dataclass(frozen=True)
 class Operation:
     """One operator that runs: what it computes, in which dtype, and what it reads and writes."""
@@ -43,6 +59,11 @@ class Operation:
     flops: int
     dtype: str
     bytes: int
+    padding_flops: int = 0
+    """products with the zeros that fill up attention's heads"""
+    exponentials: int = 0
+    normalised: int = 0
+    """values that a norm reads, and writes as many"""
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,21 @@ class Counts:
     def flops(self) -> int:
         """Of all operations."""
         return sum(operation.flops for operation in self.operations)
+
+    @property
+    def padding_flops(self) -> int:
+        """Of attention's heads, see :class:`Operation`."""
+        return sum(operation.padding_flops for operation in self.operations)
+
+    @property
+    def exponentials(self) -> int:
+        """Of all softmaxes."""
+        return sum(operation.exponentials for operation in self.operations)
+
+    @property
+    def normalised(self) -> int:
+        """Values that norms read."""
+        return sum(operation.normalised for operation in self.operations)
 
     @property
     def compulsory_bytes(self) -> int:
@@ -134,27 +170,38 @@ class _Counter(TorchDispatchMode):
             read, written = _tensors((args, kwargs)), _tensors(result)
             if func.overloadpacket in _GATHERS:
                 read = read[1:] + written
-            self._add(computed, read, written)
+            exponentials = result.numel() if func.overloadpacket in _SOFTMAX else 0
+            normalised = written[0].numel() if func.overloadpacket in _NORMS else 0
+            self._add(computed, read, written, exponentials=exponentials, normalised=normalised)
         return result
 
-    def whole(self, call: Callable[[], Tensor], read: list[Tensor]) -> Tensor:
-        """What ``call`` does is one operator, of ``read`` and its result."""
+    def attention(self, call: Callable[[], Tensor], read: list[Tensor]) -> Tensor:
+        """What ``call`` does is one operator, of query, key, value (in ``read``) and its result."""
         self._within = 0
+        query, key = read[:2]
+        width = query.shape[-1]
         try:
             result = call()
-            self._add(self._within, read, [result])
+            self._add(
+                self._within,
+                read,
+                [result],
+                padding_flops=self._within * padded_width(width) // width - self._within,
+                exponentials=query.numel() // width * key.shape[-2],
+            )
         finally:
             self._within = None
         return result
 
-    def _add(self, flops: int, read: list[Tensor], written: list[Tensor]) -> None:
+    def _add(self, flops: int, read: list[Tensor], written: list[Tensor], **besides: int) -> None:
         for tensor in read:
             key = _storage(tensor)
             if key in self._weights:
                 self.weights_read[key] = self._weights[key]
         dtype = next((t.dtype for t in (*written, *read) if t.is_floating_point()), torch.int64)
         moved = sum(map(_held, read)) + sum(map(_held, written))
-        self.operations.append(Operation(flops, str(dtype).removeprefix("torch."), moved))
+        name = str(dtype).removeprefix("torch.")
+        self.operations.append(Operation(flops, name, moved, **besides))
 
 
 class _WholeAttention(TorchFunctionMode):
@@ -174,7 +221,7 @@ class _WholeAttention(TorchFunctionMode):
         call = partial(func, *args, **(kwargs or {}))
         if func is not F.scaled_dot_product_attention:
             return call()
-        return self._counter.whole(call, _tensors((args, kwargs)))
+        return self._counter.attention(call, _tensors((args, kwargs)))
 
 
 def _tensors(tree: Any) -> list[Tensor]:

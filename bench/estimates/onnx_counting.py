@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx
 
-from hcma_fast.bench.estimates.counting import Counts, Operation
+from hcma_fast.bench.estimates.counting import Counts, Operation, padded_width
 from hcma_fast.errors import EngineError
 from hcma_fast.specs import BATCH
 
@@ -21,6 +21,7 @@ _VIEWS = frozenset(("Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity", "S
 _GATHERS = frozenset(("Gather", "GatherND", "GatherElements", "Slice"))
 #: compute products that no formula here counts; the exporter writes none
 _UNKNOWN = frozenset(("Einsum", "ConvTranspose", "LSTM", "GRU", "RNN", "If", "Loop", "Scan"))
+_NORMS = frozenset(("LayerNormalization", "InstanceNormalization", "GroupNormalization"))
 
 
 def count_onnx(path: Path, batch: int) -> Counts:
@@ -56,7 +57,7 @@ def count_onnx(path: Path, batch: int) -> Counts:
         moved = sum(_held(size_of(name)) for name in (*read, *written))
         flops = _flops(node, size_of)
         dtype = size_of(node.output[0])[0] if flops else "none"
-        operations.append(Operation(flops, dtype, moved))
+        operations.append(Operation(flops, dtype, moved, **_besides(node, flops, size_of)))
     return Counts(
         operations=tuple(operations),
         weights_bytes=sum(_held(sizes[name]) for name in used),
@@ -84,6 +85,23 @@ def _flops(node: onnx.NodeProto, size_of: Callable[[str], tuple[str, Shape]]) ->
     # (B, T, H D) or (B, H, T, D): heads and widths are what is not batch and length
     heads = math.prod(query[1:-2])
     return 2 * query[0] * heads * query[-2] * key[-2] * (query[-1] + value[-1])
+
+
+def _besides(
+    node: onnx.NodeProto, flops: int, size_of: Callable[[str], tuple[str, Shape]]
+) -> dict[str, int]:
+    """Padding, exponentials and normalised values, see :class:`.counting.Operation`."""
+    if node.op_type == "Softmax":
+        return {"exponentials": math.prod(size_of(node.output[0])[1])}
+    if node.op_type in _NORMS:
+        return {"normalised": math.prod(size_of(node.output[0])[1])}
+    if node.op_type != "Attention":
+        return {}
+    query, key = (size_of(name)[1] for name in node.input[:2])
+    heads = {a.name: a.i for a in node.attribute}.get("q_num_heads", 0)
+    width = query[-1] // heads if len(query) == 3 else query[-1]
+    scores = math.prod(query) // width * key[-2]
+    return {"padding_flops": flops * padded_width(width) // width - flops, "exponentials": scores}
 
 
 def _held(size: tuple[str, Shape]) -> int:

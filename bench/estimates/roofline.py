@@ -6,7 +6,7 @@ operations at the peak rate, and as its bytes at the peak bandwidth, whichever i
 the floor are the compulsory ones: every weight that is used once per call, inputs and outputs, and
 no activation. Beside it stands what the same operators take one by one, each at its own roofline,
 when each reads its operands from memory and writes its result there: what kernels without fusion
-cannot beat. Nothing is run or timed.
+cannot beat, and a practical floor between the two (:mod:`.times`). Nothing is run or timed.
 """
 
 from __future__ import annotations
@@ -14,21 +14,27 @@ from __future__ import annotations
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
-
-from pydantic import BaseModel, ConfigDict
+from typing import Literal, cast
 
 from hcma_fast.bench.estimates.counting import Counts, count_module
 from hcma_fast.bench.estimates.gpus import GPU, GPUS
 from hcma_fast.bench.estimates.onnx_counting import count_onnx
+from hcma_fast.bench.estimates.times import (
+    BatchTime,
+    Call,
+    PeerTime,
+    Report,
+    batch_times,
+    peer_times,
+)
 from hcma_fast.bench.shared.machine import Machine, describe_machine
 from hcma_fast.config import MAX_OBJECTS, AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
 from hcma_fast.export.manifest import MANIFEST_FILE, load_manifest
-from hcma_fast.export.precision import PRECISIONS, Precision, at_precision
+from hcma_fast.export.precision import Precision, at_precision, check_precision
 from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
@@ -41,19 +47,7 @@ MAX_ALIGN_SHARE = 0.05
 """Of the alignment in a denoising step's floor: the goal."""
 
 
-class _Report(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Call(NamedTuple):
-    """A graph, the batch that it is called with, and how often for one batch of images."""
-
-    graph: GraphName
-    batch: int
-    times: int
-
-
-class GraphCounts(_Report):
+class GraphCounts(Report):
     """Counted, the same on every card."""
 
     graph: GraphName
@@ -63,43 +57,17 @@ class GraphCounts(_Report):
     """calls per batch of images"""
     flops: int
     flops_by_dtype: dict[str, int]
+    padding_flops: int
+    """of attention's heads, filled up with zeros"""
+    exponentials: int
+    normalised: int
+    """values that norms read"""
     weights_bytes: int
     io_bytes: int
     unfused_bytes: int
 
 
-class CallTime(_Report):
-    """One call on one card, in seconds; an estimate."""
-
-    graph: GraphName
-    batch: int
-    compute_s: float
-    memory_s: float
-    floor_s: float
-    bound: Literal["compute", "memory"]
-    unfused_s: float
-
-
-class BatchTime(_Report):
-    """One batch of images on one card; an estimate."""
-
-    gpu: str
-    batch: int
-    calls: tuple[CallTime, ...]
-    evaluation_floor_s: float
-    """the UNet on both halves of the guidance"""
-    step_floor_s: float
-    """alignment and evaluation, as all PLMS steps but the first have"""
-    step_unfused_s: float
-    image_floor_s: float
-    """all calls, by the images of the batch"""
-    image_unfused_s: float
-    align_share: float
-    """of the step's floor"""
-    align_share_unfused: float
-
-
-class RooflineReport(_Report):
+class RooflineReport(Report):
     """What :func:`roofline` found; all times are estimates."""
 
     kind: Literal["estimate"] = "estimate"
@@ -118,6 +86,8 @@ class RooflineReport(_Report):
     """by batch of images"""
     gpus: dict[str, GPU]
     rows: tuple[BatchTime, ...]
+    peers: tuple[PeerTime, ...]
+    """of full size only"""
     align_share_goal: float = MAX_ALIGN_SHARE
     machine: Machine
 
@@ -207,9 +177,7 @@ def roofline(
         WeightsError, EngineError: no such model, or a damaged one.
     """
     gpus, batches = parse_gpus(",".join(gpus)), parse_batches(",".join(map(str, batches)))
-    if precision not in (None, *PRECISIONS):
-        remedy = f"Use one of {', '.join(PRECISIONS)}."
-        raise UsageError("unknown precision", value=precision, remedy=remedy)
+    checked = check_precision(precision) if precision is not None else "float16"
     if not 0 <= boxes <= MAX_OBJECTS:
         remedy = f"An image has 0 to {MAX_OBJECTS}."
         raise UsageError("too many boxes, or fewer than none", value=boxes, remedy=remedy)
@@ -217,7 +185,7 @@ def roofline(
     if (Path(model) / MANIFEST_FILE).is_file():
         source = _onnx_source(Path(model), precision)
     else:
-        source = _torch_source(model, precision or "float16")
+        source = _torch_source(model, checked)
     for size in batches:
         if not source.batch.min <= size <= source.batch.max:
             raise InputError(
@@ -249,9 +217,22 @@ def roofline(
             for size in batches
         },
         gpus={name: GPUS[name] for name in gpus},
-        rows=tuple(_times(name, size, wanted[size], found) for name in gpus for size in batches),
+        rows=tuple(
+            batch_times(name, size, wanted[size], found) for name in gpus for size in batches
+        ),
+        peers=_peers(source, found, gpus),
         machine=describe_machine(),
     )
+
+
+def _peers(
+    source: _Source, found: Mapping[tuple[GraphName, int], Counts], gpus: Sequence[str]
+) -> tuple[PeerTime, ...]:
+    """Published speeds are of full size, with guidance and for one image."""
+    if (source.info.preset, source.height, source.width) != ("sd14", 512, 512):
+        return ()
+    plain, gated = found.get(("unet_plain", 2)), found.get(("unet_grounded", 2))
+    return () if plain is None or gated is None else peer_times(plain.flops, gated.flops, gpus)
 
 
 @dataclass(frozen=True)
@@ -312,58 +293,12 @@ def _summary(call: Call, counts: Counts) -> GraphCounts:
         times=call.times,
         flops=counts.flops,
         flops_by_dtype={dtype: flops for dtype, flops in by_dtype.items() if flops},
+        padding_flops=counts.padding_flops,
+        exponentials=counts.exponentials,
+        normalised=counts.normalised,
         weights_bytes=counts.weights_bytes,
         io_bytes=counts.io_bytes,
         unfused_bytes=counts.unfused_bytes,
-    )
-
-
-def time_call(graph: GraphName, batch: int, counts: Counts, gpu: GPU) -> CallTime:
-    """The floor of one call, and the sum of its operators' own."""
-    computing = [operation.flops / gpu.rate(operation.dtype) for operation in counts.operations]
-    moving = [operation.bytes / gpu.bandwidth for operation in counts.operations]
-    compute, memory = sum(computing), counts.compulsory_bytes / gpu.bandwidth
-    unfused = sum(max(pair) for pair in zip(computing, moving, strict=True))
-    floor = max(compute, memory)
-    return CallTime(
-        graph=graph,
-        batch=batch,
-        compute_s=compute,
-        memory_s=memory,
-        floor_s=floor,
-        bound="compute" if compute >= memory else "memory",
-        # an input that no operator reads counts for the floor only
-        unfused_s=max(unfused, floor),
-    )
-
-
-def _times(
-    gpu: str,
-    batch: int,
-    wanted: Iterable[Call],
-    found: Mapping[tuple[GraphName, int], Counts],
-) -> BatchTime:
-    listed = list(wanted)
-    timed = [time_call(call.graph, call.batch, found[call[:2]], GPUS[gpu]) for call in listed]
-    by_graph = {time.graph: time for time in timed}
-    times = {call.graph: call.times for call in listed}
-    unet = by_graph["unet_grounded" if times["unet_grounded"] else "unet_plain"]
-    align, align_unfused = (
-        (by_graph["align"].floor_s, by_graph["align"].unfused_s) if times["align"] else (0.0, 0.0)
-    )
-    step, step_unfused = align + unet.floor_s, align_unfused + unet.unfused_s
-    pairs = list(zip(listed, timed, strict=True))
-    return BatchTime(
-        gpu=gpu,
-        batch=batch,
-        calls=tuple(timed),
-        evaluation_floor_s=unet.floor_s,
-        step_floor_s=step,
-        step_unfused_s=step_unfused,
-        image_floor_s=sum(call.times * time.floor_s for call, time in pairs) / batch,
-        image_unfused_s=sum(call.times * time.unfused_s for call, time in pairs) / batch,
-        align_share=align / step,
-        align_share_unfused=align_unfused / step_unfused,
     )
 
 

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from hcma_fast.errors import DeviceMemoryError
-from hcma_fast.specs import IOSpec
+from hcma_fast.export.channels_last import channels_last
+from hcma_fast.export.precision import Precision, at_precision
+from hcma_fast.specs import GraphName, IOSpec
 
 
 class EagerEngine:
@@ -36,3 +38,26 @@ class EagerEngine:
                 ) from error
             raise
         return dict(zip(self.spec.output_names, outputs, strict=True))
+
+
+def eager_engines(
+    graphs: Mapping[GraphName, nn.Module],
+    specs: Mapping[GraphName, IOSpec],
+    device: str,
+    precision: Precision = "float32",
+) -> dict[GraphName, EagerEngine]:
+    """An engine for each graph, on ``device``. In float32 the modules themselves are moved there.
+
+    In half precision they are copies, which share weights as ``graphs`` do; on a GPU they have
+    their channels last.
+    """
+    halves: dict[int, nn.Parameter] = {}
+    turned = precision != "float32" and torch.device(device).type == "cuda"
+    engines = {}
+    for name, module in graphs.items():
+        # moved first: a GPU converts faster, and weights that were shared stay so
+        own = at_precision(name, module.to(device), precision, halves)
+        if turned and name != "grounding":
+            own = channels_last(own)
+        engines[name] = EagerEngine(own, specs[name])
+    return engines

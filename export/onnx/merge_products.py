@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 _aten = torch.ops.aten
@@ -90,7 +91,9 @@ def _flat_sizes(view: Any, node: Any) -> list[Any]:
 
 def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     node = graph.call_function(target, args)
-    node.meta["val"] = target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
+    # torch 2.11 knows some operators of symbolic sizes by their Python decomposition alone
+    with enable_python_dispatcher():
+        node.meta["val"] = target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
     return node
 
 

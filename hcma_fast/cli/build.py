@@ -70,6 +70,12 @@ def build(
             help="step: also build graphs that do a whole step in one call, where all steps align."
         ),
     ] = "none",
+    tuning: Annotated[
+        str,
+        typer.Option(
+            help="autotune: torch-compile on a GPU searches for faster kernels, minutes a graph."
+        ),
+    ] = "default",
     random_weights: Annotated[
         bool, typer.Option("--random-weights", help="sd14 at full size, with weights made up.")
     ] = False,
@@ -128,7 +134,18 @@ def build(
             from hcma_fast.export.target import Target, default_precision
             from hcma_fast.specs import BatchRange
 
-            name = _chosen(backend)
+            if backend == "auto":
+                from hcma_fast.export.open import choose_backend
+                from hcma_fast.export.target import device_for
+
+                choice = choose_backend(device, precision, build=True)
+                print_note(f"Backend {choice.label}: {choice.why}.")
+                name, precision = choice.backend, choice.precision
+                # an option of torch-compile alone
+                compiled_for = device_for(name, choice.device or "cpu")
+                device = None if compiled_for == "cpu" else compiled_for
+            else:
+                name = backend
             target = Target(
                 backend=name,
                 device=cast(Literal["cpu", "cuda"], device or "cpu"),
@@ -140,7 +157,13 @@ def build(
                 workspace_mib=workspace,
                 strip_weights=strip_weights,
                 fuse=cast(Literal["none", "step"], fuse),
+                tuning=cast(Literal["default", "autotune"], tuning),
             )
+            if target.device == "cuda" and not target.batch_range.static:
+                print_note(
+                    "A range of batches keeps torch's convolutions in the slower layout (NCHW): "
+                    "--batch 1 builds for one size, with channels last."
+                )
             if device is not None:
                 from hcma_fast.runtime.arguments import check_device
 
@@ -151,16 +174,6 @@ def build(
         print_json(report)
     else:
         typer.echo(report["folder"])
-
-
-def _chosen(backend: str) -> str:
-    if backend != "auto":
-        return backend
-    from hcma_fast.export.open import choose_backend
-
-    name, why = choose_backend()
-    print_note(f"Backend {name}: {why}.")
-    return name
 
 
 def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:

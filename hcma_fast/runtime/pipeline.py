@@ -14,7 +14,8 @@ from transformers import CLIPTokenizer
 from hcma_fast.config import AlignmentSettings, Sampler, SettingsChange, check_backend, devices_of
 from hcma_fast.engine import Engine
 from hcma_fast.errors import BackendError, DivergenceError, UsageError
-from hcma_fast.export.backends.eager import EagerEngine
+from hcma_fast.export.backends.eager import eager_engines
+from hcma_fast.export.precision import Precision, check_precision
 from hcma_fast.layout import Layout
 from hcma_fast.models.checkpoint.folder import (
     Checkpoint,
@@ -75,6 +76,8 @@ class HCMAPipeline:
         #: torch modules; None for compiled engines, which need no weights beside them
         self.components = components
         self.device = device
+        #: as asked for, or chosen for "auto"; None: the backend's default, or the engine folder's
+        self.precision: str | None = None
         #: what computes the alignment gradient, if that is not the backend
         self.grad_backend: str | None = None
         #: what samples in place of the plain loop, see :meth:`enable_cuda_graphs`
@@ -141,8 +144,8 @@ class HCMAPipeline:
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
                 eager, or the engine folder's own. A compiled one is built into the cache at first.
-            precision: float32, float16 or bfloat16, of a compiled backend; default float32
-                where the backend has it.
+            precision: float32, float16 or bfloat16; default float32 where the backend has it, or
+                what "auto" chooses.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
             grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
@@ -176,26 +179,21 @@ class HCMAPipeline:
         if backend == "auto":
             from hcma_fast.export.open import choose_backend
 
-            backend, why = choose_backend(device, precision)
-            _log.info("Backend %s: %s.", backend, why)
+            choice = choose_backend(device, precision)
+            backend, precision, device = choice.backend, choice.precision, choice.device
+            _log.info("Backend %s: %s.", choice.label, choice.why)
         if grad_backend is not None:
             from hcma_fast.runtime.gradient import check_grad_backend, gradient_engine
 
             check_grad_backend(grad_backend, device or devices_of(backend or "eager")[0])
         checkpoint = locate(name_or_path, aligner=aligner)
         if backend in (None, "eager"):
-            if precision not in (None, "float32"):
-                raise UsageError(
-                    "eager computes in float32 only",
-                    value=precision,
-                    remedy="Use a compiled backend.",
-                )
             device = device or "cpu"
             check_device(device, "eager")
-            pipe = cls.from_components(load_components(checkpoint), device=device)
+            kind = check_precision(precision)
+            pipe = cls.from_components(load_components(checkpoint), device=device, precision=kind)
         else:
             from hcma_fast.export.cache import engine_folder
-            from hcma_fast.export.precision import Precision
             from hcma_fast.export.target import Target, default_precision, device_for
 
             where = device or devices_of(backend)[0]
@@ -204,6 +202,7 @@ class HCMAPipeline:
             target = Target(backend, rounded, device=device_for(backend, where))
             engine = engine_folder(checkpoint, target, progress=progress)
             pipe = cls.from_engines(engine, device=where)
+        pipe.precision = precision
         if grad_backend is not None:
             parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
             align = gradient_engine(grad_backend, parts, spec, pipe.device)
@@ -212,15 +211,12 @@ class HCMAPipeline:
 
     @classmethod
     @neutral_torch()
-    def from_components(cls, components: Components, *, device: str = "cpu") -> HCMAPipeline:
-        """The eager reference pipeline; moves the components' modules to ``device``."""
-        specs = components.specs()
-        engines = {
-            name: EagerEngine(module.to(device), specs[name])
-            for name, module in components.graphs().items()
-        }
+    def from_components(
+        cls, components: Components, *, device: str = "cpu", precision: Precision = "float32"
+    ) -> HCMAPipeline:
+        """The eager pipeline, in float32 the reference; moves the modules to ``device``."""
         return cls(
-            engines,
+            eager_engines(components.graphs(), components.specs(), device, precision),
             components.tokenizer,
             components.info,
             backend="eager",

@@ -109,7 +109,7 @@ class Ours:
         found = cls(backend, precision=precision or "float32")
         if backend == "eager" and found.precision != "float32":
             raise BackendError(
-                "eager computes in float32", value=text, remedy="Use another backend."
+                "the suites compare with eager in float32", value=text, remedy="Use eager."
             )
         found.target(None)
         return found

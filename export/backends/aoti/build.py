@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from hcma_fast.errors import BackendError, DeviceMemoryError, EngineError, InputError
+from hcma_fast.export.channels_last import channels_last
 from hcma_fast.export.onnx.trace import dynamic_shapes, example_inputs, traceable
 from hcma_fast.export.signature import Tensors, check_signature
 from hcma_fast.specs import BATCH, IOSpec, TensorSpec
@@ -54,7 +55,28 @@ def _cpu_flags() -> str:
     return hashlib.sha256(" ".join(sorted(flags.split())).encode()).hexdigest()[:12]
 
 
-def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "cpu") -> None:
+Tuning = Literal["default", "autotune"]
+TUNINGS: dict[Tuning, dict[str, bool]] = {
+    "default": {},
+    # products and 1 x 1 convolutions by the fastest of several kernels, and these searched further
+    "autotune": {
+        "max_autotune": True,
+        "coordinate_descent_tuning": True,
+        "epilogue_fusion": True,
+        "conv_1x1_as_mm": True,
+    },
+}
+"""Inductor's options for a GPU; "autotune" times kernels while it builds, for minutes a graph"""
+
+
+def compile_aoti(
+    spec: IOSpec,
+    module: nn.Module,
+    path: Path,
+    *,
+    device: str = "cpu",
+    tuning: Tuning = "default",
+) -> None:
     """Compile ``module`` with its weights into the file ``path``, which ends in .pt2.
 
     The code is made for the CPU of this machine, or for torch's current GPU: see :func:`target`.
@@ -62,7 +84,8 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
     Args:
         spec: names and shapes; one graph serves every batch, unless the spec's batch is static.
         module: takes the inputs in the spec's order, returns a tuple of outputs.
-        device: "cpu", or "cuda", where a copy of ``module`` is compiled.
+        device: "cpu", or "cuda", where a copy of ``module`` is compiled, with its channels last.
+        tuning: of :data:`TUNINGS`.
 
     Raises:
         BackendError: there is no C++ compiler; for a GPU also no GPU, Triton or CUDA toolkit.
@@ -72,7 +95,7 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
     with torch.no_grad(), _memory_errors(spec):
         if device != "cpu":
             # the weights of the module itself are those of other graphs too
-            module = copy.deepcopy(module).to(device)
+            module = channels_last(copy.deepcopy(module).to(device))
         example = tuple(value.to(device) for value in example_inputs(spec))
         program = export_program(spec, module, example)
         tensors = _tensors(spec, program)
@@ -91,6 +114,7 @@ def compile_aoti(spec: IOSpec, module: nn.Module, path: Path, *, device: str = "
                     },
                     # whose allocator counts its failures, and shares what it has kept
                     "aot_inductor.weight_use_caching_allocator": device != "cpu",
+                    **TUNINGS[tuning],
                 },
             )
             with partial.open("rb") as file:

@@ -168,7 +168,7 @@ def render(
         "image_size": pipe.image_size,
         "height": pipe.image_shape[0],
         "width": pipe.image_shape[1],
-        "precision": plan.precision,
+        "precision": pipe.precision,
         "backend": pipe.backend,
         "grad_backend": pipe.grad_backend,
         "cuda_graphs": pipe.replay is not None,

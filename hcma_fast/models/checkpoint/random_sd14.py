@@ -107,13 +107,18 @@ class RandomSD14:
         parts = {"text_encoder": ["text"], "align": ["aligner"], "vae_decoder": ["vae"]}
         return self.drawn(*parts.get(name, ["unet", "aligner"])).graph(name, height, width)
 
-    def drawn(self, *parts: str) -> Components:
+    def drawn(self, *parts: str, device: str = "cpu") -> Components:
         """With weights for these ("text", "unet", "vae", "aligner"); the others on the meta
-        device."""
+        device.
+
+        Args:
+            device: where they are drawn; a GPU takes no time, and its generator gives other
+                weights than the CPU's, which ``weights_hash`` is of.
+        """
 
         def make(part: str) -> Any:
             if part in parts:
-                return _draw(part)
+                return _draw(part, device)
             with torch.device("meta"):
                 return _make(part)
 
@@ -146,15 +151,15 @@ def _make(part: str) -> Any:
 
 
 @torch.no_grad()
-def _draw(part: str) -> nn.Module:
+def _draw(part: str, device: str = "cpu") -> nn.Module:
     """A part with weights of the size that keeps activations near 1."""
     with torch.device("meta"):
         module: nn.Module = _make(part)
-    module.to_empty(device="cpu")
-    generator = torch.Generator().manual_seed(_SEED)
+    module.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(_SEED)
     for name, value in [*module.named_parameters(), *module.named_buffers()]:
         if not value.is_floating_point():
-            value.copy_(torch.arange(value.numel()).view_as(value))  # position ids
+            value.copy_(torch.arange(value.numel(), device=device).view_as(value))  # position ids
         elif value.dim() < 2:
             # gates of the grounding start at 0, which would leave it out
             value.fill_(0.5 if "alpha" in name else float("norm" in name and "weight" in name))

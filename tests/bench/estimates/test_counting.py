@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from hcma_fast.bench.estimates.counting import Counts, count_module
+from hcma_fast.bench.estimates.counting import Counts, count_module, padded_width
 from hcma_fast.bench.estimates.onnx_counting import count_onnx
 from hcma_fast.errors import EngineError
 from hcma_fast.export.manifest import load_manifest
@@ -77,8 +77,25 @@ def test_attention_by_hand_is_one_operator() -> None:
     counts = count_module(of_inputs(F.scaled_dot_product_attention), spec_of(*shapes), B)
     assert counts.flops == 2 * 2 * B * heads * queries * keys * width
     assert counts.weights_bytes == 0
+    # one for each score; a head of 8 is filled up to 16
+    assert counts.exponentials == B * heads * queries * keys
+    assert counts.padding_flops == counts.flops
     # queries, keys, values and the result: the scores stay inside
     assert counts.unfused_bytes == 4 * B * heads * width * (2 * queries + 2 * keys)
+
+
+def test_widths_that_attention_kernels_have() -> None:
+    # Stable Diffusion's heads, and those of its text encoder
+    widths = {40: 64, 80: 96, 160: 192, 64: 64, 256: 256, 300: 300}
+    assert {width: padded_width(width) for width in widths} == widths
+
+
+def test_norms_and_softmax_are_counted_beside() -> None:
+    for norm in (nn.GroupNorm(2, 4), nn.LayerNorm(6)):
+        counts = count_module(Layer(norm), spec_of((4, 5, 6)), B)
+        assert (counts.normalised, counts.flops) == (B * 4 * 5 * 6, 0)
+    softmax = count_module(of_inputs(lambda x: x.softmax(-1)), spec_of((7, 9)), B)
+    assert (softmax.exponentials, softmax.normalised) == (B * 7 * 9, 0)
 
 
 def test_pointwise_operators_cost_bytes_and_no_operations() -> None:
@@ -198,6 +215,11 @@ def test_the_onnx_graphs_have_the_same_operations(
             expected = counted(random_components, name, batch)
             assert found.flops == expected.flops, name
             assert found.io_bytes == expected.io_bytes, name
+            assert found.exponentials == expected.exponentials, name
+            if name != "align":
+                # align's norms are taken apart for their gradient
+                assert found.padding_flops == expected.padding_flops, name
+                assert found.normalised == expected.normalised, name
             # the exporter adds constants, such as small weights transposed for the backward pass
             ratio = found.weights_bytes / expected.weights_bytes
             assert 0.98 < ratio < 2, name
@@ -240,6 +262,10 @@ def test_onnx_operators_by_hand(
     elements = sum(torch.Size(shape).numel() for shape in shapes)
     assert counts.flops == flops
     assert counts.unfused_bytes == counts.io_bytes == 2 * elements
+    attention = operator == "Attention"
+    assert counts.exponentials == (3 * 2 * 7 * 9 if attention else 0)
+    # heads of 4 are filled up to 16
+    assert counts.padding_flops == (3 * flops if attention else 0)
     assert counts.operations[0].dtype == ("float16" if flops else "none")
 
 

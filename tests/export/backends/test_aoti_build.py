@@ -10,10 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from hcma_fast.errors import BackendError
-from hcma_fast.export.backends.aoti.build import compile_aoti, export_program
+from hcma_fast.errors import BackendError, UsageError
+from hcma_fast.export.backends.aoti.build import TUNINGS, compile_aoti, export_program
+from hcma_fast.export.channels_last import channels_last
+from hcma_fast.export.key import key_parts
 from hcma_fast.export.onnx.trace import example_inputs
 from hcma_fast.export.precision import Precision, at_precision
+from hcma_fast.export.target import Target
 from hcma_fast.models.checkpoint.folder import Components
 from hcma_fast.sampling.exported import graph_of
 from hcma_fast.specs import GRAPH_NAMES, STEP_NAMES, BatchRange, GraphName, IOSpec, TensorSpec
@@ -41,6 +44,55 @@ def test_a_static_batch_is_compiled_in(tmp_path: Path, monkeypatch: pytest.Monke
     assert shapes[0] == (4, 3)
     assert isinstance(shapes[1][0], torch.SymInt)
     assert [path.name for path in tmp_path.iterdir()] == ["x.pt2"]
+
+
+def test_tuning_is_named_and_asks_inductor_for_options_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[dict[str, Any]] = []
+
+    def write(program: Any, *, package_path: str, inductor_configs: dict[str, Any]) -> None:
+        given.append(inductor_configs)
+        Path(package_path).write_bytes(b"engine")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", write)
+    spec = IOSpec("vae_decoder", *TENSORS)
+    for tuning in TUNINGS:
+        compile_aoti(spec, Double(), tmp_path / "x.pt2", tuning=tuning)
+    plain, tuned = given
+    assert not plain.keys() & {"max_autotune", "coordinate_descent_tuning"}
+    assert {"max_autotune", "coordinate_descent_tuning", "epilogue_fusion"} <= tuned.keys()
+    known = torch._inductor.config.get_config_copy()
+    assert set(TUNINGS["autotune"]) <= set(known)
+    targets = [Target("torch-compile", device="cuda", tuning=tuning) for tuning in TUNINGS]
+    assert len({key_parts("w", target)["options"] for target in targets}) == 2
+    for wrong in ({"tuning": "most"}, {"tuning": "autotune"}):
+        with pytest.raises(UsageError, match="tuning"):
+            Target("torch-compile", **wrong)  # type: ignore[arg-type]
+
+
+def test_a_gpus_graph_turns_no_image_around(random_components: Components) -> None:
+    """Traced as for a GPU, with one batch: every convolution reads and writes channels last."""
+    for name in ("unet_grounded", "unet_plain"):
+        spec = random_components.specs(batch=BatchRange(1, 1, 1))[name]
+        half = at_precision(name, random_components.graph(name), "float16")
+        for turned in (True, False):
+            module = channels_last(copy.deepcopy(half)) if turned else half
+            with torch.no_grad():
+                graph = export_program(spec, module, example_inputs(spec)).graph
+            seen = []
+            for node in graph.nodes:
+                value = node.meta.get("val")
+                if node.target == torch.ops.aten.convolution.default:
+                    image = node.args[0].meta["val"]
+                    # the latent's four channels come as the sampler keeps them
+                    if image.shape[1] > 4:
+                        seen.append(image.is_contiguous(memory_format=torch.channels_last))
+                elif turned and node.target == torch.ops.aten.clone.default and value.dim() == 4:
+                    # upsampling is a gather, and a clone that Inductor fuses with it
+                    assert value.is_contiguous(memory_format=torch.channels_last), node
+            assert len(seen) > 5
+            assert all(seen) == turned, name
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(

@@ -1,0 +1,1 @@
+"""One script for the first minutes on a GPU: `make gpu-check`."""

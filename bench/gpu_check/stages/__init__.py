@@ -1,0 +1,1 @@
+"""The stages of the GPU check; each module has `cases(device, small, result)`."""
