@@ -10,10 +10,11 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hcma_fast.cli.options import precision_name
+from hcma_fast.cli.options import ClipSkip, Gligen, LoraFiles, Vae, model_options, precision_name
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import check_backend
 from hcma_fast.errors import EngineError, UsageError
+from hcma_fast.models.checkpoint.options import DEFAULTS, ModelOptions
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
@@ -26,7 +27,7 @@ _MIB = 2**20
 
 def build(
     *,
-    model: Annotated[str, typer.Option(help="Preset, folder or hub id.")] = "tiny",
+    model: Annotated[str, typer.Option(help="Preset, folder, single file or hub id.")] = "tiny",
     backend: Annotated[str, typer.Option(help="auto, or a compiled backend.")] = "onnxruntime",
     precision: Annotated[
         str | None,
@@ -89,6 +90,10 @@ def build(
             help="Folder of the aligner, for a model that has none.", show_default="the model's own"
         ),
     ] = None,
+    gligen: Gligen = None,
+    vae: Vae = None,
+    clip_skip: ClipSkip = None,
+    lora: LoraFiles = None,
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
@@ -133,10 +138,11 @@ def build(
             value=str(verify_key),
             remedy="Add --verify FOLDER; to sign what is built, use --sign-key.",
         )
+    options = model_options(gligen, vae, clip_skip, lora)
     # libraries print while they export; stdout is for the result alone
     with redirect_stdout(stderr.file):
         if verify is not None:
-            report = _verify(verify, _source(model, aligner, random_weights), verify_key)
+            report = _verify(verify, _source(model, aligner, options, random_weights), verify_key)
         else:
             from hcma_fast.export.precision import Precision
             from hcma_fast.export.target import Target, default_precision
@@ -159,7 +165,7 @@ def build(
                 from hcma_fast.runtime.requests import check_device
 
                 check_device(device, name)
-            source = _source(model, aligner, random_weights)
+            source = _source(model, aligner, options, random_weights)
             report = _build(source, target, out, force=force, dry_run=dry_run, sign_key=sign_key)
     if json_:
         print_json(report)
@@ -177,11 +183,13 @@ def _chosen(backend: str) -> str:
     return name
 
 
-def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:
+def _source(
+    model: str, aligner: Path | None, options: ModelOptions, random_weights: bool
+) -> ModelSource:
     if random_weights:
         from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
-        if model != "sd14" or aligner is not None:
+        if model != "sd14" or aligner is not None or options != DEFAULTS:
             raise UsageError(
                 "random weights are made for the preset sd14, aligner included",
                 value=model,
@@ -190,7 +198,7 @@ def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSour
         return RandomSD14()
     from hcma_fast.models.checkpoint.folder import load_components
 
-    return load_components(model, aligner=aligner)
+    return load_components(model, aligner=aligner, options=options)
 
 
 def _build(
@@ -268,7 +276,7 @@ def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
     from hcma_fast.specs import ANY_BATCH
 
     signatures = source.specs(target.height, target.width, target.batch_range)
-    specs = {name: signatures[name] for name in target.graph_names}
+    specs = {name: signatures[name] for name in target.graphs_of(signatures)}
     parts = key_parts(source.weights_hash, target)
     needs = estimate(source, target)
     height, width = signatures["vae_decoder"].outputs[0].shape[2:]

@@ -21,6 +21,7 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, InputError, UsageError
 from hcma_fast.layout import Layout
 from hcma_fast.models.text import tokenize
+from hcma_fast.runtime.abilities import check_abilities
 from hcma_fast.runtime.cached_engine import CachedEngine
 from hcma_fast.runtime.hints import give_hints
 from hcma_fast.runtime.images import pixels_diverged, to_pil
@@ -190,6 +191,8 @@ class BatchGenerator:
             # pydantic's model_construct checks nothing
             settings = override_settings(settings, **vars(request.settings))
         check_savings(request.savings)
+        check_layout(request.layout)
+        check_abilities(self.pipe.engines, settings, request.savings, request.layout)
         schedule = Schedule.of(request.num_inference_steps, settings, request.savings)
         always = schedule.guided_steps == schedule.steps
         self.pipe.check_batch(self.pipe.batch_range.min, always)
@@ -249,7 +252,7 @@ class BatchGenerator:
             [request.layout for request in requests],
             self.pipe.device,
         )
-        shape = tuple(int(n) for n in self.pipe.engines["align"].spec.inputs[0].shape[1:])
+        shape = tuple(int(n) for n in self.pipe.engines["vae_decoder"].spec.inputs[0].shape[1:])
         seeds = [spread_seeds(request.seed, 1)[0] for request in requests]
         noise = noise_from_seeds(seeds, shape)
         z, losses = self._sampler(noise.to(self.pipe.device), given, schedules)

@@ -12,11 +12,12 @@ from hcma_fast.box_lists import SHARES, BoxNotation
 from hcma_fast.cli.generate.jobs import Job, check_outputs, parse_request, read_requests
 from hcma_fast.cli.generate.render import Plan, is_engine_folder, open_pipeline, render
 from hcma_fast.cli.generate.sidecar import Sidecar, read_sidecar
-from hcma_fast.cli.options import precision_name
+from hcma_fast.cli.options import ClipSkip, Gligen, LoraFiles, Vae, model_options, precision_name
 from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.config import BACKENDS, GRAD_BACKENDS, MAX_SEED, check_backend
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 from hcma_fast.sampling.savings import parse_savings
 
 _DEFAULT_BACKEND = "onnxruntime"
@@ -77,7 +78,9 @@ def generate(
     ] = False,
     model: Annotated[
         str | None,
-        typer.Option(help="Preset, folder, hub id or engine folder.", show_default="tiny"),
+        typer.Option(
+            help="Preset, folder, single file, hub id or engine folder.", show_default="tiny"
+        ),
     ] = None,
     aligner: Annotated[
         Path | None,
@@ -85,6 +88,10 @@ def generate(
             help="Folder of the aligner, for a model that has none.", show_default="the model's own"
         ),
     ] = None,
+    gligen: Gligen = None,
+    vae: Vae = None,
+    clip_skip: ClipSkip = None,
+    lora: LoraFiles = None,
     backend: Annotated[
         str | None,
         typer.Option(help=f"auto, or one of {', '.join(BACKENDS)}.", show_default="onnxruntime"),
@@ -257,6 +264,12 @@ def generate(
             savings=original.savings,
             verify_key=verify_key,
             offline=model is None and not allow_download,
+            options=ModelOptions(
+                gligen or original.gligen,
+                vae or original.vae,
+                original.clip_skip if clip_skip is None else clip_skip,
+                tuple(Lora.parse(text) for text in lora or original.loras),
+            ),
         )
     else:
         notation = BoxNotation(box_format or "xyxy", box_units or "share", box_size)
@@ -292,6 +305,7 @@ def generate(
             bool(cuda_graphs),
             savings,
             verify_key,
+            options=model_options(gligen, vae, clip_skip, lora),
         )
     if plan.backend is not None:
         check_backend(plan.backend, "auto")

@@ -46,8 +46,13 @@ class Sidecar(_Frozen):
     settings: AlignmentSettings
     savings: Savings = Savings()
     model: str
-    """preset, hub id, or the absolute path of a folder"""
+    """preset, hub id, or the absolute path of a folder or file"""
     aligner: str | None
+    gligen: str | None = None
+    vae: str | None = None
+    clip_skip: int | None = None
+    loras: tuple[str, ...] = ()
+    """files, each with ``:SCALE``"""
     preset: str
     image_size: int
     height: int | None = None
