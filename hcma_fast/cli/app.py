@@ -13,6 +13,7 @@ from hcma_fast import __version__
 from hcma_fast.cli.bench.command import bench_app
 from hcma_fast.cli.build import build
 from hcma_fast.cli.cache import cache_app
+from hcma_fast.cli.convert import convert
 from hcma_fast.cli.doctor import doctor
 from hcma_fast.cli.eval.command import evaluate
 from hcma_fast.cli.generate.command import generate
@@ -34,6 +35,7 @@ app = typer.Typer(
 )
 app.command(short_help="Compile a model to an engine folder, checked against torch.")(build)
 app.command(cls=HintedCommand, short_help="Generate images from captions and boxes.")(generate)
+app.command(short_help="Write a model of any format as a folder of safetensors.")(convert)
 app.command("eval")(evaluate)
 app.command(short_help="Show versions, backends, the GPU and the engine cache.")(doctor)
 app.add_typer(bench_app, name="bench")
