@@ -74,6 +74,7 @@ def build(
     version = backend_version(target.backend)
     check_buildable(target)
     specs = source.specs(target.height, target.width, target.batch_range)
+    target.graphs_of(specs)
     sign = Signer(sign_key) if sign_key is not None else None
     # of a link what it points to is replaced, not the link
     folder = Path(os.path.realpath(folder))
@@ -132,14 +133,15 @@ def _build_all(
 ) -> dict[GraphName, GraphRecord]:
     """All graphs. TensorRT compiles one in the background while others are exported."""
     weights_of = graph_weights(source, target)
-    heavy = [name for name in target.graph_names if weights_of[name] > MANY_WEIGHTS]
+    names = target.graphs_of(specs)
+    heavy = [name for name in names if weights_of[name] > MANY_WEIGHTS]
     pending: dict[GraphName, Future[GraphRecord]] = {}
     # a thread begins on the first GPU, whatever the caller's is
     card = torch.cuda.current_device() if torch.cuda.is_available() else -1
     compiler = ThreadPoolExecutor(1, "hcma-fast-compile", torch.cuda.set_device, (card,))
     try:
         with WeightsFile(folder) as weights:
-            for name in in_turns(target.graph_names, heavy):
+            for name in in_turns(names, heavy):
                 for other in pending.values():
                     # two heavy ones do not fit in memory together; and a failure ends the build
                     if name in heavy or other.done():
@@ -152,7 +154,7 @@ def _build_all(
             done = {name: future.result() for name, future in pending.items()}
     finally:
         compiler.shutdown(cancel_futures=True)
-    records = {name: done[name] for name in target.graph_names}
+    records = {name: done[name] for name in names}
     if target.native and not target.strip_weights:
         # the engines hold their weights themselves
         for file in [*folder.glob("*.onnx"), folder / WEIGHTS_FILE]:

@@ -22,7 +22,8 @@ from hcma_fast.export.signature import check_onnx_signature
 from hcma_fast.export.signing import verify
 from hcma_fast.export.target import Target, backend_version, machine
 from hcma_fast.files import read_json
-from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line
+from hcma_fast.models.checkpoint.info import CheckpointInfo
+from hcma_fast.models.checkpoint.json_files import first_line
 from hcma_fast.opened import OpenedFile, private_folder
 from hcma_fast.specs import BATCH, PLAN_COLUMNS, PLAN_ROWS, STEP_NAMES, GraphName, IOSpec
 
@@ -209,13 +210,24 @@ def read_manifest(folder: Path, verify_key: Path | None = None) -> Manifest:
         raise _unusable("its manifest has changed since it was built", path)
     if key_of(manifest.key_parts) != manifest.key:
         raise _unusable("its manifest contradicts itself", "key")
-    lost = set(manifest.target.graph_names) ^ set(manifest.graphs)
+    lost = _expected_graphs(manifest) ^ set(manifest.graphs)
     if lost:
         raise _unusable(f"its manifest lacks, or has too many: {', '.join(sorted(lost))}", path)
     for name, record in manifest.graphs.items():
         if record.spec.graph != name:
             raise _unusable("its manifest contradicts itself", name)
     return manifest
+
+
+def _expected_graphs(manifest: Manifest) -> set[GraphName]:
+    """The graphs of its target; `grounding` says which parts the model has."""
+    expected = set(manifest.target.graph_names)
+    grounding = manifest.graphs.get("grounding")
+    if grounding is not None:
+        there = grounding.spec.output_names
+        expected -= {"align"} if "regions" not in there else set()
+        expected -= {"unet_grounded"} if "grounding_context" not in there else set()
+    return expected
 
 
 def _check_format(values: object, path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -143,8 +144,22 @@ class Target:
 
     @property
     def graph_names(self) -> tuple[GraphName, ...]:
-        """What is built."""
+        """What is built of a model that has all parts, see :meth:`graphs_of`."""
         return GRAPH_NAMES + (STEP_NAMES if self.fuse == "step" else ())
+
+    def graphs_of(self, specs: Container[GraphName]) -> tuple[GraphName, ...]:
+        """What is built of a model with these graphs.
+
+        Raises:
+            UsageError: steps cannot be fused, for want of an aligner or of GLIGEN's layers.
+        """
+        if self.fuse == "step" and not all(name in specs for name in STEP_NAMES):
+            raise UsageError(
+                "step graphs hold an alignment and gated attention, and this model lacks one",
+                value="fuse=step",
+                remedy="Use fuse=none, or a model with GLIGEN's layers and an aligner.",
+            )
+        return tuple(name for name in self.graph_names if name in specs)
 
     @property
     def batch_range(self) -> BatchRange:

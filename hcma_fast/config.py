@@ -165,6 +165,10 @@ class AlignerConfig(Settings):
     )
     region: RegionMode = "coverage+fourier"
     time_conditioning: Literal["none", "adaln"] = "none"
+    vae_sha256: str | None = Field(
+        None, description="of the VAE's encoder that it was trained with"
+    )
+    text_sha256: str | None = Field(None, description="of the text encoder and its tokenizer")
 
     @model_validator(mode="after")
     def _check(self) -> AlignerConfig:

@@ -76,6 +76,11 @@ class OpenedFile:
         )
 
     @property
+    def descriptor(self) -> int:
+        """For a process that is to inherit it."""
+        return self._descriptor
+
+    @property
     def has_name(self) -> bool:
         """Whether the file still lies where it was opened."""
         try:
@@ -128,13 +133,18 @@ class OpenedFile:
 
 @contextmanager
 def private_folder(
-    files: Mapping[str, OpenedFile], *, plain: bool = False, origin: Path | None = None
+    files: Mapping[str, OpenedFile],
+    *,
+    plain: bool = False,
+    origin: Path | None = None,
+    origins: Mapping[str, Path] | None = None,
 ) -> Iterator[Path]:
     """A temporary folder with ``files``, by relative path, for libraries that insist on one.
 
     Args:
         plain: see :meth:`OpenedFile.place`.
         origin: the folder that errors raised inside should name instead.
+        origins: files that they should name by another path than below ``origin``.
 
     Raises:
         OutputError: there is no room for copies, where they are needed.
@@ -152,10 +162,17 @@ def private_folder(
         except HcmaError as error:
             if origin is None:
                 raise
-            private, shown = str(folder), str(origin)
+            shown = {str(folder / name): str(path) for name, path in (origins or {}).items()}
+            shown[str(folder)] = str(origin)
+
+            def public(text: str) -> str:
+                for private, path in shown.items():
+                    text = text.replace(private, path)
+                return text
+
             value = error.value
             raise type(error)(
-                error.what.replace(private, shown),
-                value=value.replace(private, shown) if isinstance(value, str) else value,
-                remedy=error.remedy,
+                public(error.what),
+                value=public(value) if isinstance(value, str) else value,
+                remedy=error.remedies,
             ) from error

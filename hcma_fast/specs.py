@@ -185,12 +185,16 @@ def graph_specs(
     vae_factor: int,
     latent_channels: int = 4,
     time_conditioned: bool = False,
+    aligned: bool = True,
+    grounded: bool = True,
     batch: BatchRange = ANY_BATCH,
 ) -> dict[GraphName, IOSpec]:
     """The signatures for one latent size (design.md section 4), the step graphs last.
 
     Args:
         context_width: sum of ``models.unet.context_widths``.
+        aligned, grounded: whether the model has an aligner, and GLIGEN's layers. Without one, the
+            graphs that need it are missing, and so are the tensors that would come from it.
         batch: images at once. The UNet's batch is that of both halves of the guidance, or of one.
     """
     halves = batch.times(2) if batch.static else replace(batch.times(2), min=batch.min)
@@ -230,8 +234,12 @@ def graph_specs(
         ),
         IOSpec(
             "grounding",
-            (_tensor("boxes", MAX_OBJECTS, 4), mask, labels, hidden),
-            (text_context, objects, regions),
+            (
+                *((_tensor("boxes", MAX_OBJECTS, 4), mask) if aligned or grounded else ()),
+                *((labels,) if grounded else ()),
+                hidden,
+            ),
+            (text_context, *((objects,) if grounded else ()), *((regions,) if aligned else ())),
             batch,
         ),
         IOSpec(
@@ -273,7 +281,11 @@ def graph_specs(
         IOSpec("step_grounded", (*fixed, *halves_of), _renamed(moved), batch),
         IOSpec("step_plain", (*fixed, halves_of[0]), _renamed(moved), batch),
     )
-    return {spec.graph: spec for spec in specs}
+    missing = {
+        *(() if aligned else ("align", "step_grounded", "step_plain")),
+        *(() if grounded else ("unet_grounded", "step_grounded")),
+    }
+    return {spec.graph: spec for spec in specs if spec.graph not in missing}
 
 
 def _renamed(tensors: tuple[TensorSpec, ...]) -> tuple[TensorSpec, ...]:

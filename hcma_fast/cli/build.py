@@ -10,10 +10,21 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hcma_fast.cli.options import Aligner, Checkpoint, json_option, precision_option
+from hcma_fast.cli.options import (
+    Aligner,
+    Checkpoint,
+    ClipSkip,
+    Gligen,
+    LoraFiles,
+    Vae,
+    json_option,
+    model_options,
+    precision_option,
+)
 from hcma_fast.cli.output import BuildProgress, print_json, print_note, stderr
 from hcma_fast.config import check_backend
 from hcma_fast.errors import EngineError, UsageError
+from hcma_fast.models.checkpoint.options import DEFAULTS, ModelOptions
 
 if TYPE_CHECKING:
     from hcma_fast.export.manifest import Manifest
@@ -83,6 +94,10 @@ def build(
         Path | None, typer.Option(help="Engine folder.", show_default="one in the user's cache")
     ] = None,
     aligner: Aligner = None,
+    gligen: Gligen = None,
+    vae: Vae = None,
+    clip_skip: ClipSkip = None,
+    lora: LoraFiles = None,
     verify: Annotated[
         Path | None, typer.Option(help="Compare this engine folder with torch again; build none.")
     ] = None,
@@ -125,10 +140,11 @@ def build(
             value=str(verify_key),
             remedy="Add --verify FOLDER; to sign what is built, use --sign-key.",
         )
+    options = model_options(gligen, vae, clip_skip, lora)
     # libraries print while they export; stdout is for the result alone
     with redirect_stdout(stderr.file):
         if verify is not None:
-            report = _verify(verify, _source(model, aligner, random_weights), verify_key)
+            report = _verify(verify, _source(model, aligner, options, random_weights), verify_key)
         else:
             from hcma_fast.export.precision import Precision
             from hcma_fast.export.target import Target, default_precision
@@ -168,7 +184,7 @@ def build(
                 from hcma_fast.runtime.arguments import check_device
 
                 check_device(device, name)
-            source = _source(model, aligner, random_weights)
+            source = _source(model, aligner, options, random_weights)
             report = _build(source, target, out, force=force, dry_run=dry_run, sign_key=sign_key)
     if json_:
         print_json(report)
@@ -176,11 +192,13 @@ def build(
         typer.echo(report["folder"])
 
 
-def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSource:
+def _source(
+    model: str, aligner: Path | None, options: ModelOptions, random_weights: bool
+) -> ModelSource:
     if random_weights:
         from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
-        if model != "sd14" or aligner is not None:
+        if model != "sd14" or aligner is not None or options != DEFAULTS:
             raise UsageError(
                 "random weights are made for the preset sd14, aligner included",
                 value=model,
@@ -189,7 +207,7 @@ def _source(model: str, aligner: Path | None, random_weights: bool) -> ModelSour
         return RandomSD14()
     from hcma_fast.models.checkpoint.folder import load_components
 
-    return load_components(model, aligner=aligner)
+    return load_components(model, aligner=aligner, options=options)
 
 
 def _build(
@@ -267,7 +285,7 @@ def _plan(source: ModelSource, target: Target, folder: Path) -> dict[str, Any]:
     from hcma_fast.specs import ANY_BATCH
 
     signatures = source.specs(target.height, target.width, target.batch_range)
-    specs = {name: signatures[name] for name in target.graph_names}
+    specs = {name: signatures[name] for name in target.graphs_of(signatures)}
     parts = key_parts(source.weights_hash, target)
     needs = estimate(source, target)
     height, width = signatures["vae_decoder"].outputs[0].shape[2:]

@@ -28,7 +28,7 @@ _HINTS = {
     ("--resume", "--continue"): "Use --skip-existing.",
     ("--overwrite",): "Use --force.",
     ("--scheduler", "--solver"): "Use --sampler.",
-    ("--lora", "--loras"): "There is no such option: LoRA is not supported.",
+    ("--loras",): "Use --lora FILE:SCALE, once for each file.",
     ("--init-image", "--image", "--strength", "--mask", "--controlnet"): (
         "There is no such option: images are made from text and boxes alone."
     ),

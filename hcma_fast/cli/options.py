@@ -9,6 +9,7 @@ import typer
 
 from hcma_fast.cli.request_options import field_option
 from hcma_fast.config import BACKENDS
+from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 from hcma_fast.runtime.request import Request
 
 #: typer's rich_markup_mode. Its boxes leave a text 18 of 80 columns, and lose words in brackets
@@ -51,7 +52,7 @@ def backend_option(default: str | bool = True) -> typer.models.OptionInfo:
 def model_option(default: str | bool = True) -> typer.models.OptionInfo:
     """An option for what generates; ``default`` in words, where the argument's says nothing."""
     found: typer.models.OptionInfo = typer.Option(
-        help="Preset, folder, hub id or engine folder.", show_default=default
+        help="Preset, folder, single file, hub id or engine folder.", show_default=default
     )
     return found
 
@@ -68,7 +69,7 @@ FirstSeed = Annotated[int, field_option("seed")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images that are computed at once.")]
 Backend = Annotated[str, backend_option()]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda.", show_default="the backend's own")]
-Checkpoint = Annotated[str, typer.Option(help="Preset, folder or hub id.")]
+Checkpoint = Annotated[str, typer.Option(help="Preset, folder, single file or hub id.")]
 Model = Annotated[str, model_option()]
 Aligner = Annotated[
     Path | None,
@@ -80,3 +81,37 @@ AsTable = Annotated[bool, json_option("a table")]
 AsTables = Annotated[bool, json_option("tables")]
 AsText = Annotated[bool, json_option("text")]
 AsMarkdown = Annotated[bool, json_option("Markdown")]
+Gligen = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with GLIGEN's layers, for a model that has none.",
+        show_default="the model's own",
+    ),
+]
+Vae = Annotated[
+    Path | None, typer.Option(help="File of another VAE.", show_default="the model's own")
+]
+ClipSkip = Annotated[
+    int | None,
+    typer.Option(
+        help="Read captions this many layers before the text encoder's end; 1 is the end.",
+        show_default="the model's own",
+    ),
+]
+LoraFiles = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--lora", help="FILE or FILE:SCALE of a LoRA, folded in; repeatable.", show_default="none"
+    ),
+]
+
+
+def model_options(
+    gligen: Path | None, vae: Path | None, clip_skip: int | None, lora: list[str] | None
+) -> ModelOptions:
+    """What these options say.
+
+    Raises:
+        WeightsError: a number is out of its range.
+    """
+    return ModelOptions(gligen, vae, clip_skip, tuple(Lora.parse(text) for text in lora or ()))

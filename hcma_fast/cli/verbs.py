@@ -38,6 +38,11 @@ VERBS = {
         "Generate images from captions and boxes.",
         HintedCommand,
     ),
+    "convert": Verb(
+        "hcma_fast.cli.convert",
+        "convert",
+        "Write a model of any format as a folder of safetensors.",
+    ),
     "eval": Verb(
         "hcma_fast.cli.eval.command",
         "evaluate",

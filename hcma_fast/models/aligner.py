@@ -17,9 +17,8 @@ from hcma_fast.errors import WeightsError
 from hcma_fast.kernels.cosine_loss import Outputs as LossesAndSlopes
 from hcma_fast.kernels.cosine_loss import cosine_loss_reference
 from hcma_fast.losses import global_loss, local_loss
-from hcma_fast.models.checkpoint.info import first_line
-from hcma_fast.models.checkpoint.json_files import read_object, shorten
-from hcma_fast.models.checkpoint.weight_files import read_weights
+from hcma_fast.models.checkpoint.json_files import first_line, read_object, shorten
+from hcma_fast.models.checkpoint.weight_files import WeightFile, read_weights
 from hcma_fast.models.heads import CaptionHead, Pool, RegionHead
 from hcma_fast.models.vit import LatentViT
 
@@ -81,7 +80,9 @@ class Aligner(nn.Module):
             for name, value in self.state_dict().items()
         }
         contents = {
-            "config.json": (json.dumps(self.config.model_dump(), indent=2) + "\n").encode(),
+            "config.json": (
+                json.dumps(self.config.model_dump(exclude_none=True), indent=2) + "\n"
+            ).encode(),
             "model.safetensors": save(state),
         }
         for name, content in contents.items():
@@ -106,7 +107,7 @@ class Aligner(nn.Module):
             with torch.device("meta"):
                 shapes = {name: tuple(v.shape) for name, v in cls(config).state_dict().items()}
             file = folder / "model.safetensors"
-            weights, unknown = read_weights("the aligner", [file], shapes)
+            weights, unknown = read_weights("the aligner", [WeightFile(file)], shapes)
             aligner = cls(config)
             aligner.load_state_dict(weights)
         except (ValidationError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -64,13 +65,38 @@ def tokenize_cut(tokenizer: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
 
 
 class TextEncoder(nn.Module):
-    """The `text_encoder` graph: hidden states for cross-attention, pooled embedding as f^T."""
+    """The `text_encoder` graph: hidden states for cross-attention, pooled embedding as f^T.
 
-    def __init__(self, encoder: CLIPTextModel) -> None:
+    Args:
+        clip_skip: 1 for the hidden states of the last layer, 2 for those of the one before, as the
+            web interfaces count. The pooled embedding is always that of the last layer: GLIGEN and
+            the aligner were trained with it.
+    """
+
+    def __init__(self, encoder: CLIPTextModel, clip_skip: int = 1) -> None:
         super().__init__()
         self.encoder = encoder
+        layers = encoder.config.num_hidden_layers
+        if clip_skip > layers:
+            raise InputError(
+                f"this text encoder has {layers} layers",
+                value=f"clip_skip {clip_skip}",
+                remedy=f"Use a clip_skip from 1 to {layers}.",
+            )
+        self.shorter = _without_last(encoder, clip_skip - 1) if clip_skip > 1 else None
 
     def forward(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """(B, 77) int64 -> last_hidden_state (B, 77, d), pooler_output (B, d), unprojected."""
         output = self.encoder(input_ids=input_ids)
-        return output.last_hidden_state.float(), output.pooler_output.float()
+        hidden = output.last_hidden_state
+        if self.shorter is not None:
+            hidden = self.shorter(input_ids=input_ids).last_hidden_state
+        return hidden.float(), output.pooler_output.float()
+
+
+def _without_last(encoder: CLIPTextModel, count: int) -> CLIPTextModel:
+    """A copy that shares every weight and lacks the last layers; the final norm stays."""
+    shared = {id(value): value for value in (*encoder.parameters(), *encoder.buffers())}
+    copied = copy.deepcopy(encoder, shared)
+    copied.encoder.layers = copied.encoder.layers[:-count]
+    return copied

@@ -33,10 +33,17 @@ def context_widths(unet: UNet2DConditionModel) -> list[int]:
 
 
 class Grounding(nn.Module):
-    """All that depends on texts and layout alone, for one half of the guidance."""
+    """All that depends on texts and layout alone, for one half of the guidance.
+
+    Args:
+        aligner: None gives no region map.
+    """
 
     def __init__(
-        self, unet: UNet2DConditionModel, aligner: Aligner, grid: tuple[int, int] | None = None
+        self,
+        unet: UNet2DConditionModel,
+        aligner: Aligner | None,
+        grid: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.grid = grid
@@ -52,7 +59,7 @@ class Grounding(nn.Module):
         region_mask: Tensor,
         label_embeddings: Tensor,
         encoder_hidden_states: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         """Positions net, keys and values, region map.
 
         Args:
@@ -62,22 +69,74 @@ class Grounding(nn.Module):
             text_context (B, 77, W), grounding_context (B, M, W), regions (B, M, N), where W is
             the sum of :func:`context_widths`.
         """
-        caption: list[Tensor] = []
-        layer: Any
-        for layer in self.caption_layers:
-            caption += [layer.to_k(encoder_hidden_states), layer.to_v(encoder_hidden_states)]
         # diffusers makes the frequencies of its Fourier features on torch's default device
         with boxes.device:
             tokens = self.position_net(
                 boxes=boxes, masks=region_mask, positive_embeddings=label_embeddings
             )
         objects: list[Tensor] = []
+        layer: Any
         for layer in self.box_layers:
             # LayerNorm works token by token: the boxes' tokens may have it before they are joined
             normed = layer.norm1(layer.linear(tokens))
             objects += [layer.attn.to_k(normed), layer.attn.to_v(normed)]
+        contexts = (
+            _text_context(self.caption_layers, encoder_hidden_states),
+            torch.cat(objects, -1),
+        )
+        if self.aligner is None:
+            return contexts
+        return *contexts, self.aligner.region_map(boxes, region_mask, self.grid)
+
+
+class CaptionRegions(nn.Module):
+    """The `grounding` graph of a UNet without gated attention: the aligner alone reads boxes."""
+
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        aligner: Aligner,
+        grid: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        self.grid, self.aligner = grid, aligner
+        self.caption_layers = nn.ModuleList(block.attn2 for block in attention_blocks(unet))
+
+    def forward(
+        self, boxes: Tensor, region_mask: Tensor, encoder_hidden_states: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(B, M, 4), (B, M), (B, 77, d) -> text_context (B, 77, W), regions (B, M, N)."""
         regions = self.aligner.region_map(boxes, region_mask, self.grid)
-        return torch.cat(caption, -1), torch.cat(objects, -1), regions
+        return _text_context(self.caption_layers, encoder_hidden_states), regions
+
+
+class CaptionContext(nn.Module):
+    """The `grounding` graph of a model that reads no boxes."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.caption_layers = nn.ModuleList(block.attn2 for block in attention_blocks(unet))
+
+    def forward(self, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        """(B, 77, d) -> text_context (B, 77, W)."""
+        return (_text_context(self.caption_layers, encoder_hidden_states),)
+
+
+def grounding_graph(
+    unet: UNet2DConditionModel, aligner: Aligner | None, grid: tuple[int, int] | None
+) -> nn.Module:
+    """The `grounding` graph of any model."""
+    if unet.config.attention_type == "gated":
+        return Grounding(unet, aligner, grid)
+    return CaptionContext(unet) if aligner is None else CaptionRegions(unet, aligner, grid)
+
+
+def _text_context(layers: nn.ModuleList, encoder_hidden_states: Tensor) -> Tensor:
+    caption: list[Tensor] = []
+    layer: Any
+    for layer in layers:
+        caption += [layer.to_k(encoder_hidden_states), layer.to_v(encoder_hidden_states)]
+    return torch.cat(caption, -1)
 
 
 class GroundedUNet(nn.Module):

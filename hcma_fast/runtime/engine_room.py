@@ -14,6 +14,7 @@ from hcma_fast.engine import Engine
 from hcma_fast.errors import HcmaError, InputError, UsageError
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.text import tokenize
+from hcma_fast.runtime.abilities import check_abilities
 from hcma_fast.runtime.arguments import noise_from_seeds
 from hcma_fast.runtime.cached_engine import CachedEngine
 from hcma_fast.runtime.hints import give_hints
@@ -51,7 +52,7 @@ class EngineRoom:
         cached: bool = False,
     ) -> None:
         self.engines, self.tokenizer, self.info, self.device = engines, tokenizer, info, device
-        self.batch_range = engines["align"].spec.batch
+        self.batch_range = engines["vae_decoder"].spec.batch
         self.replay = replay
         self._rows: ReplaySampler | None = replay
         self._caches = {n: CachedEngine(engines[n]) for n in _ENCODERS} if cached else {}
@@ -82,6 +83,7 @@ class EngineRoom:
         """
         own = self.info.alignment
         settings = request.settings.over(own)
+        check_abilities(self.engines, settings, request.savings, request.layout)
         schedule = _schedule(
             request.sampler, request.num_inference_steps, settings, request.savings
         )
@@ -136,7 +138,7 @@ class EngineRoom:
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """(4, h, w) of one image."""
-        return tuple(int(n) for n in self.engines["align"].spec.inputs[0].shape[1:])
+        return tuple(int(n) for n in self.engines["vae_decoder"].spec.inputs[0].shape[1:])
 
     def sample(
         self,

@@ -54,7 +54,7 @@ def gradient_engine(name: str, components: Components, spec: IOSpec, device: str
     if name == "onnx":
         return _onnx_engine(components, device)
     normalized = components.settings.normalized
-    step = AlignStep(components.aligner, normalized=normalized).to(device)
+    step = AlignStep(components.own_aligner, normalized=normalized).to(device)
     if name == "triton":
         step.losses, step.pool = cosine_loss_op, region_pool
     if name == "eager":

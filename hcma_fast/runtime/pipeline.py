@@ -24,6 +24,7 @@ from hcma_fast.models.checkpoint.folder import (
     load_components,
     locate,
 )
+from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.runtime import images as pixels
 from hcma_fast.runtime.arguments import (
@@ -123,7 +124,7 @@ class HCMAPipeline:
     @property
     def batch_range(self) -> BatchRange:
         """Images that it can make at once."""
-        return self.engines["align"].spec.batch
+        return self.engines["vae_decoder"].spec.batch
 
     @classmethod
     @neutral_torch()
@@ -135,11 +136,16 @@ class HCMAPipeline:
         precision: str | None = None,
         device: str | None = None,
         aligner: str | Path | None = None,
+        gligen: str | Path | None = None,
+        vae: str | Path | None = None,
+        clip_skip: int | None = None,
+        loras: Sequence[Lora | str | Path] = (),
         grad_backend: str | None = None,
         verify_key: str | Path | None = None,
         progress: Callable[[str, str], None] | None = None,
     ) -> HCMAPipeline:
-        """Load a preset, a folder, a hub id, an engine folder, or what ``locate`` returned.
+        """Load a preset, a folder, a single file, a hub id (with ``@revision``), an engine folder,
+        or what ``locate`` returned.
 
         Args:
             backend: one of ``config.BACKENDS``, or "auto" for the best that is installed; default
@@ -148,6 +154,8 @@ class HCMAPipeline:
                 what "auto" chooses.
             device: where it runs, such as "cpu" or "cuda"; default the backend's own.
             aligner: folder of the aligner, for a checkpoint that has none.
+            gligen, vae, clip_skip: see ``models.checkpoint.options.ModelOptions``.
+            loras: files, ``FILE:SCALE`` or ``Lora(file, scale)``, folded into the weights.
             grad_backend: one of ``config.GRAD_BACKENDS``, to compute the alignment gradient in
                 place of ``backend``; see ``runtime.gradient``.
             verify_key: file of the ed25519 public key that must have signed the engine folder.
@@ -161,10 +169,13 @@ class HCMAPipeline:
             check_backend(backend, "auto")
         place = None if isinstance(name_or_path, Checkpoint) else Path(name_or_path)
         if place is not None and (place / ENGINE_MANIFEST).is_file():
-            fixed = {"aligner": aligner, "precision": precision, "grad_backend": grad_backend}
+            fixed = {
+                **{"aligner": aligner, "precision": precision, "grad_backend": grad_backend},
+                **{"gligen": gligen, "vae": vae, "clip_skip": clip_skip, "loras": loras or None},
+            }
             if given := [name for name, value in fixed.items() if value is not None]:
                 raise UsageError(
-                    "an engine folder has its aligner inside, its gradient and its precision",
+                    "an engine folder has its parts inside, its gradient and its precision",
                     value=given[0],
                     remedy=f"Leave out {' and '.join(given)}, or load the checkpoint instead.",
                 )
@@ -186,7 +197,9 @@ class HCMAPipeline:
             from hcma_fast.runtime.gradient import check_grad_backend, gradient_engine
 
             check_grad_backend(grad_backend, device or devices_of(backend or "eager")[0])
-        checkpoint = locate(name_or_path, aligner=aligner)
+        folded = tuple(Lora.parse(lora) for lora in loras)
+        options = ModelOptions(gligen, vae, clip_skip, folded)
+        checkpoint = locate(name_or_path, aligner=aligner, options=options)
         if backend in (None, "eager"):
             device = device or "cpu"
             check_device(device, "eager")
@@ -204,6 +217,12 @@ class HCMAPipeline:
             pipe = cls.from_engines(engine, device=where)
         pipe.precision = precision
         if grad_backend is not None:
+            if "align" not in pipe.engines:
+                raise UsageError(
+                    "this model has no aligner, so there is no gradient to compute",
+                    value=grad_backend,
+                    remedy="Leave the gradient's backend out, or give an aligner.",
+                )
             parts, spec = pipe.components or load_components(checkpoint), pipe.engines["align"].spec
             align = gradient_engine(grad_backend, parts, spec, pipe.device)
             pipe.engines, pipe.grad_backend = {**pipe.engines, "align": align}, grad_backend

@@ -85,7 +85,11 @@ def ground(
     engines: Mapping[GraphName, Engine], halves: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Tensor]:
     """Contexts of some halves of the guidance, one after the other, and regions of the last."""
-    found = [engines["grounding"](half) for half in halves]
+    mask = halves[-1]["region_mask"]
+    # of a model without GLIGEN's layers, or without an aligner: no columns
+    nothing = mask.new_zeros(len(mask), mask.shape[1], 0)
+    missing = {"grounding_context": nothing, "regions": nothing}
+    found = [{**missing, **engines["grounding"](half)} for half in halves]
     joined = {name: torch.cat([half[name] for half in found]) for name in CONTEXTS}
     return {**joined, "regions": found[-1]["regions"]}
 

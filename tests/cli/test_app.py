@@ -158,7 +158,7 @@ def test_options_of_other_programs_get_a_hint(cli: Any) -> None:
         ("--prompt", "a", "--cfg", "7"): "Use --guidance-scale.",
         ("--prompt", "a", "--cfg=7"): "Use --guidance-scale.",
         ("--prompt", "a", "--width", "512"): "hcma-fast build --height H --width W",
-        ("--prompt", "a", "--lora", "x"): "LoRA is not supported",
+        ("--prompt", "a", "--loras", "x"): "Use --lora FILE:SCALE",
         ("--prompt", "a", "--scheduler", "ddim"): "Use --sampler.",
     }.items():
         cli("generate", *words).failed(2, hint)

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
     from hcma_fast.train.loop.samples import SamplePlan
 
 
+#: of the config, what training adds to the architecture
+_BASE = {"vae_sha256", "text_sha256"}
+
+
 class _Objective:
     """Both losses on noised latents; see :class:`hcma_fast.train.loop.stage.Objective`."""
 
@@ -93,11 +97,13 @@ def train_aligner(
         cache=cache.header.digest,
         vae_sha256=cache.header.vae_sha256,
         text_sha256=cache.header.text_sha256,
-        architecture=aligner.config.model_dump(mode="json"),
+        architecture=aligner.config.model_dump(mode="json", exclude=_BASE),
         training=training.model_dump(mode="json", exclude=FREE),
     )
     main = accelerator.is_main_process
     run = RunFolder(out, "aligner", provenance, main=main, keep=training.keep)
+    base = {"vae_sha256": provenance.vae_sha256, "text_sha256": provenance.text_sha256}
+    aligner.config = aligner.config.model_copy(update=base)
     objective = _Objective(aligner, cache, accelerator.device, bf16=training.bf16)
     stage = Stage(cache, objective, training, accelerator, run.work)
     return train_stage(stage, run, samples, progress)

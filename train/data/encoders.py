@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.checkpoint.folder import Components, trained_size
 from hcma_fast.models.checkpoint.info import check_safe, read_info, resolve_folder
 from hcma_fast.models.checkpoint.parts import load_part
+from hcma_fast.models.checkpoint.state_hash import encoder_hashes
 from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
 from hcma_fast.models.text import tokenize_cut
 from hcma_fast.train.data.latent_cache import CacheHeader
@@ -45,8 +44,7 @@ class Encoders:
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.device, self.dtype = device, dtype
         # before they are cast: the hash is of the weights, not of the precision
-        self.vae_sha256 = state_hash(self.vae.encoder, self.vae.quant_conv)
-        self.text_sha256 = state_hash(self.text_encoder, extra=self.tokenizer.get_vocab())
+        self.vae_sha256, self.text_sha256 = encoder_hashes(vae, text_encoder, tokenizer)
         self.vae.requires_grad_(False).eval().to(device)
         if dtype != "float32":
             self.vae = self.vae.half() if dtype == "float16" else self.vae.bfloat16()
@@ -97,18 +95,5 @@ class Encoders:
 
 def made_with(header: CacheHeader, parts: Components) -> bool:
     """Was the cache made with the VAE encoder, the text encoder and the tokenizer of ``parts``?"""
-    vae, text = parts.vae, parts.text_encoder
-    return (header.vae_sha256, header.text_sha256) == (
-        state_hash(vae.encoder, vae.quant_conv),
-        state_hash(text, extra=parts.tokenizer.get_vocab()),
-    )
-
-
-def state_hash(*modules: nn.Module | None, extra: object = None) -> str:
-    """sha256 of the modules' tensors, and of what else the result depends on."""
-    digest = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
-    for module in modules:
-        for name, value in module.state_dict().items() if module is not None else ():
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-            digest.update(value.contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    found = encoder_hashes(parts.vae, parts.text_encoder, parts.tokenizer)
+    return (header.vae_sha256, header.text_sha256) == found

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from hcma_fast.errors import InputError
 from hcma_fast.files import read_file
-from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import first_line
 from hcma_fast.train.data.coco_records import BadRecord
 from hcma_fast.train.data.views import Part, part_of
 

@@ -68,7 +68,8 @@ class CheckpointWriter:
         with new_folder(folder) as partial:
             for part in PARTS:
                 _copy(self.source.folder / part, partial / part, weights=part != "unet")
-            _copy(self.source.aligner_folder, partial / "aligner")
+            if self.source.aligner_folder is not None:
+                _copy(self.source.aligner_folder, partial / "aligner")
             _write_weights(partial, unet)
             write_info(partial, self.info)
             # from the start: without it the folder would be a stranger's to the next run

@@ -113,7 +113,7 @@ class NoiseObjective:
         if training.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         self.tokenizer, self.text_encoder = parts.tokenizer, parts.text_encoder.to(device)
-        aligner = parts.aligner.to(device).requires_grad_(False)
+        aligner = parts.own_aligner.to(device).requires_grad_(False)
         self.align = AlignStep(aligner, normalized=parts.settings.normalized)
         self.settings, self.training = parts.settings, training
         self.label_table = cache.label_table.to(device)

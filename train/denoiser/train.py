@@ -64,9 +64,21 @@ def train_denoiser(
     opened = LatentCache(cache)
     captions = cached_captions(opened, data)
     source = locate(model, aligner=aligner)
-    check_provenance(source.aligner_folder, opened.header)
     parts = load_components(source)
-    check_fits(parts.aligner.config, opened.header, "the aligner")
+    if not parts.gated:
+        raise WeightsError(
+            "the UNet has no gated attention to be trained",
+            value=str(model),
+            remedy="Use a GLIGEN checkpoint such as masterful/gligen-1-4-generation-text-box.",
+        )
+    check_fits(parts.own_aligner.config, opened.header, "the aligner")
+    if source.aligner_folder is None or not source.folder.is_dir():
+        raise WeightsError(
+            "the training needs a model's folder, and not a single file",
+            value=str(source.folder),
+            remedy="Write one with hcma-fast convert SOURCE --aligner FOLDER --out FOLDER.",
+        )
+    check_provenance(source.aligner_folder, opened.header)
     if not made_with(opened.header, parts):
         raise WeightsError(
             "the cache was made with another model: its encoders differ",

@@ -23,7 +23,7 @@ from torch import nn
 
 from hcma_fast.errors import OutputError, UsageError, WeightsError
 from hcma_fast.files import PARTIAL_NAME, append_line, make_folder, read_file, write_whole
-from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import first_line
 from hcma_fast.train.data.latent_cache import CacheHeader
 from hcma_fast.train.loop.states import check_settings, write_state
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hcma_fast.errors import WeightsError
 from hcma_fast.files import write_whole
-from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import first_line
 
 
 def save_state(

@@ -22,7 +22,8 @@ from hcma_fast.export.manifest import hash_file
 from hcma_fast.files import make_folder, write_folder, write_whole
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint.folder import load_components
-from hcma_fast.models.checkpoint.info import CheckpointInfo, first_line, write_info
+from hcma_fast.models.checkpoint.info import CheckpointInfo, write_info
+from hcma_fast.models.checkpoint.json_files import first_line
 from hcma_fast.models.checkpoint.parts import load_part, quiet_transformers
 from hcma_fast.program import run_program
 from hcma_fast.train.data.editions import EDITIONS

@@ -104,7 +104,7 @@ def load_plain_components(name: str, aligner: Path | None = None) -> Components:
         weights_hash=hash_weights(folder, aligner or folder / "unet"),
         source=folder,
     )
-    for module in (text_encoder, unet, vae, components.aligner):
+    for module in (text_encoder, unet, vae, components.own_aligner):
         module.eval().requires_grad_(False)
     return components
 

@@ -213,7 +213,9 @@ class Runner:
         """
         settings = method.settings(self.pipe.settings)
         # the six graphs only: fused ones have no place where a peer could stand in for `align`
-        engines: dict[GraphName, Engine] = {name: self.pipe.engines[name] for name in GRAPH_NAMES}
+        engines: dict[GraphName, Engine] = {
+            name: self.pipe.engines[name] for name in GRAPH_NAMES if name in self.pipe.engines
+        }
         unet = None
         if method.guided:
             unet, factor = self.attention()

@@ -23,7 +23,7 @@ from hcma_fast.bench.quality.metrics.fidelity import Features
 from hcma_fast.bench.quality.metrics.networks import cut
 from hcma_fast.errors import WeightsError
 from hcma_fast.layout import Box
-from hcma_fast.models.checkpoint.info import first_line
+from hcma_fast.models.checkpoint.json_files import first_line
 
 SIDE = 299
 WIDTH = 2048

@@ -18,7 +18,7 @@ from hcma_fast.models.checkpoint.configs import (
     check_keys,
     refused_code,
 )
-from hcma_fast.models.checkpoint.info import is_hub_id
+from hcma_fast.models.checkpoint.hub import is_hub_id
 from hcma_fast.models.checkpoint.json_files import read_object, shorten
 
 CONFIG_FILE, PROCESSOR_FILE = "config.json", "preprocessor_config.json"

@@ -325,7 +325,7 @@ def components_of(
     from hcma_fast.models.checkpoint.random_sd14 import RandomSD14
 
     parts = RandomSD14().drawn(*drawn) if model == SD14 else load_components(model)
-    modules = (parts.text_encoder, parts.unet, parts.vae, parts.aligner)
+    modules = (parts.text_encoder, parts.unet, parts.vae, parts.own_aligner)
     for module in (one for one in modules if not next(one.parameters()).is_meta):
         module.to(device)
     return parts

@@ -40,12 +40,12 @@ def plain_generate(
 
     Args:
         settings: default the checkpoint's own. Guidance is always computed, at 1 as well.
-        unet, losses: called in place of ``parts.unet`` and ``parts.aligner.losses``.
+        unet, losses: called in place of ``parts.unet`` and ``parts.own_aligner.losses``.
         evaluations: stop after so many calls of the UNet, and decode nothing: no images then.
     """
     settings = settings or parts.settings
     unet = parts.unet if unet is None else unet
-    losses = parts.aligner.losses if losses is None else losses
+    losses = parts.own_aligner.losses if losses is None else losses
     batch, device = len(prompts), parts.text_encoder.device
 
     def encode(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -70,11 +70,11 @@ def plain_generate(
         "positive_embeddings": torch.cat([labels, labels]),
         "masks": torch.cat([torch.zeros_like(masks), masks]),
     }
-    regions = parts.aligner.region_map(boxes, masks)
+    regions = parts.own_aligner.region_map(boxes, masks)
 
     scheduler = pndm_scheduler()
     scheduler.set_timesteps(num_inference_steps)
-    side = parts.aligner.config.latent_size
+    side = parts.own_aligner.config.latent_size
     z = draw_noise(seeds, side).to(device)
     for k, t in enumerate(scheduler.timesteps[:evaluations]):
         step = max(k - 1, 0)
@@ -83,7 +83,7 @@ def plain_generate(
         # PNDMScheduler ignores the sample of its second call, so moving it would do nothing
         if aligning and k != 1:
             eta = settings.eta0 * float((1 - scheduler.alphas_cumprod[t]).sqrt())
-            timed = parts.aligner.config.time_conditioning != "none"
+            timed = parts.own_aligner.config.time_conditioning != "none"
             time = t.to(device).expand(batch) if timed else None
             gradient = _alignment_gradient(
                 losses, z, caption, labels, regions, masks, time, settings

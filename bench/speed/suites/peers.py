@@ -104,7 +104,7 @@ def load_compiled(model: str, work: Work, device: str = "cpu") -> Contestant:
         work,
         device,
         unet=torch.compile(parts.unet),
-        losses=torch.compile(parts.aligner.losses),
+        losses=torch.compile(parts.own_aligner.losses),
     )
 
 
@@ -117,7 +117,7 @@ def load_half(model: str, work: Work, precision: Half, device: str = "cpu") -> C
     parts, dtype = components_of(model, device), getattr(torch, precision)
     parts.unet.to(dtype)
     # the region map is computed once, as it is
-    aligner = copy.deepcopy(parts.aligner).to(dtype)
+    aligner = copy.deepcopy(parts.own_aligner).to(dtype)
 
     def unet(
         sample: Tensor, t: Tensor, context: Tensor, *, cross_attention_kwargs: dict[str, Any] | None
@@ -164,7 +164,7 @@ def load_exported(model: str, work: Work, runtime: Exported) -> Contestant:
         folder.rmdir()
     # the weights are the runtime's now
     lean = replace(parts, unet=None)
-    return plain_contestant(lean, work, unet=_Called(run), losses=parts.aligner.losses)
+    return plain_contestant(lean, work, unet=_Called(run), losses=parts.own_aligner.losses)
 
 
 class _Denoiser(nn.Module):
@@ -211,7 +211,7 @@ class _Called:
 @torch.no_grad()
 def _export(parts: Components, batch: int, folder: Path) -> Path:
     """As the documentation of torch.onnx.export has it, for one batch size."""
-    side, width = parts.aligner.config.latent_size, parts.text_encoder.config.hidden_size
+    side, width = parts.own_aligner.config.latent_size, parts.text_encoder.config.hidden_size
     example = (
         torch.randn(batch, 4, side, side),
         torch.tensor([1]),
@@ -293,7 +293,7 @@ def load_gligen(model: str, work: Work, device: str = "cpu") -> Contestant:
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    side = parts.aligner.config.latent_size
+    side = parts.own_aligner.config.latent_size
     last: list[Tensor] = []
 
     def watch(step: int, timestep: Tensor, latents: Tensor) -> None:

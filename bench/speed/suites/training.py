@@ -146,7 +146,7 @@ def load_training(
             device=torch.device(device),
         )
         cache = Uncached(place, encoders, write_images(place, parts.image_size), _CAPTIONS)
-    for parameter in parts.aligner.parameters():
+    for parameter in parts.own_aligner.parameters():
         parameter.requires_grad_()
     flops = training_flops(parts, cache) if cached else 0.0
     rates: list[float] = []
@@ -163,7 +163,12 @@ def load_training(
     def generate() -> NDArray[np.float32]:
         with tempfile.TemporaryDirectory(dir=folder.name) as out:
             train_aligner(
-                cache, Path(out), training, parts.aligner, cpu=device == "cpu", progress=progress
+                cache,
+                Path(out),
+                training,
+                parts.own_aligner,
+                cpu=device == "cpu",
+                progress=progress,
             )
         return np.zeros(1, np.float32)
 
@@ -185,12 +190,12 @@ def training_flops(parts: Components, cache: LatentCache) -> float:
 
     Attention counts as its products; its softmax, norms and the optimiser count as nothing.
     """
-    network = AlignerFeatures(parts.aligner)
+    network = AlignerFeatures(parts.own_aligner)
     noised = draw_noised(cache.batch(np.arange(2)), cache.header.scaling_factor, 0)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         losses, _ = stage1_losses(network, noised, cache.label_table)
         losses.mean().backward()
-    parts.aligner.zero_grad(set_to_none=True)
+    parts.own_aligner.zero_grad(set_to_none=True)
     return float(counter.get_total_flops()) / 2
 
 
@@ -211,7 +216,7 @@ def write_random_cache(folder: Path, parts: Components, count: int) -> None:
     """A cache as ``hcma-fast train cache`` writes it, of noise: ``count`` images with one view, one
     caption and two boxes each."""
     make_folder(folder)
-    config = parts.aligner.config
+    config = parts.own_aligner.config
     shape = (config.latent_channels, config.latent_size, config.latent_size)
     header = CacheHeader(
         preset=parts.preset,

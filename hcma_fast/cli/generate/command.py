@@ -16,9 +16,14 @@ from hcma_fast.cli.generate.sidecar import read_sidecar
 from hcma_fast.cli.options import (
     Aligner,
     BatchSize,
+    ClipSkip,
+    Gligen,
+    LoraFiles,
+    Vae,
     backend_option,
     json_option,
     model_option,
+    model_options,
     precision_option,
 )
 from hcma_fast.cli.output import output_folder, print_json, print_note
@@ -26,6 +31,7 @@ from hcma_fast.cli.request_options import request_options, request_values, with_
 from hcma_fast.config import GRAD_BACKENDS, check_backend
 from hcma_fast.errors import UsageError
 from hcma_fast.layout import Layout
+from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 from hcma_fast.runtime.request import Request
 
 _DEFAULT_BACKEND = "onnxruntime"
@@ -85,6 +91,10 @@ def _generate(
     ] = False,
     model: Annotated[str | None, model_option("tiny")] = None,
     aligner: Aligner = None,
+    gligen: Gligen = None,
+    vae: Vae = None,
+    clip_skip: ClipSkip = None,
+    lora: LoraFiles = None,
     backend: Annotated[str | None, backend_option("onnxruntime")] = None,
     verify_key: Annotated[
         Path | None,
@@ -182,6 +192,12 @@ def _generate(
             cuda_graphs=origin.cuda_graphs if cuda_graphs is None else cuda_graphs,
             verify_key=verify_key,
             offline=model is None and not allow_download,
+            options=ModelOptions(
+                gligen or origin.gligen,
+                vae or origin.vae,
+                origin.clip_skip if clip_skip is None else clip_skip,
+                tuple(Lora.parse(text) for text in lora or origin.loras),
+            ),
         )
     else:
         notation = BoxNotation(box_format or "xyxy", box_units or "share", box_size)
@@ -209,6 +225,7 @@ def _generate(
             grad_backend,
             bool(cuda_graphs),
             verify_key,
+            options=model_options(gligen, vae, clip_skip, lora),
         )
     if plan.backend is not None:
         check_backend(plan.backend, "auto")

@@ -19,6 +19,7 @@ from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
 from hcma_fast.config import PRESETS, devices_of
 from hcma_fast.errors import HcmaError, InputError, OutputError, WeightsError
 from hcma_fast.files import is_file
+from hcma_fast.models.checkpoint.options import DEFAULTS, ModelOptions
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,6 +45,8 @@ class Plan:
     """must have signed the engine folder that ``model`` names"""
     offline: bool = False
     """never ask the hub for ``model``: it is named by a file, not by the user"""
+    options: ModelOptions = DEFAULTS
+    """what ``model`` is put together from beside its own files"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def open_pipeline(plan: Plan, original: Sidecar | None) -> HCMAPipeline:
             device=plan.device,
             precision=plan.precision,
             aligner=plan.aligner,
+            gligen=plan.options.gligen,
+            vae=plan.options.vae,
+            clip_skip=plan.options.clip_skip,
+            loras=plan.options.loras,
             grad_backend=plan.grad_backend,
             verify_key=plan.verify_key,
             progress=progress,
@@ -120,14 +127,15 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
         EngineError: an engine folder is damaged.
     """
     from hcma_fast.export.manifest import read_manifest
-    from hcma_fast.models.checkpoint.info import is_hub_id, resolve_folder
+    from hcma_fast.models.checkpoint.hub import is_hub_id
+    from hcma_fast.models.checkpoint.info import resolve
     from hcma_fast.models.checkpoint.located import locate
 
     if is_engine_folder(plan.model):
         original.check_weights(read_manifest(Path(plan.model)).weights_hash)
         return plan.model
     try:
-        folder = resolve_folder(plan.model, offline=plan.offline)
+        folder = resolve(plan.model, offline=plan.offline)
     except WeightsError as error:
         if not (plan.offline and is_hub_id(plan.model)):
             raise
@@ -137,7 +145,9 @@ def _same_weights(plan: Plan, original: Sidecar) -> str | Checkpoint:
             remedy="If you trust the sidecar, add --allow-download to fetch the model from the "
             "hub; or give the model as --model.",
         ) from error
-    return locate(folder, aligner=plan.aligner, check_hash=original.check_weights)
+    return locate(
+        folder, aligner=plan.aligner, options=plan.options, check_hash=original.check_weights
+    )
 
 
 def render(
@@ -164,6 +174,10 @@ def render(
     common: dict[str, Any] = {
         "model": plan.model if plan.model in PRESETS else _anywhere(Path(plan.model)),
         "aligner": _anywhere(plan.aligner) if plan.aligner else None,
+        "gligen": _anywhere(Path(plan.options.gligen)) if plan.options.gligen else None,
+        "vae": _anywhere(Path(plan.options.vae)) if plan.options.vae else None,
+        "clip_skip": plan.options.clip_skip,
+        "loras": tuple(f"{_anywhere(Path(one.path))}:{one.scale}" for one in plan.options.loras),
         "preset": pipe.preset,
         "image_size": pipe.image_size,
         "height": pipe.image_shape[0],
@@ -313,5 +327,5 @@ def _png(image: Image.Image) -> bytes:
 
 
 def _anywhere(path: Path) -> str:
-    """A name that means the same in every folder: a hub id stays, a folder's path gets absolute."""
-    return str(path.resolve()) if path.is_dir() else str(path)
+    """A name that means the same in every folder: a hub id stays, a path gets absolute."""
+    return str(path.resolve()) if path.is_dir() or path.is_file() else str(path)

@@ -46,8 +46,13 @@ class Origin(_Frozen):
     image_sha256: str
     """of the PNG file"""
     model: str
-    """preset, hub id, or the absolute path of a folder"""
+    """preset, hub id, or the absolute path of a folder or file"""
     aligner: str | None
+    gligen: str | None = None
+    vae: str | None = None
+    clip_skip: int | None = None
+    loras: tuple[str, ...] = ()
+    """files, each with ``:SCALE``"""
     preset: str
     image_size: int
     height: int | None = None

@@ -122,12 +122,17 @@ def tune_alignment(
     from hcma_fast.bench.quality.tuning.judge_score import JudgeScore, check_emoji_scenes
     from hcma_fast.bench.quality.tuning.records import Plan
     from hcma_fast.bench.quality.tuning.search import check_installed, search
-    from hcma_fast.models.checkpoint.folder import locate
-    from hcma_fast.models.checkpoint.info import CheckpointInfo, read_info
+    from hcma_fast.models.checkpoint.info import (
+        CheckpointInfo,
+        check_safe,
+        read_info,
+        resolve_folder,
+    )
     from hcma_fast.runtime.pipeline import HCMAPipeline
 
     check_installed()
-    folder = locate(model).folder
+    folder = resolve_folder(model)
+    check_safe(folder)
     info = read_info(folder) or CheckpointInfo()
     check_emoji_scenes(info.preset)
     _check_targets(model, folder, write, out)

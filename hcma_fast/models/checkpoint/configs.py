@@ -18,6 +18,9 @@ from hcma_fast.models.checkpoint.json_files import read_object, shorten
 PartName = Literal["unet", "vae", "text_encoder"]
 _LARGEST, _LONGEST = 2**20, 16
 """Bounds of a number and of a list: a shape beyond them would fill the memory"""
+CONTEXT_WIDTHS = {1024: "Stable Diffusion 2.x", 2048: "Stable Diffusion XL"}
+"""Kinds of model by the width of the text that their UNet reads; 768 is SD 1.x's"""
+_VIDEO_CLASSES = ("UNet3D", "MotionModel", "SpatioTemporal")
 _DIFFUSERS = {"_class_name", "_diffusers_version", "_name_or_path"}
 #: of the moving average that some trainers keep
 _EMA = {
@@ -154,6 +157,8 @@ def read_config(part: PartName, path: Path) -> dict[str, Any]:
             cannot do, or is of another class.
     """
     kind, config = PART_KINDS[part], read_object(path)
+    if part == "unet" and (name := _foreign_unet(config)) is not None:
+        raise foreign_error(name, path)
     check_class(path, part, _class_of(config), kind.classes)
     check_keys(path, config, kind.used | kind.ignored)
     used = {key: value for key, value in config.items() if key in kind.used}
@@ -164,6 +169,25 @@ def read_config(part: PartName, path: Path) -> dict[str, Any]:
     if part == "unet":
         _name_attention(path, config, used)
     return used
+
+
+def _foreign_unet(config: dict[str, Any]) -> str | None:
+    """The kind of model that a UNet's config is of, where it is none of SD 1.x's."""
+    if any(word in str(config.get("_class_name")) for word in _VIDEO_CLASSES):
+        return "a video model"
+    width = config.get("cross_attention_dim")
+    if config.get("addition_embed_type") == "text_time":
+        return CONTEXT_WIDTHS[2048]
+    return CONTEXT_WIDTHS.get(width) if isinstance(width, int) else None
+
+
+def foreign_error(name: str, path: Path) -> WeightsError:
+    """The error for another kind of model."""
+    return WeightsError(
+        f"this is {name}, and hcma-fast loads Stable Diffusion 1.x with GLIGEN's layers",
+        value=str(path),
+        remedy="Use a checkpoint of Stable Diffusion 1.x, or a model made from it.",
+    )
 
 
 def _check_sizes(path: Path, kind: PartKind, used: dict[str, Any]) -> None:

@@ -11,18 +11,25 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from hcma_fast.config import TOKEN_LENGTH, AlignmentSettings
-from hcma_fast.errors import InputError, WeightsError
+from hcma_fast.errors import InputError, Remedy, WeightsError
 from hcma_fast.models.aligner import Aligner, AlignStep
+from hcma_fast.models.checkpoint.configs import PartName
+from hcma_fast.models.checkpoint.formats.lora import fold_lora
+from hcma_fast.models.checkpoint.formats.recognise import recognise
+from hcma_fast.models.checkpoint.formats.single_file import is_harmless, refuse_unknown
 from hcma_fast.models.checkpoint.info import (
     CheckpointInfo,
     check_parts,
     read_info,
 )
+from hcma_fast.models.checkpoint.json_files import tell_once
 from hcma_fast.models.checkpoint.located import Checkpoint, locate
-from hcma_fast.models.checkpoint.parts import load_part
-from hcma_fast.models.checkpoint.tokenizer import load_tokenizer
+from hcma_fast.models.checkpoint.options import ModelOptions, lora_file
+from hcma_fast.models.checkpoint.parts import PART_CLASSES, make_part, tell_unused
+from hcma_fast.models.checkpoint.state_hash import encoder_hashes
+from hcma_fast.models.checkpoint.tokenizer import clip_tokenizer, load_tokenizer
 from hcma_fast.models.text import TextEncoder
-from hcma_fast.models.unet import GroundedUNet, Grounding, PlainUNet, context_widths
+from hcma_fast.models.unet import GroundedUNet, PlainUNet, context_widths, grounding_graph
 from hcma_fast.specs import (
     ANY_BATCH,
     GRAPH_NAMES,
@@ -89,21 +96,58 @@ class Components:
     text_encoder: CLIPTextModel
     unet: UNet2DConditionModel
     vae: AutoencoderKL
-    aligner: Aligner
+    aligner: Aligner | None
+    """None for a model that comes without: it aligns nothing"""
     settings: AlignmentSettings
+    """as the checkpoint has them; see :attr:`info` for what the parts at hand can do of them"""
     image_size: int
     """side of the square images that the model was trained at, in pixels"""
     weights_hash: str
     """sha256 of the files' contents, the same wherever the folder lies"""
     source: Path | None
-    """folder that it was loaded from; None for made-up weights"""
+    """folder or file that it was loaded from; None for made-up weights"""
+    clip_skip: int = 1
+    """layers of the text encoder, counted from its end, from which captions are read"""
 
     @property
     def info(self) -> CheckpointInfo:
-        """What hcma.json holds, or would hold."""
+        """What hcma.json holds, or would hold, for the parts that are there."""
+        off = {"eta0": 0.0} if self.aligner is None else {}
+        off |= {} if self.gated else {"grounding_beta": 0.0}
         return CheckpointInfo(
-            preset=self.preset, image_size=self.image_size, alignment=self.settings
+            preset=self.preset,
+            image_size=self.image_size,
+            alignment=self.settings.model_copy(update=off),
+            clip_skip=self.clip_skip,
         )
+
+    @property
+    def gated(self) -> bool:
+        """Whether the UNet has GLIGEN's layers."""
+        return bool(self.unet.config.attention_type == "gated")
+
+    @property
+    def own_aligner(self) -> Aligner:
+        """The aligner of a model that must have one.
+
+        Raises:
+            WeightsError: it has none.
+        """
+        if self.aligner is None:
+            raise WeightsError(
+                "the checkpoint has no aligner",
+                value=str(self.source),
+                remedy=Remedy(
+                    python="Pass the folder of one that was trained for this model as aligner=.",
+                    command="Give the folder of one that was trained for it with --aligner.",
+                ),
+            )
+        return self.aligner
+
+    @property
+    def patch_size(self) -> int:
+        """Latent cells along a side of the aligner's patches; 1 without an aligner."""
+        return self.aligner.config.patch_size if self.aligner is not None else 1
 
     @property
     def vae_factor(self) -> int:
@@ -114,7 +158,7 @@ class Components:
     def side_multiple(self) -> int:
         """Image sides must be multiples of this (design.md section 2)."""
         unet_factor = 2 ** (len(self.unet.config.block_out_channels) - 1)
-        return int(self.vae_factor * max(self.aligner.config.patch_size, unet_factor))
+        return int(self.vae_factor * max(self.patch_size, unet_factor))
 
     def graph(
         self, name: GraphName, height: int | None = None, width: int | None = None
@@ -125,13 +169,14 @@ class Components:
             height, width: of the images, in pixels; default the trained size.
         """
         if name == "text_encoder":
-            return TextEncoder(self.text_encoder)
+            return TextEncoder(self.text_encoder, self.clip_skip)
         if name == "grounding":
-            cell = self.vae_factor * self.aligner.config.patch_size
+            cell = self.vae_factor * self.patch_size
             sides = (height or self.image_size, width or self.image_size)
-            return Grounding(self.unet, self.aligner, (sides[0] // cell, sides[1] // cell))
+            grid = (sides[0] // cell, sides[1] // cell)
+            return grounding_graph(self.unet, self.aligner, grid)
         if name == "align":
-            return AlignStep(self.aligner, normalized=self.settings.normalized)
+            return AlignStep(self.own_aligner, normalized=self.settings.normalized)
         if name == "vae_decoder":
             return VAEDecoder(self.vae)
         return (GroundedUNet if name == "unet_grounded" else PlainUNet)(self.unet)
@@ -139,8 +184,9 @@ class Components:
     def graphs(
         self, height: int | None = None, width: int | None = None
     ) -> dict[GraphName, nn.Module]:
-        """All six, see :meth:`graph`."""
-        return {name: self.graph(name, height, width) for name in GRAPH_NAMES}
+        """All that the model has, see :meth:`graph`."""
+        there = self.specs(height, width)
+        return {name: self.graph(name, height, width) for name in GRAPH_NAMES if name in there}
 
     def parameter_counts(self) -> dict[GraphName, int]:
         """Weights of each graph; the UNet graphs share theirs."""
@@ -155,7 +201,7 @@ class Components:
         width: int | None = None,
         batch: BatchRange | None = None,
     ) -> dict[GraphName, IOSpec]:
-        """Signatures of the six graphs.
+        """Signatures of the graphs that the model has.
 
         Args:
             height, width: of the images, in pixels; default the trained size.
@@ -178,10 +224,14 @@ class Components:
             latent_width=width // self.vae_factor,
             text_width=self.text_encoder.config.hidden_size,
             context_width=sum(context_widths(self.unet)),
-            patch_size=self.aligner.config.patch_size,
+            patch_size=self.patch_size,
             vae_factor=self.vae_factor,
             latent_channels=self.vae.config.latent_channels,
-            time_conditioned=self.aligner.config.time_conditioning != "none",
+            time_conditioned=(
+                self.aligner is not None and self.aligner.config.time_conditioning != "none"
+            ),
+            aligned=self.aligner is not None,
+            grounded=self.gated,
             batch=batch or ANY_BATCH,
         )
 
@@ -191,58 +241,93 @@ def load_components(
     name_or_path: str | Path | Checkpoint,
     *,
     aligner: str | Path | None = None,
+    options: ModelOptions | None = None,
     offline: bool = False,
 ) -> Components:
     """Load a model in float32, whatever precision it is stored in.
 
     Args:
-        name_or_path: a preset (``tiny``), a folder in diffusers' layout, a hub id, or what
-            :func:`locate` made of one.
+        name_or_path: a preset (``tiny``), a folder in diffusers' layout, a single file, a hub id
+            (with ``@revision``), or what :func:`locate` made of one.
         aligner: folder of the aligner, for a checkpoint that has none (a plain GLIGEN folder).
+        options: GLIGEN's layers or a VAE from files of their own, and ``clip_skip``.
         offline: never ask the hub; use what its cache has.
 
     Raises:
         WeightsError: missing, damaged, unsafe (pickles, remote code), or of parts that do not fit.
     """
-    checkpoint = locate(name_or_path, aligner=aligner, offline=offline)
+    checkpoint = locate(name_or_path, aligner=aligner, options=options, offline=offline)
     with checkpoint.opened() as (folder, aligner_folder):
-        check_parts(folder)
+        if (folder / "tokenizer").is_dir():
+            check_parts(folder)
         components = _load(checkpoint, folder, aligner_folder)
     _check_fit(components)
-    for module in (
-        components.text_encoder,
-        components.unet,
-        components.vae,
-        components.aligner,
-    ):
+    parts = (components.text_encoder, components.unet, components.vae, components.aligner)
+    for module in filter(None, parts):
         module.eval().requires_grad_(False)
+    _tell_missing(components)
     return components
 
 
-def _load(checkpoint: Checkpoint, folder: Path, aligner_folder: Path) -> Components:
+def _tell_missing(parts: Components) -> None:
+    """Say what a model cannot do that others can, and whether its aligner is of another one."""
+    if parts.aligner is None:
+        tell_once("note: this model has no aligner, so nothing is aligned (eta0 is 0)")
+    elif (trained := parts.aligner.config).vae_sha256 is not None:
+        found = encoder_hashes(parts.vae, parts.text_encoder, parts.tokenizer)
+        names = ("VAE", "text encoder")
+        pairs = zip(names, found, (trained.vae_sha256, trained.text_sha256), strict=True)
+        if other := [name for name, ours, its in pairs if ours != its]:
+            tell_once(
+                f"note: the aligner was trained with another {' and '.join(other)} than this "
+                "model's, or with the same one at another precision: compare images with eta0 0"
+            )
+    if not parts.gated:
+        reader = "the alignment alone reads boxes" if parts.aligner else "boxes are refused"
+        tell_once(f"note: this model has no GLIGEN layers, so {reader}")
+
+
+def _load(checkpoint: Checkpoint, folder: Path, aligner_folder: Path | None) -> Components:
     """The parts from ``folder``, as they are."""
     info = read_info(folder)
-    unet = load_part(UNet2DConditionModel, folder / "unet")
-    vae = load_part(AutoencoderKL, folder / "vae")
-    text_encoder = load_part(CLIPTextModel, folder / "text_encoder")
-    for part, model in (("unet", unet), ("vae", vae), ("text_encoder", text_encoder)):
-        _rename(model, str(checkpoint.folder / part))
+    recognised = recognise(checkpoint, folder)
+    made: dict[PartName, Any] = {}
+    unknown = list(recognised.unknown)
+    for part, cls in PART_CLASSES.items():
+        model, unused = make_part(cls, recognised.plans[part], folder / part)
+        if part in recognised.named:
+            unknown += [key for key in unused if not is_harmless(key)]
+        else:
+            tell_unused(part, unused)
+        rename(model, str(checkpoint.folder / part))
+        made[part] = model
+    refuse_unknown(unknown, checkpoint.folder)
+    for number, lora in enumerate(checkpoint.options.loras):
+        fold_lora(folder / lora_file(number), lora.scale, made)
+    unet, vae = made["unet"], made["vae"]
+    aligner = Aligner.from_pretrained(aligner_folder) if aligner_folder is not None else None
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    whole = (folder / "tokenizer").is_dir()
+    latent_size = trained_size(unet, folder)
+    if aligner is not None and not whole:
+        latent_size = aligner.config.latent_size
+    skip = checkpoint.options.clip_skip
     return Components(
         preset=info.preset if info else "sd14",
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        text_encoder=text_encoder,
+        tokenizer=load_tokenizer(folder / "tokenizer") if whole else clip_tokenizer(),
+        text_encoder=made["text_encoder"],
         unet=unet,
         vae=vae,
-        aligner=Aligner.from_pretrained(aligner_folder),
+        aligner=aligner,
         settings=info.alignment if info else AlignmentSettings(),
-        image_size=info.image_size if info else trained_size(unet, folder) * factor,
+        image_size=info.image_size if info else latent_size * factor,
         weights_hash=checkpoint.weights_hash,
         source=checkpoint.folder,
+        clip_skip=skip if skip is not None else info.clip_skip if info else 1,
     )
 
 
-def _rename(model: Any, name: str) -> None:
+def rename(model: Any, name: str) -> None:
     """Let the model's config say that it was loaded from ``name``: a saved config keeps it."""
     if isinstance(model, CLIPTextModel):
         model.config.name_or_path = name
@@ -269,29 +354,34 @@ def trained_size(model: UNet2DConditionModel | AutoencoderKL, folder: Path) -> i
 
 def _check_fit(parts: Components) -> None:
     """Do the parts belong together? Each wrong pair is named, with what it would need."""
-    aligner, text, unet = parts.aligner.config, parts.text_encoder.config, parts.unet.config
-    if unet.attention_type != "gated":
-        raise WeightsError(
-            "the UNet has no gated attention, so boxes cannot ground it",
-            value=unet.attention_type,
-            remedy="Use a GLIGEN checkpoint such as masterful/gligen-1-4-generation-text-box.",
-        )
-    latent_size = parts.image_size // parts.vae_factor
-    for what, value, expected in (
-        ("the aligner's text width", aligner.text_width, text.hidden_size),
+    text, unet, channels = (
+        parts.text_encoder.config,
+        parts.unet.config,
+        parts.vae.config.latent_channels,
+    )
+    pairs: list[tuple[str, object, object]] = []
+    if parts.aligner is not None:
+        aligner, latent_size = parts.aligner.config, parts.image_size // parts.vae_factor
+        pairs += [
+            ("the aligner's text width", aligner.text_width, text.hidden_size),
+            ("the aligner's latent channels", aligner.latent_channels, channels),
+            ("the aligner's latent size", aligner.latent_size, latent_size),
+        ]
+    pairs += [
         ("the UNet's cross-attention width", unet.cross_attention_dim, text.hidden_size),
         ("the text encoder's length", text.max_position_embeddings, TOKEN_LENGTH),
-        (
-            "the aligner's latent channels",
-            aligner.latent_channels,
-            parts.vae.config.latent_channels,
-        ),
-        ("the UNet's latent channels", unet.in_channels, parts.vae.config.latent_channels),
-        ("the aligner's latent size", aligner.latent_size, latent_size),
+        ("the UNet's latent channels", unet.in_channels, channels),
         ("the image size's remainder", parts.image_size % parts.side_multiple, 0),
         ("the tokenizer's vocabulary", max(len(parts.tokenizer), text.vocab_size), text.vocab_size),
         ("the text encoder's end token", text.eos_token_id, _end_token(parts)),
-    ):
+    ]
+    if unet.attention_type not in ("default", "gated"):
+        raise WeightsError(
+            "the UNet has another kind of grounding than GLIGEN's text and boxes",
+            value=unet.attention_type,
+            remedy="Use a GLIGEN checkpoint such as masterful/gligen-1-4-generation-text-box.",
+        )
+    for what, value, expected in pairs:
         if value != expected:
             raise WeightsError(
                 f"the parts of the checkpoint do not fit: {what} should be {expected}",

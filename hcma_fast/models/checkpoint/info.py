@@ -24,9 +24,12 @@ from hcma_fast.models.checkpoint.configs import (
     read_config,
     refused_code,
 )
+from hcma_fast.models.checkpoint.formats.pickles import as_safetensors
+from hcma_fast.models.checkpoint.hub import download, is_hub_id
 from hcma_fast.models.checkpoint.json_files import (
     VOCABULARY_BYTES,
     files_in,
+    first_line,
     open_file,
     read_json,
     read_object,
@@ -34,6 +37,7 @@ from hcma_fast.models.checkpoint.json_files import (
     tell_once,
 )
 from hcma_fast.models.checkpoint.scheduler import SCHEDULER_FILE, check_scheduler
+from hcma_fast.models.checkpoint.weight_files import choose_files
 from hcma_fast.opened import OpenedFile
 
 PARTS = ("tokenizer", "text_encoder", "unet", "vae")
@@ -43,6 +47,8 @@ INFO_FILE = "hcma.json"
 READ_SUFFIXES = (".json", ".txt", ".safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".msgpack", ".h5")
 INDEX_FILE = "model_index.json"
+PICKLES = "*.bin"
+_WEIGHT_PARTS = get_args(PartName)
 _CLASSES: dict[str, tuple[str, ...]] = {
     **{str(part): kind.classes for part, kind in PART_KINDS.items()},
     "tokenizer": TOKENIZER_CLASSES,
@@ -61,6 +67,19 @@ _WEIGHTS = re.compile(r"(diffusion_pytorch_model|model)[.-].*(safetensors|json)"
 _SHOWN_UNUSED = 5
 
 
+class Origin(BaseModel):
+    """Where a converted checkpoint came from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str = Field(description="hub id, or name of the file or folder")
+    format: str
+    files: dict[str, str] = Field(description="sha256 of each file that was read, by its name")
+    loras: tuple[str, ...] = Field((), description="file names and scales of what was folded in")
+    dtype: str
+    hcma_fast: str = Field(description="version that converted it")
+
+
 class CheckpointInfo(BaseModel):
     """hcma.json of a checkpoint: what the parts' own configs do not say."""
 
@@ -70,6 +89,10 @@ class CheckpointInfo(BaseModel):
     preset: str = "sd14"
     image_size: int = Field(512, gt=0, le=2**16, description="side of the square images, in pixels")
     alignment: AlignmentSettings = AlignmentSettings()
+    clip_skip: int = Field(
+        1, ge=1, le=12, description="the caption is read that many layers before the encoder's end"
+    )
+    origin: Origin | None = None
 
 
 def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
@@ -78,12 +101,28 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
     Raises:
         WeightsError: there is no such preset or folder, or the hub does not deliver.
     """
+    found = resolve(name_or_path, offline=offline)
+    if not found.is_dir():
+        raise WeightsError(
+            "this needs a model's folder, and not a single file",
+            value=str(found),
+            remedy="Write one with hcma-fast convert FILE --out FOLDER, and give that.",
+        )
+    return found
+
+
+def resolve(name_or_path: str | Path, *, offline: bool = False) -> Path:
+    """:func:`resolve_folder`, or the single file that was named.
+
+    Raises:
+        WeightsError: there is no such preset, folder or file, or the hub does not deliver.
+    """
     name = str(name_or_path)
     if name in PRESETS:
         return PRESETS[name]
     try:
         path = Path(name).expanduser()
-        if path.is_dir():
+        if path.is_dir() or path.is_file():
             return path
         known = path.exists()
     except (OSError, RuntimeError, ValueError):  # too long for a path, or of no known user
@@ -92,37 +131,28 @@ def resolve_folder(name_or_path: str | Path, *, offline: bool = False) -> Path:
         raise WeightsError(
             "the weights of sd14 do not come with the package",
             value=name,
-            remedy="Give a folder in diffusers' layout, or a hub id such as "
+            remedy="Give a folder in diffusers' layout, a single file, or a hub id such as "
             "masterful/gligen-1-4-generation-text-box; to build only, add --random-weights.",
         )
     if known or not is_hub_id(name):
         raise WeightsError(
-            "no such preset or folder",
+            "no such preset, folder or file",
             value=name,
-            remedy=f"Presets: {', '.join(PRESETS)}. Or give a folder, or a hub id (owner/name).",
+            remedy=f"Presets: {', '.join(PRESETS)}. Or give a folder, a file, or a hub id "
+            "(owner/name).",
         )
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"{part}/*{suffix}" for part in (*PARTS, "aligner") for suffix in READ_SUFFIXES]
-    try:
-        found = snapshot_download(
-            name,
-            local_files_only=offline,
-            allow_patterns=[INDEX_FILE, INFO_FILE, SCHEDULER_FILE, *wanted],
-        )
-    except Exception as error:  # huggingface_hub raises many kinds, its HTTP client's among them
-        raise WeightsError(
-            f"there is no such folder, and the hub delivered no model ({type(error).__name__})",
-            value=name,
-            remedy="Check the name and the network (is HF_HUB_OFFLINE set?), log in with "
-            "`hf auth login` if the model is gated, or download it elsewhere and give its folder.",
-        ) from error
-    return Path(found)
+    patterns = [f"{part}/*{suffix}" for part in (*PARTS, "aligner") for suffix in READ_SUFFIXES]
+    found = download(name, [INDEX_FILE, INFO_FILE, SCHEDULER_FILE, *patterns], offline=offline)
+    pickled = [part for part in _WEIGHT_PARTS if not has_weights(found / part)]
+    if pickled:
+        # older repositories have pickles only, which are converted
+        found = download(name, [f"{part}/{PICKLES}" for part in pickled], offline=offline)
+    return found
 
 
-def is_hub_id(name: str) -> bool:
-    """Does ``name`` read owner/name, if no folder is called so?"""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~"))
+def has_weights(folder: Path) -> bool:
+    """Does a part's folder hold safetensors?"""
+    return any(folder.glob("*.safetensors"))
 
 
 def check_safe(folder: Path) -> None:
@@ -167,12 +197,13 @@ def _check_files(folder: Path) -> None:
     files = files_in(folder)
     tensors = any(path.suffix == ".safetensors" for path in files)
     for path in files:
-        if path.suffix in _PICKLE_SUFFIXES and not tensors:
+        convertible = path.suffix == ".bin" and folder.name in _WEIGHT_PARTS
+        if path.suffix in _PICKLE_SUFFIXES and not tensors and not convertible:
             raise WeightsError(
                 "this checkpoint holds weights in a format that can run code when it is read",
                 value=str(path),
-                remedy="Convert them to safetensors: load in diffusers where you trust the file, "
-                "then save_pretrained(folder).",
+                remedy="Convert them to safetensors: hcma-fast convert takes .ckpt, .pth and .bin "
+                "files.",
             )
         if path.suffix == ".json" and folder.name in PARTS:
             known = path.name in OTHER_CONFIGS
@@ -222,27 +253,58 @@ def _tell_unused(folder: Path) -> None:
         tell_once(f"note: not used of the model {folder}: {shown}")
 
 
-def open_weights(folder: Path, aligner_folder: Path) -> dict[str, OpenedFile]:
-    """Every file that loading may read, wherever it lies, opened: by part and name.
+def open_weights(folder: Path | None, aligner_folder: Path | None) -> dict[str, OpenedFile]:
+    """Every file of these folders that loading may read, opened: by part and name.
+
+    Of a part that has pickles alone, what they were converted to.
 
     Raises:
         WeightsError: one cannot be read.
     """
-    files = {f"{part}/{path.name}": path for part in PARTS for path in files_in(folder / part)}
-    files |= {f"aligner/{path.name}": path for path in files_in(aligner_folder)}
-    files[INFO_FILE] = folder / INFO_FILE
-    opened = {}
-    for name, path in sorted(files.items()):
-        if path.suffix in READ_SUFFIXES and os.path.lexists(path):
-            try:
-                opened[name] = OpenedFile(path)
-            except OSError as error:
-                raise WeightsError(
-                    f"this file of the checkpoint cannot be read ({error.strerror})",
-                    value=str(path),
-                    remedy="Check its permissions, or get the checkpoint again.",
-                ) from error
+    files: dict[str, Path] = {}
+    if folder is not None:
+        for part in PARTS:
+            files |= {f"{part}/{path.name}": path for path in files_in(folder / part)}
+        files[INFO_FILE] = folder / INFO_FILE
+    if aligner_folder is not None:
+        files |= {f"aligner/{path.name}": path for path in files_in(aligner_folder)}
+    opened = {
+        name: open_weight_file(path)
+        for name, path in sorted(files.items())
+        if path.suffix in READ_SUFFIXES and os.path.lexists(path)
+    }
+    for part in _WEIGHT_PARTS if folder is not None else ():
+        for name, path in _pickles(folder / part).items():
+            opened[f"{part}/{name}"] = open_weight_file(as_safetensors(path))
     return opened
+
+
+def _pickles(folder: Path) -> dict[str, Path]:
+    """The pickles to convert of a part that has no other weights, by what they are to be called."""
+    if has_weights(folder):
+        return {}
+    names = {
+        path.with_suffix(".safetensors").name.removeprefix("pytorch_"): path
+        for path in files_in(folder)
+        if path.suffix == ".bin"
+    }
+    return {name: names[name] for name in choose_files(folder, names)} if names else {}
+
+
+def open_weight_file(path: Path) -> OpenedFile:
+    """A file of a checkpoint.
+
+    Raises:
+        WeightsError: it cannot be read.
+    """
+    try:
+        return OpenedFile(path)
+    except OSError as error:
+        raise WeightsError(
+            f"this file of the checkpoint cannot be read ({error.strerror})",
+            value=str(path),
+            remedy="Check its permissions, or get the checkpoint again.",
+        ) from error
 
 
 def hash_opened(files: Mapping[str, OpenedFile]) -> str:
@@ -253,7 +315,7 @@ def hash_opened(files: Mapping[str, OpenedFile]) -> str:
     return digest.hexdigest()
 
 
-def hash_weights(folder: Path, aligner_folder: Path) -> str:
+def hash_weights(folder: Path, aligner_folder: Path | None) -> str:
     """sha256 over names and contents of every file that loading may read, wherever it lies.
 
     Raises:
@@ -285,13 +347,7 @@ def write_info(folder: Path, info: CheckpointInfo) -> None:
     """Write hcma.json, whole or not at all."""
     partial = folder / f".{INFO_FILE}.part"
     with partial.open("w") as file:
-        file.write(json.dumps(info.model_dump(), indent=2) + "\n")
+        file.write(json.dumps(info.model_dump(exclude_none=True), indent=2) + "\n")
         file.flush()
         os.fsync(file.fileno())
     partial.replace(folder / INFO_FILE)
-
-
-def first_line(error: Exception) -> str:
-    """One line that says what ``error`` is: libraries' messages run over pages."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"

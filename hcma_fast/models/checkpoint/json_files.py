@@ -106,6 +106,12 @@ def shorten(value: object) -> str:
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
+def first_line(error: Exception) -> str:
+    """One line that says what ``error`` is: libraries' messages run over pages."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:2])[:300]}"
+
+
 @lru_cache(maxsize=256)
 def tell_once(message: str) -> None:
     """Log a warning, the first time that a process has this message."""

@@ -20,38 +20,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from hcma_fast.config import AlignerConfig, AlignmentSettings
 from hcma_fast.models.aligner import Aligner
 from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.formats.architecture import TEXT, UNET, VAE
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.specs import BatchRange, GraphName, IOSpec
 
-_CROSS = "CrossAttn"
-#: configs of the parts of masterful/gligen-1-4-generation-text-box; what is not named is default
-_UNET = {
-    "sample_size": 64,
-    "block_out_channels": (320, 640, 1280, 1280),
-    "layers_per_block": 2,
-    "down_block_types": (*(f"{_CROSS}DownBlock2D",) * 3, "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", *(f"{_CROSS}UpBlock2D",) * 3),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-    "attention_type": "gated",
-}
-_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "latent_channels": 4,
-    "sample_size": 512,
-}
-_TEXT = {
-    "vocab_size": 49408,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "projection_dim": 768,
-    "max_position_embeddings": 77,
-}
 _SEED = 0
 
 
@@ -79,7 +51,7 @@ class RandomSD14:
     @cached_property
     def weights_hash(self) -> str:
         """Of the configs, the seed and torch's generator, which together are the weights."""
-        text = json.dumps([_UNET, _VAE, _TEXT, _SEED, torch.__version__], sort_keys=True)
+        text = json.dumps([UNET, VAE, TEXT, _SEED, torch.__version__], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def specs(
@@ -142,11 +114,11 @@ class RandomSD14:
 
 def _make(part: str) -> Any:
     if part == "unet":
-        return UNet2DConditionModel(**_UNET)
+        return UNet2DConditionModel(**UNET)
     if part == "vae":
-        return AutoencoderKL(**_VAE)
+        return AutoencoderKL(**VAE)
     if part == "text":
-        return CLIPTextModel(CLIPTextConfig(**_TEXT, bos_token_id=188, eos_token_id=189))
+        return CLIPTextModel(CLIPTextConfig(**TEXT, bos_token_id=188, eos_token_id=189))
     return Aligner(AlignerConfig())
 
 

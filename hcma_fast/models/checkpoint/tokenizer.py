@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from transformers import AddedToken, CLIPTokenizer
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.errors import WeightsError
@@ -15,15 +17,16 @@ from hcma_fast.models.checkpoint.configs import (
     check_class,
     check_keys,
 )
-from hcma_fast.models.checkpoint.info import first_line
 from hcma_fast.models.checkpoint.json_files import (
     CONFIG_BYTES,
     VOCABULARY_BYTES,
+    first_line,
     read_object,
     read_text,
     shorten,
 )
 
+_CLIP_MARKS = ("<|startoftext|>", "<|endoftext|>")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 _MODEL_KEYS = {
@@ -47,6 +50,16 @@ def load_tokenizer(folder: Path) -> CLIPTokenizer:
         raise
     except Exception as error:  # tokenizers raises plain Exception
         raise _damaged(folder, first_line(error)) from error
+
+
+def clip_tokenizer() -> CLIPTokenizer:
+    """CLIP's own, for models that come without: its vocabulary is in the package."""
+    text = (files("hcma_fast") / "assets/clip/merges.txt").read_text(encoding="utf-8")
+    merges = [tuple(line.split(" ")) for line in text.rstrip("\n").split("\n")]
+    letters = list(bytes_to_unicode().values())
+    words = [*letters, *(f"{letter}</w>" for letter in letters), *map("".join, merges)]
+    vocabulary = {word: i for i, word in enumerate([*words, *_CLIP_MARKS])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=TOKEN_LENGTH)
 
 
 def _make(folder: Path) -> CLIPTokenizer:

@@ -101,10 +101,13 @@ def test_it_learns_logs_and_exports(small_cache: Path, uninterrupted: Path) -> N
     assert train[0]["lr"] == pytest.approx(1e-3)
 
     # as generate and build take it
-    assert Aligner.from_pretrained(uninterrupted / "aligner").config == CONFIG
+    header = LatentCache(small_cache).header
+    base = {"vae_sha256": header.vae_sha256, "text_sha256": header.text_sha256}
+    exported = Aligner.from_pretrained(uninterrupted / "aligner").config
+    assert exported == CONFIG.model_copy(update=base)
     provenance = json.loads((uninterrupted / "aligner" / "training.json").read_text())
     assert provenance["cache"] == read_header(small_cache).digest
-    assert Aligner.from_pretrained(uninterrupted / "aligner-last").config == CONFIG
+    assert Aligner.from_pretrained(uninterrupted / "aligner-last").config == exported
     # the newest two states are kept
     states = sorted(path.name for path in (uninterrupted / "aligner-run" / "states").iterdir())
     assert states == ["step-00000008.pt", "step-00000009.pt"]
@@ -385,9 +388,11 @@ def test_the_presets() -> None:
 
 
 def test_the_export_is_an_aligner_for_the_model(
-    uninterrupted: Path, random_checkpoint: Path
+    small_cache: Path, uninterrupted: Path, random_checkpoint: Path
 ) -> None:
     from hcma_fast.models.checkpoint.folder import load_components
 
     parts: Components = load_components(random_checkpoint, aligner=uninterrupted / "aligner")
-    assert parts.aligner.config == CONFIG
+    header = LatentCache(small_cache).header
+    base = {"vae_sha256": header.vae_sha256, "text_sha256": header.text_sha256}
+    assert parts.own_aligner.config == CONFIG.model_copy(update=base)

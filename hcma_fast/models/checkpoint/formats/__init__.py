@@ -1,0 +1,1 @@
+"""Formats beside diffusers' folder: single files, GLIGEN's checkpoints and adapters, pickles."""
