@@ -90,6 +90,12 @@ def remove_engine(folder: Path) -> None:
         InputError: it holds something else; then nothing is deleted.
         OutputError: it cannot be read or written.
     """
+    if folder.is_symlink():
+        raise InputError(
+            "this is a link, whose target is not deleted",
+            value=str(folder),
+            remedy="Delete the link yourself, or give the folder that it points to.",
+        )
     with _typed(folder):
         # the build puts the engine that it replaces into a folder of its own
         retired = os.listdir(folder) == [RETIRED]

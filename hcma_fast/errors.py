@@ -85,6 +85,10 @@ class HcmaError(Exception):
         return found
 
 
+LOWER_STEP = Remedy("Lower eta0 or guidance_scale.", "Lower --eta0 or --guidance-scale.")
+"""What to do about a latent that diverged."""
+
+
 class UsageError(HcmaError):
     """A wrong option or combination of options (exit code 2)."""
 

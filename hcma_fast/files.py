@@ -55,6 +55,15 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
             partial.unlink(missing_ok=True)
 
 
+def write_file(path: Path, content: bytes) -> None:
+    """Write ``path`` as :func:`write_whole` does.
+
+    Raises:
+        OutputError: the folder is missing or not writable, or the disk is full.
+    """
+    write_whole(path, lambda file: file.write(content))
+
+
 def write_folder(folder: Path, save: Callable[[Path], object]) -> None:
     """Put into ``folder`` the files that ``save`` writes, each whole or not at all.
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,8 +20,8 @@ from hcma_fast.box_lists import (
     read_box_list,
 )
 from hcma_fast.config import MAX_OBJECTS, TOKEN_LENGTH
-from hcma_fast.errors import InputError, Remedy, UsageError, words_of
-from hcma_fast.files import read_text
+from hcma_fast.errors import InputError, Remedy, words_of
+from hcma_fast.files import read_text, write_file
 
 #: CLIP's pre-tokenizer makes at least one token of a word, so more words cannot fit
 _MAX_WORDS = TOKEN_LENGTH - 2
@@ -216,24 +214,11 @@ class Layout(BaseModel):
         """Write a JSON file, whole or not at all.
 
         Raises:
-            UsageError: the place cannot be written to.
+            OutputError: the place cannot be written to.
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.part")
-        try:
-            with partial.open("w", encoding="utf-8") as file:
-                file.write(self.to_json())
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as error:
-            with suppress(OSError):
-                partial.unlink()
-            raise UsageError(
-                f"cannot write the layout file: {error.strerror}",
-                value=str(path),
-                remedy="Give a file name in a folder that exists and that you may write to.",
-            ) from error
+        if not isinstance(path, str | Path):
+            raise InputError("a layout file is a path", value=path, remedy="Give its name.")
+        write_file(Path(path), self.to_json().encode())
 
     @staticmethod
     def parse_box(text: str, notation: BoxNotation = SHARES) -> tuple[str, Box]:

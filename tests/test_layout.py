@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hcma_fast.config import MAX_OBJECTS
-from hcma_fast.errors import HcmaError, InputError, UsageError
+from hcma_fast.errors import InputError, OutputError
 from hcma_fast.layout import Box, BoxNotation, Layout
 
 #: a busy machine is no fault of the code
@@ -281,13 +281,15 @@ def test_a_failed_write_leaves_the_old_file(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UsageError, match="No space left") as caught:
+    with pytest.raises(OutputError, match="No space left") as caught:
         Layout.empty().to_file(path)
     assert caught.value.value == str(path)
     assert Layout.from_file(path) == layout
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
-    with pytest.raises(HcmaError, match="cannot write"):
+    with pytest.raises(OutputError, match="No such file"):
         layout.to_file(tmp_path / "no" / "folder.json")
+    with pytest.raises(InputError, match="a path"):
+        layout.to_file(None)  # type: ignore[arg-type]
 
 
 def test_boxes_in_other_notations_are_the_same_layout() -> None:

@@ -20,7 +20,7 @@ from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method, Runner
 from hcma_fast.config import AlignmentSettings
 from hcma_fast.errors import InputError, UsageError
-from hcma_fast.files import read_file, read_json
+from hcma_fast.files import read_file, read_json, write_file
 from hcma_fast.models.text import tokenize
 
 BLOCK = 16
@@ -157,7 +157,7 @@ def open_run(out: Path, settings: RunSettings, *, force: bool) -> None:
             remedy="Choose another --out, or use --force to replace its images.",
         )
     out.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (settings.model_dump_json(indent=2) + "\n").encode())
+    write_file(path, (settings.model_dump_json(indent=2) + "\n").encode())
 
 
 def _is_run(path: Path) -> bool:
@@ -313,8 +313,8 @@ def _generate(
                     process=f"{os.getpid()}-{psutil.Process().create_time():.0f}",
                     losses=found.losses[row],
                 )
-                write_whole(picture, content)
-                write_whole(path, (record.model_dump_json() + "\n").encode())
+                write_file(picture, content)
+                write_file(path, (record.model_dump_json() + "\n").encode())
             made += len(batch)
             done += len(batch)
             if progress is not None:
@@ -349,13 +349,3 @@ def png_bytes(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write ``path`` by a temporary name, synced and renamed."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with partial.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)

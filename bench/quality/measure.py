@@ -22,7 +22,6 @@ from hcma_fast.bench.quality.generate import (
     Shard,
     finished,
     image_files,
-    write_whole,
 )
 from hcma_fast.bench.quality.items import EvalItem
 from hcma_fast.bench.quality.methods.table import Method
@@ -33,6 +32,7 @@ from hcma_fast.bench.quality.metrics.judge.model import Judge
 from hcma_fast.bench.quality.metrics.likeness.model import LikenessJudge
 from hcma_fast.bench.quality.metrics.networks import ClipScorer, FeatureNetwork, cut
 from hcma_fast.errors import InputError, UsageError
+from hcma_fast.files import write_file
 from hcma_fast.train.data.emoji_scenes import CATEGORY_NAMES
 from hcma_fast.train.data.image_files import open_image_file
 
@@ -254,7 +254,7 @@ def measure(
                     instruments, block, [open_image(item) for item in block], folder
                 )
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_whole(path, measured.to_bytes())
+                write_file(path, measured.to_bytes())
             done += len(block)
             if progress is not None:
                 progress(folder, done, sum(len(block) for _, block in blocks))

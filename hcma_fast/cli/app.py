@@ -10,8 +10,7 @@ from typing import Annotated
 import typer
 
 from hcma_fast import __version__
-from hcma_fast.cli.options import PLAIN_HELP
-from hcma_fast.cli.verbs import LazyGroup
+from hcma_fast.cli.verbs import PLAIN_HELP, LazyGroup
 from hcma_fast.errors import UsageError
 from hcma_fast.program import run_program
 

@@ -9,8 +9,9 @@ import typer
 from rich import box
 from rich.table import Table
 
-from hcma_fast.cli.options import PLAIN_HELP, AsTable
+from hcma_fast.cli.options import AsTable
 from hcma_fast.cli.output import print_json, print_note, stderr
+from hcma_fast.cli.verbs import PLAIN_HELP
 from hcma_fast.config import cache_root
 
 _MIB = 2**20

@@ -12,9 +12,6 @@ from hcma_fast.config import BACKENDS
 from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 from hcma_fast.runtime.request import Request
 
-#: typer's rich_markup_mode. Its boxes leave a text 18 of 80 columns, and lose words in brackets
-PLAIN_HELP: None = None
-
 _PRECISIONS = {
     "fp32": "float32",
     "f32": "float32",

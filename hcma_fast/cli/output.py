@@ -24,7 +24,6 @@ from rich.progress import (
 from rich.text import Text
 
 from hcma_fast.errors import OutputError, printable
-from hcma_fast.files import write_whole
 
 #: progress and messages; stdout carries data only
 stderr = Console(stderr=True, highlight=False)
@@ -43,15 +42,6 @@ def print_note(message: str) -> None:
 def print_json(data: Any) -> None:
     """JSON on stdout, indented, ASCII only so that any terminal encoding takes it."""
     typer.echo(json.dumps(data, indent=2))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write ``path`` by a temporary name (``.NAME.PID.part``), synced and renamed.
-
-    Raises:
-        OutputError: the folder is missing or not writable, or the disk is full.
-    """
-    write_whole(path, lambda file: file.write(content))
 
 
 @contextmanager

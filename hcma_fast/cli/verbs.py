@@ -12,7 +12,9 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from hcma_fast.cli.hints import HintedCommand
-from hcma_fast.cli.options import PLAIN_HELP
+
+#: typer's rich_markup_mode. Its boxes leave a text 18 of 80 columns, and lose words in brackets
+PLAIN_HELP: None = None
 
 
 @dataclass(frozen=True)

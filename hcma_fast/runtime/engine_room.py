@@ -11,7 +11,7 @@ from transformers import CLIPTokenizer
 
 from hcma_fast.config import AlignmentSettings, Sampler
 from hcma_fast.engine import Engine
-from hcma_fast.errors import HcmaError, InputError, UsageError
+from hcma_fast.errors import HcmaError, InputError, Remedy, UsageError
 from hcma_fast.models.checkpoint.info import CheckpointInfo
 from hcma_fast.models.text import tokenize
 from hcma_fast.runtime.abilities import check_abilities
@@ -113,8 +113,12 @@ class EngineRoom:
             raise UsageError(
                 "engines of one batch size always compute both halves of the guidance",
                 value=images.min,
-                remedy="Use a guidance_scale above 1 to the end, or build with a range such as "
-                "--batch 1:1:4.",
+                remedy=Remedy(
+                    "Use a guidance_scale above 1 to the end, or build with a range such as "
+                    "--batch 1:1:4.",
+                    "Use --guidance-scale above 1 to the end, or build with a range such as "
+                    "--batch 1:1:4.",
+                ),
             )
 
     def _check_texts(self, request: Request, known: set[tuple[str, str]]) -> None:

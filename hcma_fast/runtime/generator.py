@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from hcma_fast.errors import DeviceMemoryError, DivergenceError, HcmaError, UsageError
+from hcma_fast.errors import LOWER_STEP, DeviceMemoryError, DivergenceError, HcmaError, UsageError
 from hcma_fast.runtime.engine_room import ends_step
 from hcma_fast.runtime.images import pixels_diverged, to_pil
 from hcma_fast.runtime.pipeline import HCMAPipeline
@@ -246,7 +246,7 @@ class BatchGenerator:
                 "the latent diverged",
                 value=f"rates up to {float(schedule.etas.max()):.3g}, "
                 f"guidance_scale {schedule.guidance_scale:g}",
-                remedy="Lower eta0 or guidance_scale.",
+                remedy=LOWER_STEP,
             )
         return replace(found, image=None, error=error.of_request(found.index))
 

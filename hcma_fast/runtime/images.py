@@ -25,7 +25,7 @@ def check_output_type(output_type: str) -> None:
 
 
 def to_unit_range(decoded: Tensor) -> tuple[Tensor, Tensor]:
-    """The VAE's (B, 3, H, W) in [-1, 1] -> the same in [0, 1], and which images are finite, (B,).
+    """The VAE's (B, 3, H, W), nominally in [-1, 1] -> in [0, 1], and which are finite, (B,).
 
     Looked at before the values are clamped: infinity would become white.
     """

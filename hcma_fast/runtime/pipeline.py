@@ -13,7 +13,7 @@ from transformers import CLIPTokenizer
 
 from hcma_fast.config import AlignmentSettings, Sampler, SettingsChange, check_backend, devices_of
 from hcma_fast.engine import Engine
-from hcma_fast.errors import BackendError, DivergenceError, UsageError
+from hcma_fast.errors import LOWER_STEP, BackendError, DivergenceError, UsageError
 from hcma_fast.export.backends.eager import eager_engines
 from hcma_fast.export.precision import Precision, check_precision
 from hcma_fast.layout import Layout
@@ -376,7 +376,7 @@ class HCMAPipeline:
             raise DivergenceError(
                 "the latent diverged",
                 value=settings.over(self.settings).model_dump(),
-                remedy="Lower eta0 or guidance_scale.",
+                remedy=LOWER_STEP,
             )
         images = z if output_type == "latent" else pixels.as_type(self.decode(z), output_type)
         seeds = [] if latents is not None else [request.seed for request in requests]

@@ -66,7 +66,7 @@ with contextlib.redirect_stdout(io.StringIO()):
     assert not (LATER - {"typer"}) & set(sys.modules)
     assert own() <= {
         "hcma_fast.cli", "hcma_fast.errors", "hcma_fast.program",
-        *(f"hcma_fast.cli.{name}" for name in ("app", "hints", "options", "verbs")),
+        *(f"hcma_fast.cli.{name}" for name in ("app", "hints", "verbs")),
     }, own()
     assert main(["generate", "--help"]) == 0 and main(["doctor"]) == 0
     assert not HEAVY & set(sys.modules)

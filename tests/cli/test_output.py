@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hcma_fast.cli.output import BuildProgress, output_folder, write_file
+from hcma_fast.cli.output import BuildProgress, output_folder
 from hcma_fast.errors import OutputError
+from hcma_fast.files import write_file
 
 
 def test_write_file_replaces_whole(tmp_path: Path) -> None:

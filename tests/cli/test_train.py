@@ -77,7 +77,7 @@ def test_from_images_to_an_aligner(data: Path, cli: Any, tmp_path: Path) -> None
     [
         (("--data", "nowhere"), 3, ("cannot read the annotations", "nowhere")),
         (("--split", "val2014"), 3, ("instances_val2014.json", "annotations of train2014:")),
-        (("--model", "nowhere"), 3, ("no such preset or folder",)),
+        (("--model", "nowhere"), 3, ("no such preset, folder or file",)),
         (("--size", "63"), 3, ("multiple of the VAE's factor, 4", "63")),
         (("--share", "2/2"), 2, ("a share must read I/N", "2/2")),
         (("--device", "cuda:99"), 3, ("this device cannot be used", "cuda:99")),
@@ -176,8 +176,8 @@ def test_from_a_cache_to_a_denoiser(data: Path, cached: Path, cli: Any, tmp_path
 @pytest.mark.parametrize(
     ("options", "code", "words"),
     [
-        (("--model", "nowhere"), 3, ("no such preset or folder",)),
-        (("--aligner", "nowhere"), 3, ("has no aligner", "nowhere")),
+        (("--model", "nowhere"), 3, ("no such preset, folder or file",)),
+        (("--aligner", "nowhere"), 3, ("no folder of an aligner", "nowhere")),
         (("--cache", "nowhere"), 3, ("this is no cache", "nowhere")),
         (("--data", "nowhere"), 3, ("cannot read the annotations", "nowhere")),
         (("--batch", "64"), 2, ("less than one batch",)),

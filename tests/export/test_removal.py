@@ -41,6 +41,15 @@ def test_an_engine_folder_of_any_format_is_removed_whole(engine: Path, random_en
         shutil.copytree(random_engine, engine)
 
 
+def test_the_target_of_a_link_is_kept(engine: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(engine)
+    before = everything(engine)
+    with pytest.raises(InputError, match="a link"):
+        remove_engine(link)
+    assert everything(engine) == before and link.is_symlink()
+
+
 def test_what_the_manifest_does_not_list_is_named_and_nothing_is_deleted(
     engine: Path, tmp_path: Path
 ) -> None:

@@ -100,7 +100,7 @@ def test_each_is_the_whole_model_with_that_part_off_to_the_bit(
 
 def test_batches_of_requests(models: dict[str, HCMAPipeline]) -> None:
     for name, layout in (("no-aligner", LAYOUT), ("plain", LAYOUT), ("neither", EMPTY)):
-        requests = [Request("a dog", layout, seed, num_inference_steps=3) for seed in (1, 2)]
+        requests = [Request("a dog", layout, seed=seed, num_inference_steps=3) for seed in (1, 2)]
         found = BatchGenerator(models[name], max_batch=1).generate(requests)
         for request, result in zip(requests, found, strict=True):
             steps = {"num_inference_steps": 3, "output_type": "pil"}

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from PIL import Image
@@ -23,7 +24,7 @@ from hcma_fast.errors import (
     UsageError,
 )
 from hcma_fast.export.backends.eager import EagerEngine
-from hcma_fast.models.checkpoint.folder import Components
+from hcma_fast.models.checkpoint.folder import Components, load_components
 from hcma_fast.runtime.generator import BatchGenerator
 from hcma_fast.runtime.request import Request
 
@@ -262,6 +263,21 @@ def test_pixels_that_are_not_finite_are_an_error(random_checkpoint: Path, value:
     assert fine.error is None and fine.image is not None
     assert isinstance(faulty.error, DivergenceError) and faulty.image is None
     assert faulty.error.request == 1 and "not finite" in str(faulty.error)
+
+
+def test_weights_of_the_vae_that_are_not_finite_are_an_error(
+    random_checkpoint: Path, random_engine: Path
+) -> None:
+    for value in (float("nan"), float("inf"), -float("inf")):
+        parts = load_components(random_checkpoint)
+        with torch.no_grad():
+            parts.vae.decoder.conv_out.bias[0] = value
+        pipe = HCMAPipeline.from_components(parts)
+        with pytest.raises(DivergenceError, match="not finite"):
+            pipe("a dog", CAT, seed=0, **{**FEW, "output_type": "pt"})
+    # a clamp in the graph would hide them: some engines turn NaN into a number
+    graph = ir.load(random_engine / "vae_decoder.onnx").graph
+    assert "Clip" not in {node.op_type for node in graph}
 
 
 def test_a_callback_that_returns_what_does_not_fit_is_told(pipe: HCMAPipeline) -> None:

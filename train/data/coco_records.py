@@ -113,7 +113,7 @@ def read_annotations(path: Path, kind: type[_File]) -> _File:
     try:
         return kind.model_validate_json(decode_text(content, "the file of annotations"))
     except InputError as error:
-        raise InputError(error.what, value=str(path), remedy=error.remedy) from error
+        raise InputError(error.what, value=str(path), remedy=error.remedies) from error
     except ValidationError as error:
         fail(f"not in COCO's format: {_problem(error)}", path, error)
 

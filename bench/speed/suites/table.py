@@ -170,5 +170,7 @@ def run_suite(
 
         rows += run_group(group, rounds, progress, failed, log, keep_rows)
     finished = report(rows, finished=True)
+    # on the disk before the rounds go
+    keep(finished)
     log.close()
     return finished

@@ -16,7 +16,6 @@ from hcma_fast.cli.bench.savings import savings
 from hcma_fast.cli.bench.suites import compare, run, show, soak
 from hcma_fast.cli.options import (
     DEFAULT_STEPS,
-    PLAIN_HELP,
     AsMarkdown,
     AsTable,
     Backend,
@@ -31,10 +30,11 @@ from hcma_fast.cli.output import (
     print_json,
     print_note,
     stderr,
-    write_file,
 )
+from hcma_fast.cli.verbs import PLAIN_HELP
 from hcma_fast.config import PRESETS
 from hcma_fast.errors import HcmaError, UsageError
+from hcma_fast.files import write_file
 
 if TYPE_CHECKING:
     from hcma_fast.bench.quality.evaluate import QualityReport, Share

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hcma_fast.cli.options import AsTable, AsTables, AsText, BatchSize
-from hcma_fast.cli.output import output_folder, print_json, print_note, write_file
+from hcma_fast.cli.output import output_folder, print_json, print_note
 from hcma_fast.errors import HcmaError, InputError, OutputError, UsageError
-from hcma_fast.files import read_json
+from hcma_fast.files import read_json, write_file
 
 if TYPE_CHECKING:
     from hcma_fast.bench.shared.bootstrap import Estimate
@@ -118,8 +118,9 @@ def run(
                     keep=keep,
                 )
             )
-            _write(folder, reports[-1])
+            # first what --resume goes by
             write(folder)
+            _write(folder, reports[-1])
 
     if out is None:
         measure(None)

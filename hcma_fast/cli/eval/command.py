@@ -34,9 +34,9 @@ from hcma_fast.cli.output import (
     output_folder,
     print_json,
     print_note,
-    write_file,
 )
 from hcma_fast.errors import BackendError, OutputError, UsageError
+from hcma_fast.files import write_file
 
 if TYPE_CHECKING:
     from hcma_fast.bench.quality.methods.table import Method, Runner

@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hcma_fast.cli.generate.jobs import Job
 from hcma_fast.cli.generate.resume import Finished, find_finished
 from hcma_fast.cli.generate.sidecar import FinalLosses, Origin, Sidecar, current_versions
-from hcma_fast.cli.output import BuildProgress, print_note, stderr, write_file
+from hcma_fast.cli.output import BuildProgress, print_note, stderr
 from hcma_fast.config import PRESETS, devices_of
 from hcma_fast.errors import HcmaError, InputError, OutputError, WeightsError
-from hcma_fast.files import is_file
+from hcma_fast.files import is_file, write_file
 from hcma_fast.models.checkpoint.options import DEFAULTS, ModelOptions
 
 if TYPE_CHECKING:

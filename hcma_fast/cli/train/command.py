@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from hcma_fast.cli.options import PLAIN_HELP, AsText
+from hcma_fast.cli.options import AsText
 from hcma_fast.cli.output import print_json, print_note
 from hcma_fast.cli.train.denoiser import denoiser
 from hcma_fast.cli.train.run import (
@@ -27,6 +27,7 @@ from hcma_fast.cli.train.run import (
 )
 from hcma_fast.cli.train.tiny import text, vae
 from hcma_fast.cli.train.tune import tune_alignment
+from hcma_fast.cli.verbs import PLAIN_HELP
 from hcma_fast.config import PRESETS, RegionMode
 from hcma_fast.errors import InputError, UsageError
 

@@ -27,11 +27,10 @@ from hcma_fast.cli.output import (
     print_json,
     print_note,
     stderr,
-    write_file,
 )
 from hcma_fast.config import PRESETS, cache_root
 from hcma_fast.errors import HcmaError, OutputError, UsageError
-from hcma_fast.files import new_folder
+from hcma_fast.files import new_folder, write_file
 
 if TYPE_CHECKING:
     from hcma_fast.bench.quality.tuning.records import TuningReport

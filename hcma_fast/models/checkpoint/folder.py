@@ -60,10 +60,13 @@ class VAEDecoder(nn.Module):
         self.scaling_factor = float(vae.config.scaling_factor)
 
     def forward(self, z: Tensor) -> tuple[Tensor]:
-        """z (B, 4, h, w) scaled latent -> image (B, 3, H, W) in [-1, 1]."""
+        """z (B, 4, h, w) scaled latent -> image (B, 3, H, W), nominally in [-1, 1].
+
+        Not clamped: infinity would become white, and NaN a number in some engines.
+        """
         latent = (z / self.scaling_factor).to(self.vae.decoder.conv_in.weight.dtype)
         image: Tensor = self.vae.decode(latent, return_dict=False)[0]
-        return (image.float().clamp(-1, 1),)
+        return (image.float(),)
 
 
 class ModelSource(Protocol):

@@ -14,7 +14,7 @@ import torch
 from hcma_fast.bench.speed.budget import Counts, count_pipeline, count_tiny, over_budget
 from hcma_fast.config import TOKEN_LENGTH
 from hcma_fast.models.checkpoint.folder import load_components
-from hcma_fast.runtime import pipeline
+from hcma_fast.runtime import engine_room
 from hcma_fast.sampling.loop import sample
 
 BUDGET: Counts = json.loads(Path(__file__).with_name("budget.json").read_text())
@@ -71,7 +71,7 @@ def test_encoding_again_at_every_step_is_above_the_budget(monkeypatch: pytest.Mo
 
     before = count_pipeline(parts, 1)
     assert before == BUDGET["pipeline, one image"]
-    monkeypatch.setattr(pipeline, "sample", wasteful)
+    monkeypatch.setattr(engine_room, "sample", wasteful)
     found = count_pipeline(parts, 1)
     assert found["text_encoder"] == before["text_encoder"] + 51
     (problem,) = over_budget({**BUDGET, "pipeline, one image": found}, BUDGET)
