@@ -17,8 +17,10 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from hcma_fast.errors import WeightsError
+from hcma_fast.files import parse_json
 from hcma_fast.models.checkpoint.configs import PartName, foreign_error
 from hcma_fast.models.checkpoint.formats.tensor_file import TensorFile
+from hcma_fast.models.checkpoint.json_files import tell_once
 from hcma_fast.models.checkpoint.weight_files import damage, list_names
 
 Role = Literal["down", "up", "alpha"]
@@ -51,6 +53,9 @@ _STARTS: dict[str, PartName] = {
     "unet.": "unet",
     "text_encoder.": "text_encoder",
 }
+_PEFT = ".lora_A."
+#: where diffusers stores peft's settings in a file's header
+_METADATA = "lora_adapter_metadata"
 _XL = ("lora_te1_", "lora_te2_", "text_encoder_2.")
 
 
@@ -71,8 +76,16 @@ def fold_lora(path: Path, scale: float, parts: Mapping[PartName, nn.Module]) -> 
     for name, (keys, layer) in places.items():
         _check_shapes(name, keys, layer, file)
     with damage("the LoRA", path), safe_open(path, framework="pt", backend="pread") as tensors:
+        alphas = _stored_alphas(tensors.metadata() or {}, path)
+        if not alphas and any(
+            _PEFT in keys["down"] and "alpha" not in keys for keys, _ in places.values()
+        ):
+            tell_once(
+                f"note: the LoRA {path.name} does not store its alpha, which peft keeps in "
+                "adapter_config.json; its rank is taken. Give alpha / rank as FILE:SCALE."
+            )
         for name, (keys, layer) in places.items():
-            change = _change(keys, tensors, scale)
+            change = _change(keys, tensors, scale, alphas.get(_part_of(name)))
             if not bool(change.isfinite().all()):
                 raise WeightsError(
                     f"the LoRA has values that are not finite in the layer {name}",
@@ -162,10 +175,48 @@ def _check_shapes(name: str, keys: _Keys, layer: Any, file: TensorFile) -> None:
         )
 
 
-def _change(keys: _Keys, tensors: Any, scale: float) -> Tensor:
-    """What is added to a weight, as (out, everything else)."""
+def _stored_alphas(metadata: Mapping[str, str], path: Path) -> dict[PartName, float]:
+    """The alpha of each part that diffusers stores in a file's header; empty where it does not.
+
+    Raises:
+        WeightsError: it is damaged, or the layers have alphas of their own or another law.
+    """
+    if (text := metadata.get(_METADATA)) is None:
+        return {}
+    values = parse_json(text, "the LoRA's metadata")
+    if not isinstance(values, dict):
+        values = {"metadata": values}
+    for key, value in values.items():
+        if key.endswith(("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")) and value:
+            raise WeightsError(
+                f"hcma-fast does not fold a LoRA with {key}",
+                value=str(path),
+                remedy="Merge it into the model with diffusers (fuse_lora), and load that.",
+            )
+    parts: tuple[PartName, ...] = ("unet", "text_encoder")
+    found = {part: values[f"{part}.lora_alpha"] for part in parts if f"{part}.lora_alpha" in values}
+    for value in found.values():
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not math.isfinite(value)
+        ):
+            raise WeightsError(
+                "the LoRA's alpha is no number", value=f"{path}: {value!r}", remedy=_REMEDY
+            )
+    return found
+
+
+def _part_of(name: str) -> PartName:
+    return next((part for start, part in _STARTS.items() if name.startswith(start)), "unet")
+
+
+def _change(keys: _Keys, tensors: Any, scale: float, stored: float | None) -> Tensor:
+    """What is added to a weight, as (out, everything else); ``stored``: alpha by the header."""
     down, up = (tensors.get_tensor(keys[role]).float().flatten(1) for role in ("down", "up"))
     rank = len(down)
-    alpha = float(tensors.get_tensor(keys["alpha"])) if "alpha" in keys else rank
+    alpha = rank if stored is None else stored
+    if "alpha" in keys:
+        alpha = float(tensors.get_tensor(keys["alpha"]))
     product: Tensor = up @ down
     return product * (scale * alpha / rank)

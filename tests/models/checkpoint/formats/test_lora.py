@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,31 @@ def test_files_and_scales_as_words(tmp_path: Path) -> None:
             Lora.parse(wrong)
     with pytest.raises(WeightsError, match="no such file"):
         ModelOptions(loras=(Lora(tmp_path / "absent"),)).files()
+
+
+def test_the_alpha_that_diffusers_stores_is_read(
+    parts: dict[str, nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    given = factors(parts)
+    for name, metadata in {
+        "stored": {"unet.lora_alpha": ALPHA, "text_encoder.lora_alpha": ALPHA, "unet.r": RANK},
+        "silent": None,
+    }.items():
+        file = tmp_path / f"{name}.safetensors"
+        text = None if metadata is None else {"lora_adapter_metadata": json.dumps(metadata)}
+        save_file(peft(given), file, metadata=text)
+        changed = {part: copy.deepcopy(module) for part, module in parts.items()}
+        fold_lora(file, 0.5, changed)  # type: ignore[arg-type]
+        factor = 0.5 * (1.0 if metadata is None else ALPHA / RANK)
+        for (part, layer), (down, up) in given.items():
+            before, after = (
+                models[part].get_submodule(layer).weight for models in (parts, changed)
+            )
+            expected = factor * (up.flatten(1) @ down.flatten(1)).view(before.shape)  # type: ignore[arg-type]
+            torch.testing.assert_close(after - before, expected, rtol=1e-4, atol=1e-5)  # type: ignore[operator]
+        assert ("adapter_config.json" in caplog.text) is (metadata is None)
+    for key, value in (("unet.alpha_pattern", {"a": 2}), ("unet.lora_alpha", "x")):
+        text = {"lora_adapter_metadata": json.dumps({key: value})}
+        save_file(peft(given), tmp_path / "odd.safetensors", metadata=text)
+        with pytest.raises(WeightsError, match=r"alpha"):
+            fold_lora(tmp_path / "odd.safetensors", 1.0, parts)  # type: ignore[arg-type]
