@@ -81,7 +81,7 @@ def fold_lora(path: Path, scale: float, parts: Mapping[PartName, nn.Module]) -> 
             _PEFT in keys["down"] and "alpha" not in keys for keys, _ in places.values()
         ):
             tell_once(
-                f"note: the LoRA {path.name} does not store its alpha, which peft keeps in "
+                "note: a LoRA file does not store its alpha, which peft keeps in "
                 "adapter_config.json; its rank is taken. Give alpha / rank as FILE:SCALE."
             )
         for name, (keys, layer) in places.items():
