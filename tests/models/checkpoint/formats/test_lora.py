@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hcma_fast.errors import WeightsError
 from hcma_fast.models.checkpoint.folder import load_components
 from hcma_fast.models.checkpoint.formats.lora import fold_lora
+from hcma_fast.models.checkpoint.json_files import tell_once
 from hcma_fast.models.checkpoint.options import Lora, ModelOptions
 
 from original_files import WIDTH, make_parts
@@ -191,6 +192,8 @@ def test_the_alpha_that_diffusers_stores_is_read(
     parts: dict[str, nn.Module], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = factors(parts)
+    # it may have been told by another test of this process
+    tell_once.cache_clear()
     for name, metadata in {
         "stored": {"unet.lora_alpha": ALPHA, "text_encoder.lora_alpha": ALPHA, "unet.r": RANK},
         "silent": None,
